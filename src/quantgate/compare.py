@@ -1,0 +1,211 @@
+"""The three comparisons: fidelity, quality and drift. Measurements in, a verdict out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.budget import FP32_MAX, SERVING_DTYPE_FACTOR
+from quantgate.measurement import Measurement
+from quantgate.probe import Probe
+from quantgate.stats import ALPHA, FEWEST_CLUSTERS, PairedMean, paired_mean
+from quantgate.verdict import Deviation, Outcome, Verdict
+
+WORST_TOKENS = 5
+
+
+def fidelity_fp32(
+    engine: Measurement, reference: Measurement, probe: Probe, *, chaotic: bool
+) -> Verdict:
+    """Judge float32 log-probabilities token by token: both sides computed the same function.
+
+    `chaotic` formats quantize activations, where a difference of 1e-7 flips a code and flips
+    cascade, so that a large difference proves nothing about them.
+    """
+    delta = _delta(engine, reference)
+    largest = Deviation("max |Δ log-prob|", _max(np.abs(delta)), FP32_MAX)
+    outcome: Outcome = "fail" if largest.exceeded else "pass"
+    detail = _agreement("engine", "reference", delta)
+    if outcome == "fail" and chaotic and not engine.nonfinite:
+        outcome = "inconclusive"
+        detail += ", which rounding alone can cause in a format that quantizes activations"
+    return _verdict(outcome, detail, [largest], engine, reference, probe)
+
+
+def fidelity_serving(
+    engine: Measurement,
+    reference: Measurement,
+    reference_serving: Measurement,
+    probe: Probe,
+    *,
+    base_noise: float | None,
+) -> Verdict:
+    """Judge the serving dtype by the mean |Δ log-prob| to the float32 reference.
+
+    The allowance is `SERVING_DTYPE_FACTOR` times what rounding to that dtype costs the reference
+    itself. `base_noise` is the same mean for the unquantized base, shown beside it.
+    """
+    delta = _delta(engine, reference)
+    noise = float(np.mean(np.abs(_delta(reference_serving, reference))))
+    mean = Deviation(
+        "mean |Δ log-prob|", float(np.mean(np.abs(delta))), noise * SERVING_DTYPE_FACTOR
+    )
+    detail = _agreement("engine", "float32 reference", delta)
+    detail += f"; the reference itself moves by {noise:.3g} in {engine.provenance.dtype}"
+    if base_noise is not None:
+        detail += f", the unquantized base in vLLM by {base_noise:.3g}"
+    outcome: Outcome = "fail" if mean.exceeded else "pass"
+    return _verdict(outcome, detail, [mean], engine, reference, probe)
+
+
+def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: float) -> Verdict:
+    """Judge what quantization costs: mean ΔNLL over the base, non-inferiority with a margin."""
+    delta = _delta(base, engine)  # ΔNLL = -Δ log-prob
+    if engine.nonfinite or base.nonfinite:
+        return _verdict("fail", "a log-probability is not finite", [], engine, base, probe)
+    paired = paired_mean(delta, probe.documents)
+    lower, upper = paired.bounds()
+    cost = Deviation(f"upper {1 - ALPHA:.0%} bound of mean ΔNLL", upper, margin, "nat/token")
+    outcome: Outcome = "pass" if upper <= margin else "fail" if lower > margin else "inconclusive"
+    detail = (
+        f"mean ΔNLL is {paired.mean:.4g} ± {paired.standard_error:.2g} nat/token, perplexity "
+        f"{base.perplexity:.4f} → {engine.perplexity:.4f}"
+    )
+    return _statistical(outcome, detail, [cost], paired, margin, engine, base, probe)
+
+
+def drift_exact(engine: Measurement, golden: Measurement, probe: Probe) -> Verdict:
+    """Judge float32 scores against the approved ones, token by token."""
+    delta = _delta(engine, golden)
+    largest = Deviation("max |Δ log-prob|", _max(np.abs(delta)), FP32_MAX)
+    outcome: Outcome = "fail" if largest.exceeded else "pass"
+    detail = _agreement("engine", "golden", delta)
+    return _verdict(outcome, detail, [largest], engine, golden, probe)
+
+
+def drift_serving(
+    engine: Measurement, golden: Measurement, probe: Probe, *, margin: float
+) -> Verdict:
+    """Judge the serving dtype's mean NLL against the approved one: equivalence, both sides.
+
+    "Better than approved" is drift too.
+    """
+    if engine.nonfinite or golden.nonfinite:
+        return _verdict("fail", "a log-probability is not finite", [], engine, golden, probe)
+    paired = paired_mean(_delta(golden, engine), probe.documents)
+    lower, upper = paired.bounds()
+    furthest = max(lower, upper, key=abs)
+    moved = Deviation("bound of mean ΔNLL", furthest, margin, "nat/token", two_sided=True)
+    inside, outside = -margin <= lower and upper <= margin, lower > margin or upper < -margin
+    outcome: Outcome = "pass" if inside else "fail" if outside else "inconclusive"
+    detail = (
+        f"mean ΔNLL is {paired.mean:.4g} ± {paired.standard_error:.2g} nat/token, perplexity "
+        f"{golden.perplexity:.4f} → {engine.perplexity:.4f}"
+    )
+    return _statistical(outcome, detail, [moved], paired, margin, engine, golden, probe)
+
+
+def mean_absolute_difference(a: Measurement, b: Measurement) -> float:
+    """Return mean |Δ log-prob| between two measurements, in nat."""
+    return float(np.mean(np.abs(_delta(a, b))))
+
+
+def _delta(a: Measurement, b: Measurement) -> NDArray[np.float64]:
+    if a.logprob.shape != b.logprob.shape:
+        raise ValueError(f"measurements of {a.logprob.size} and {b.logprob.size} tokens")
+    return a.logprob.astype(np.float64) - b.logprob.astype(np.float64)
+
+
+def _max(values: NDArray[np.float64]) -> float:
+    return float(values.max())  # NaN wins, and exceeds every allowance
+
+
+def _agreement(one: str, other: str, delta: NDArray[np.float64]) -> str:
+    size = np.abs(delta)
+    return f"{one} and {other} differ by {size.mean():.3g} nat per token, {size.max():.3g} at most"
+
+
+def _statistical(
+    outcome: Outcome,
+    detail: str,
+    deviations: list[Deviation],
+    paired: PairedMean,
+    margin: float,
+    a: Measurement,
+    b: Measurement,
+    probe: Probe,
+) -> Verdict:
+    mde = paired.minimum_detectable_effect()
+    if paired.clusters < FEWEST_CLUSTERS and outcome == "pass":
+        outcome = "inconclusive"
+        detail += f"; {paired.clusters} documents are too few, {FEWEST_CLUSTERS} are needed"
+    elif outcome == "inconclusive":
+        wanted = min(paired.tokens_to_decide(sign * margin) for sign in (1, -1))
+        detail += f"; {paired.n} tokens cannot decide, about {wanted} would"
+    return _verdict(outcome, detail, deviations, a, b, probe, mde=mde)
+
+
+def _verdict(
+    outcome: Outcome,
+    detail: str,
+    deviations: list[Deviation],
+    a: Measurement,
+    b: Measurement,
+    probe: Probe,
+    mde: float | None = None,
+) -> Verdict:
+    nonfinite = Deviation("non-finite log-probs", a.nonfinite, 0, "tokens")
+    if nonfinite.exceeded:
+        outcome, deviations = "fail", [nonfinite, *deviations]
+    return Verdict(
+        outcome=outcome,
+        detail=detail,
+        deviations=tuple(deviations),
+        n=len(a.logprob),
+        mde=mde,
+        emulated=a.provenance.emulated,
+        evidence=() if outcome == "pass" else tuple(_evidence(a, b, probe)),
+    )
+
+
+def _evidence(a: Measurement, b: Measurement, probe: Probe) -> list[str]:
+    delta = _delta(a, b)
+    size = np.where(np.isfinite(delta), np.abs(delta), np.inf)
+    ids = np.concatenate([np.array(w.ids[w.score_from :]) for w in probe.windows])
+    lines = []
+    for i in np.argsort(-size, kind="stable")[:WORST_TOKENS]:
+        place = f"{probe.documents[i]}[{probe.positions[i]}]"
+        lines.append(
+            f"worst      {place} token {ids[i]}: {a.logprob[i]:.6f} against {b.logprob[i]:.6f}"
+        )
+    by_stratum = (
+        f"{s} {np.mean(np.abs(delta[probe.strata == s])):.3g}" for s in _unique(probe.strata)
+    )
+    lines.append(f"mean |Δ|   {', '.join(by_stratum)}")
+    lines += _differences(a, b)
+    return lines
+
+
+def _unique(labels: NDArray[Any]) -> list[str]:
+    return list(dict.fromkeys(labels.tolist()))
+
+
+def _differences(a: Measurement, b: Measurement) -> list[str]:
+    """List what the environment of one measurement has otherwise than the other's."""
+    kernels = ", ".join(f"{kind} {name}" for kind, name in a.provenance.kernels.items())
+    lines = [f"kernels    {kernels}"] if kernels else []
+    ours, theirs = a.provenance, b.provenance
+    changed = [
+        f"{name} {theirs.versions[name]} → {ours.versions[name]}"
+        for name in ours.versions
+        if theirs.versions.get(name, ours.versions[name]) != ours.versions[name]
+    ]
+    if theirs.source == "golden":
+        changed += [
+            f"{kind} {theirs.kernels.get(kind, 'absent')} → {name}"
+            for kind, name in ours.kernels.items()
+            if theirs.kernels.get(kind) != name
+        ]
+    return [*lines, *([f"since then {', '.join(changed)}"] if changed else [])]

@@ -1,0 +1,54 @@
+"""Measurements: what every source returns, so that a comparison never knows which two it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a measurement comes from. Listed when two differ; not part of a golden's key."""
+
+    source: str
+    """"engine", "reference" or "golden"."""
+    device: str
+    """"cpu" or "cuda"."""
+    platform: str
+    """"cpu", "sm90", …"""
+    dtype: str
+    """"float32" or "bfloat16": what activations are computed in."""
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    """Kernel that served each kind of layer, read from the loaded model."""
+    emulated: tuple[str, ...] = ()
+    """The kernels among them that are emulations."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores of a probe's n scored tokens, in its order."""
+
+    logprob: NDArray[np.float32]
+    """Natural-log probability of each scored token [n]."""
+    top1: NDArray[np.int32]
+    """Most probable token at each position [n]."""
+    provenance: Provenance
+
+    @property
+    def nonfinite(self) -> int:
+        """How many log-probabilities are NaN or infinite."""
+        return int(np.count_nonzero(~np.isfinite(self.logprob)))
+
+    @property
+    def mean_nll(self) -> float:
+        """Mean negative log-likelihood, nat per token."""
+        return float(-np.mean(self.logprob, dtype=np.float64))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of `mean_nll`."""
+        return float(np.exp(self.mean_nll))

@@ -1,0 +1,123 @@
+"""Probes: the frozen token ids that every source scores."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.checkpoint import BadInput
+
+
+@dataclass(frozen=True)
+class Window:
+    """One prompt: tokens `score_from` … end are scored, each from all tokens before it."""
+
+    document: str
+    stratum: str
+    score_from: int
+    ids: tuple[int, ...]
+    text: str
+
+    @property
+    def scored(self) -> int:
+        """How many of its tokens are scored."""
+        return len(self.ids) - self.score_from
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Windows of frozen token ids. Per-token arrays are over scored tokens, window by window."""
+
+    name: str
+    vocab_size: int
+    windows: tuple[Window, ...]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of what is scored: ids, scored regions, documents and strata."""
+        content = [[w.document, w.stratum, w.score_from, list(w.ids)] for w in self.windows]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored in all."""
+        return sum(window.scored for window in self.windows)
+
+    @functools.cached_property
+    def documents(self) -> NDArray[np.str_]:
+        """Document id of each scored token [n]: the clusters of the statistics."""
+        return self._per_token([window.document for window in self.windows])
+
+    @functools.cached_property
+    def strata(self) -> NDArray[np.str_]:
+        """Stratum of each scored token [n]."""
+        return self._per_token([window.stratum for window in self.windows])
+
+    @functools.cached_property
+    def positions(self) -> NDArray[np.int64]:
+        """Position in its window of each scored token [n]."""
+        return np.concatenate([np.arange(w.score_from, len(w.ids)) for w in self.windows])
+
+    def _per_token(self, labels: Sequence[str]) -> NDArray[np.str_]:
+        return np.repeat(np.array(labels), [window.scored for window in self.windows])
+
+
+def read_probe(path: Path) -> Probe:
+    """Read a probe file: a JSON header line, then one JSON object per window."""
+    try:
+        header, *lines = [
+            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        windows = tuple(
+            Window(w["document"], w["stratum"], w["score_from"], tuple(w["ids"]), w["text"])
+            for w in lines
+        )
+        probe = Probe(header["probe"], header["vocab_size"], windows)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such probe.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not a probe file ({type(error).__name__}: {error}).") from None
+    for number, window in enumerate(windows, start=2):
+        if not 1 <= window.score_from < len(window.ids):
+            raise BadInput(f"{path}:{number}: score_from must be in 1 … {len(window.ids) - 1}.")
+        if not 0 <= min(window.ids) <= max(window.ids) < probe.vocab_size:
+            raise BadInput(f"{path}:{number}: a token id is outside 0 … {probe.vocab_size - 1}.")
+    if not windows:
+        raise BadInput(f"{path}: a probe without windows.")
+    return probe
+
+
+def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
+    """Return the probe in a checkpoint's own token ids, and a note where that is another one.
+
+    Where the checkpoint's tokenizer gives the frozen ids, that is `probe` itself. Where it has
+    another vocabulary, the probe's texts are tokenized once, here, and frozen for every source of
+    this run.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{directory}: its tokenizer cannot be loaded ({reason}).") from None
+    encoded = [tuple(tokenizer(window.text)["input_ids"]) for window in probe.windows]
+    if encoded == [window.ids for window in probe.windows]:
+        return probe, None
+    windows = tuple(
+        Window(window.document, window.stratum, 1, ids, window.text)
+        for window, ids in zip(probe.windows, encoded, strict=True)
+        if len(ids) > 1
+    )
+    note = (
+        f"probe '{probe.name}' tokenized with {directory.name}'s own tokenizer: "
+        f"{sum(w.scored for w in windows)} scored tokens"
+    )
+    return Probe(f"{probe.name}-retokenized", len(tokenizer), windows), note

@@ -1,0 +1,366 @@
+"""The gate as a pytest plugin: options, parametrization, fixtures, reports. Thin on purpose."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantgate.checkpoint import (
+    BadInput,
+    Checkpoint,
+    actual_scheme,
+    find_checkpoint,
+    read_checkpoint_files,
+    read_config,
+    verify,
+)
+from quantgate.engine import EngineFailure, available_devices, library_versions
+from quantgate.golden import write_atomically
+from quantgate.probe import read_probe
+from quantgate.report.gate_json import gate_json
+from quantgate.report.results import CheckResult, overall
+from quantgate.report.terminal import table
+from quantgate.sources import Sources
+from quantgate.verdict import Verdict, not_run
+
+DEVICES = ("cpu", "cuda")
+DEFAULT_PROBE = Path("fixtures") / "probes" / "tiny.jsonl"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the gate's options."""
+    group = parser.getgroup("quantgate", "release gate")
+    group.addoption(
+        "--checkpoint",
+        action="append",
+        metavar="PATH_OR_ID",
+        help="gate this checkpoint: an id in fixtures/checkpoints, a directory or a hub id; "
+        "may be repeated (default: every file in fixtures/checkpoints)",
+    )
+    group.addoption(
+        "--base",
+        metavar="PATH_OR_ID",
+        help="the unquantized model that a --checkpoint given by path is compared with",
+    )
+    group.addoption(
+        "--gate-report", metavar="DIR", type=Path, help="write gate.json and junit.xml into DIR"
+    )
+
+
+@dataclass
+class GateRun:
+    """What one pytest session knows of its gate run."""
+
+    root: Path
+    started: float = field(default_factory=time.time)
+    checkpoints: list[Checkpoint] | None = None
+    """The selected ones, once a suite was collected."""
+    schemes: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+    """Why nothing can be judged: raised once collection is over."""
+    left_out: list[str] = field(default_factory=list)
+    results: dict[str, CheckResult] = field(default_factory=dict)
+    """By node id."""
+    selected: dict[str, tuple[Checkpoint, str]] = field(default_factory=dict)
+    """Checkpoint and check of every selected node id."""
+    sources: Sources | None = None
+
+
+RUN = pytest.StashKey[GateRun]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and take the options that need no collection."""
+    config.addinivalue_line(
+        "markers",
+        "gpu(count=1, memory_gib=0, capability=None): the check runs on CUDA, and needs as much",
+    )
+    config.addinivalue_line(
+        "markers", "needs(what): the check is left out where a checkpoint has no 'base' or 'golden'"
+    )
+    if config.getoption("update_snapshots") or config.getoption("update_new_snapshots_only"):
+        raise pytest.UsageError(
+            "a test run never writes a golden; use "
+            '`python tools/regen_golden.py --checkpoint ID --reason "…"`.'
+        )
+    config.stash[RUN] = GateRun(config.rootpath)
+    if (directory := config.getoption("gate_report")) and not config.option.xmlpath:
+        config.option.xmlpath = str(directory / "junit.xml")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Print what the verdicts depend on."""
+    versions = ", ".join(f"{name} {value}" for name, value in library_versions().items())
+    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("QUANTGATE_")]
+    return [f"quantgate: {versions}", *settings]
+
+
+# Selection ---------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize the suites over checkpoints and devices: the one place that does."""
+    if "checkpoint" not in metafunc.fixturenames:
+        return
+    checkpoints = _selected_checkpoints(metafunc.config)
+    metafunc.parametrize("checkpoint", checkpoints, ids=lambda checkpoint: checkpoint.id)
+    gpu = pytest.mark.gpu(count=1)
+    metafunc.parametrize(
+        "device", [pytest.param(name, marks=gpu if name == "cuda" else ()) for name in DEVICES]
+    )
+
+
+def _selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
+    run = config.stash[RUN]
+    if run.checkpoints is None:
+        run.checkpoints = []
+        try:
+            run.checkpoints = _read_checkpoints(config, run)
+        except BadInput as error:
+            run.problem = str(error)
+    return run.checkpoints
+
+
+def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
+    known = read_checkpoint_files(run.root)
+    names, base = config.getoption("checkpoint"), config.getoption("base")
+    if base is not None and not names:
+        raise BadInput("--base goes with --checkpoint PATH; checkpoint files name their own base.")
+    wanted = (
+        [find_checkpoint(name, known, run.root, base) for name in dict.fromkeys(names)]
+        if names
+        else list(known.values())
+    )
+    if not wanted:
+        raise BadInput(
+            f"{run.root / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
+            "nothing to judge; add one or give --checkpoint PATH."
+        )
+    for checkpoint in wanted:
+        verify(checkpoint)
+        run.schemes[checkpoint.id] = actual_scheme(checkpoint.directory)
+        if checkpoint.base_checkpoint is not None:
+            verify(checkpoint.base_checkpoint)
+    return wanted
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine or a checkpoint cannot have, and say so; refuse an empty rest."""
+    run = config.stash[RUN]
+    if run.problem is not None:
+        raise pytest.UsageError(run.problem)
+    checks = [item for item in items if _params(item)]
+    if not checks:
+        return
+    devices = available_devices()
+    reasons = {item: _why_left_out(item, devices) for item in checks}
+    runnable = [item for item in checks if reasons[item] is None]
+    if not runnable:
+        raise pytest.UsageError(
+            f"all {len(checks)} selected checks are left out: "
+            f"{'; '.join(sorted({str(reason) for reason in reasons.values()}))}."
+        )
+    dropped = [item for item in checks if reasons[item] is not None]
+    items[:] = [item for item in items if reasons.get(item) is None]
+    config.hook.pytest_deselected(items=dropped)
+    run.left_out = sorted({f"{_subject(item)}: {reasons[item]}" for item in dropped})
+    run.selected = {
+        item.nodeid: (_params(item)["checkpoint"], _check_name(item)) for item in runnable
+    }
+
+
+def _params(item: pytest.Item) -> dict[str, Any]:
+    """Return a check's parameters; {} for a test that judges no checkpoint."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return params if isinstance(params.get("checkpoint"), Checkpoint) else {}
+
+
+def _why_left_out(item: pytest.Item, devices: dict[str, str]) -> str | None:
+    params = _params(item)
+    if params["device"] not in devices:
+        return (
+            "it needs a GPU and this machine has none"
+            if params["device"] == "cuda"
+            else "the installed vLLM runs on CUDA, not on the CPU"
+        )
+    checkpoint: Checkpoint = params["checkpoint"]
+    for marker in item.iter_markers("needs"):
+        if marker.args[0] == "base" and checkpoint.base is None:
+            return "no base is named; give --base, or base in its file"
+        if marker.args[0] == "golden" and not checkpoint.has_golden:
+            return "a checkpoint given by path has no golden"
+    return None
+
+
+def _check_name(item: pytest.Item) -> str:
+    name = getattr(item, "originalname", item.name).removeprefix("test_").replace("_", "-")
+    dtype = _params(item).get("dtype")
+    return f"{name}-{dtype}" if dtype else name
+
+
+def _subject(item: pytest.Item) -> str:
+    params = _params(item)
+    return f"{params['checkpoint'].id} {_check_name(item)} on {params['device']}"
+
+
+# Judging -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a suite's test holds: the sources, and the place where its verdict goes."""
+
+    run: GateRun
+    sources: Sources
+    item: pytest.Item
+
+    @property
+    def check(self) -> str:
+        """The check's name, e.g. "drift-float32"."""
+        return self.run.selected[self.item.nodeid][1]
+
+    def quantization_config(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
+        """Return what the checkpoint's config.json says of its quantization."""
+        return read_config(checkpoint.directory).get("quantization_config")
+
+    def judge(self, verdict: Verdict) -> None:
+        """Record the verdict of this check, and fail the test unless it is a pass."""
+        __tracebackhide__ = True
+        checkpoint, check = self.run.selected[self.item.nodeid]
+        result = CheckResult(checkpoint.id, self.run.schemes[checkpoint.id], check, verdict)
+        self.run.results[self.item.nodeid] = result
+        if verdict.outcome != "pass":
+            pytest.fail(verdict.message(f"{checkpoint.id} {check}"), pytrace=False)
+
+
+@pytest.fixture
+def gate(request: pytest.FixtureRequest) -> Gate:
+    """The gate, for one check."""
+    run = request.config.stash[RUN]
+    if run.sources is None:
+        run.sources = Sources(read_probe(run.root / DEFAULT_PROBE), _announcer(request.config))
+    return Gate(run, run.sources, request.node)
+
+
+def _announcer(config: pytest.Config) -> Callable[[str], None]:
+    """Return a function that prints a line of progress past pytest's capturing."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+
+    def announce(text: str) -> None:
+        if reporter is None or reporter.verbosity < 0:  # an xdist worker, or -q
+            return
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(f"  {text}", light=True)
+
+    return announce
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Give every selected check a result, whatever became of its test."""
+    report = yield
+    run = item.config.stash[RUN]
+    if item.nodeid not in run.selected:
+        return report
+    if call.excinfo is not None and isinstance(call.excinfo.value, BadInput | EngineFailure):
+        report.longrepr = str(call.excinfo.value)
+    if item.nodeid not in run.results and not report.passed:
+        checkpoint, check = run.selected[item.nodeid]
+        reason = str(call.excinfo.value) if call.excinfo else report.outcome
+        run.results[item.nodeid] = CheckResult(
+            checkpoint.id, run.schemes[checkpoint.id], check, not_run(reason)
+        )
+    if item.nodeid in run.results:
+        result = run.results[item.nodeid]
+        report.quantgate = result.to_dict()  # type: ignore[attr-defined]
+        if not any(name == "quantgate_verdict" for name, _ in item.user_properties):
+            item.user_properties += [
+                ("quantgate_verdict", result.verdict.outcome),
+                ("quantgate_detail", result.verdict.detail),
+            ]
+            report.user_properties = list(item.user_properties)
+    return report
+
+
+# Reporting ---------------------------------------------------------------------------------------
+
+
+def _finished_results(run: GateRun) -> list[CheckResult]:
+    """Return a result for every selected check; one whose test never came is "not-run"."""
+    results = []
+    for nodeid, (checkpoint, check) in run.selected.items():
+        results.append(
+            run.results.get(nodeid)
+            or CheckResult(
+                checkpoint.id,
+                run.schemes[checkpoint.id],
+                check,
+                not_run("the run ended before its test"),
+            )
+        )
+    return sorted(results, key=lambda result: result.checkpoint)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the report, and let nothing but a pass exit 0."""
+    run = session.config.stash.get(RUN, None)
+    if run is None or not run.selected or session.config.option.collectonly:
+        return
+    results = _finished_results(run)
+    if exitstatus == pytest.ExitCode.OK and overall(results) != "pass":
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if directory := session.config.getoption("gate_report"):
+        started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
+        text = gate_json(
+            results,
+            started=started.isoformat(timespec="seconds"),
+            duration_s=time.time() - run.started,
+            environment={
+                **library_versions(),
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "devices": ", ".join(available_devices().values()),
+            },
+        )
+        write_atomically(directory / "gate.json", text)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table of checks, and what was left out."""
+    run = config.stash[RUN]
+    if not run.selected or config.option.collectonly:
+        return
+    terminalreporter.section("quantgate")
+    results = _finished_results(run)
+    width = max(terminalreporter._tw.fullwidth, 100)
+    terminalreporter.write(table(results, width=width, color=terminalreporter._tw.hasmarkup))
+    for line in _grouped(run.left_out):
+        terminalreporter.write_line(f"left out: {line}")
+    for note in run.sources.notes if run.sources else ():
+        terminalreporter.write_line(f"note: {note}")
+    if directory := config.getoption("gate_report"):
+        terminalreporter.write_line(f"report: {directory / 'gate.json'}, {config.option.xmlpath}")
+
+
+def _grouped(lines: Iterable[str]) -> list[str]:
+    """Join the subjects that share a reason."""
+    by_reason: dict[str, list[str]] = {}
+    for line in lines:
+        subject, _, reason = line.partition(": ")
+        by_reason.setdefault(reason, []).append(subject)
+    return [f"{', '.join(subjects)}: {reason}" for reason, subjects in by_reason.items()]

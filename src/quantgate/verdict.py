@@ -1,0 +1,75 @@
+"""Verdicts: what a check says, with the number, the allowance and where it went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
+
+# From worst to best: the verdict on many checks is the worst among them.
+SEVERITY: tuple[Outcome, ...] = ("fail", "not-run", "inconclusive", "pass")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One number beside what it is allowed to be."""
+
+    what: str
+    measured: float
+    allowed: float
+    unit: str = "nat"
+    two_sided: bool = False
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the number is outside; NaN always is."""
+        value = abs(self.measured) if self.two_sided else self.measured
+        return not value <= self.allowed
+
+    def __str__(self) -> str:
+        relation = "within ±" if self.two_sided else "<= "
+        return (
+            f"{self.what} is {self.measured:.6g} {self.unit}, allowed {relation}{self.allowed:.6g}"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one check of one checkpoint.
+
+    The first deviation is the one that a table shows. `detail` is one sentence; `evidence` are the
+    lines below it in a failure message, and `next_step` its last one.
+    """
+
+    outcome: Outcome
+    detail: str
+    deviations: tuple[Deviation, ...] = ()
+    n: int | None = None
+    mde: float | None = None
+    emulated: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    next_step: str = ""
+
+    def message(self, subject: str) -> str:
+        """Return the text of a failure: cause, evidence, next step."""
+        lines = [f"{subject}: {self.outcome.upper()}: {self.detail}"]
+        lines += [f"  {deviation}" for deviation in self.deviations]
+        lines += [f"  {line}" for line in self.evidence]
+        if self.emulated:
+            lines.append(
+                f"  emulated   {', '.join(self.emulated)}: no evidence about a real kernel"
+            )
+        if self.next_step:
+            lines.append(f"  next       {self.next_step}")
+        return "\n".join(lines)
+
+
+def not_run(detail: str, next_step: str = "") -> Verdict:
+    """Return the verdict of a selected check that did not happen."""
+    return Verdict("not-run", detail, next_step=next_step)
+
+
+def worst(outcomes: list[Outcome]) -> Outcome:
+    """Return the verdict on many checks; on none at all it is "not-run"."""
+    return min(outcomes, key=SEVERITY.index, default="not-run")

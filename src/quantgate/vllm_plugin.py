@@ -1,0 +1,35 @@
+"""The `vllm.general_plugins` entry point: what quantgate adds to vLLM, and when.
+
+vLLM loads this entry point in every process it starts (engine core, workers), possibly more than
+once; `import quantgate` calls it as well, so that a plain script needs nothing else. Each patch
+waits for the module it belongs to, so registering costs nothing where vLLM is not used.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import wrapt
+
+from quantgate import emulation
+from quantgate.scoremode import outputs, params, runner_v1
+
+# The vLLM modules that are patched, each by one function that gets the imported module.
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "vllm.sampling_params": params.patch_sampling_params,
+    "vllm.v1.engine.logprobs": outputs.patch_logprobs_processor,
+    "vllm.v1.engine.output_processor": outputs.patch_output_processor,
+    "vllm.v1.worker.gpu_model_runner": runner_v1.patch_model_runner,
+    "vllm.model_executor.kernels.linear": emulation.register_kernels,
+}
+
+_registered = False
+
+
+def register() -> None:
+    """Arrange for every patch to be applied once, when its module is imported."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    for module_name, patch in PATCHES.items():
+        wrapt.register_post_import_hook(patch, module_name)

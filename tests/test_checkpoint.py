@@ -1,0 +1,167 @@
+"""Checkpoint files and directories: what is read, and the sentence that bad input gets."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from quantgate import checkpoint as ck
+from quantgate.checkpoint import BadInput
+
+GOOD = 'source = "./build/x"\nscheme = "W4A16"\nbase = "./base"\n'
+
+
+def write(root: Path, text: str, name: str = "x") -> Path:
+    path = root / "fixtures" / "checkpoints" / f"{name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_is_read_whole(tmp_path: Path) -> None:
+    text = GOOD + (
+        '[engine]\nmax_model_len = 512\nkernels = "portable"\n'
+        '[budget.quality]\nmargin = 0.05\nreason = "small model"\n'
+    )
+    found = ck.read_checkpoint_file(write(tmp_path, text), tmp_path)
+    assert found.id == "x"
+    assert found.engine == ck.EngineSettings(max_model_len=512, kernels="portable")
+    assert found.budget["quality"] == ck.BudgetOverride(0.05, "small model")
+    assert found.base_checkpoint is not None
+    assert found.base_checkpoint.engine == found.engine
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "[engine]\nmax_modle_len = 1", "in [engine]; did you mean 'max_model_len'?"),
+        (GOOD + "shceme = 1", "unknown key 'shceme'; did you mean 'scheme'?"),
+        (GOOD + "[budget.quality]\nmargn = 1", "in [budget.quality]; did you mean 'margin'?"),
+        (GOOD + "[budget.quality]\nmargin = 1.0", "missing required field `reason`"),
+        (GOOD + "[engine]\nmax_model_len = 'long'", "got `str` - at `$.engine.max_model_len`"),
+        (GOOD + "[engine]\nkernels = 'fast'", "Invalid enum value 'fast' - at `$.engine.kernels`"),
+        (GOOD + "revision = 'main'", "revision 'main' is not pinned"),
+        ("source = './x'", "the key 'scheme' is missing"),
+        ("source = ", "not a TOML file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_named_with_its_key_and_the_remedy(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(BadInput) as error:
+        ck.read_checkpoint_file(path, tmp_path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_name_that_is_no_id_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="the name must match"):
+        ck.read_checkpoint_file(write(tmp_path, GOOD, "Llama_W4"), tmp_path)
+
+
+def test_a_checkpoint_that_is_neither_id_nor_path_names_the_nearest(tmp_path: Path) -> None:
+    known = {"tiny-llama": ck.Checkpoint("tiny-llama", "./x")}
+    with pytest.raises(BadInput, match="nearest: tiny-llama"):
+        ck.find_checkpoint("tiny-lama", known, tmp_path, None)
+
+
+def test_a_directory_is_a_checkpoint_without_a_golden(tmp_path: Path) -> None:
+    (tmp_path / "My Model").mkdir()
+    found = ck.find_checkpoint(str(tmp_path / "My Model"), {}, tmp_path, str(tmp_path))
+    assert (found.id, found.has_golden) == ("my-model", False)
+    assert found.base == str(tmp_path)
+    assert found.directory == tmp_path / "My Model"
+
+
+def test_the_embedded_checkpoint_is_whole_and_pinned(root: Path) -> None:
+    for checkpoint in ck.read_checkpoint_files(root).values():
+        ck.verify(checkpoint)
+        assert checkpoint.revision == f"sha256:{ck.identity(checkpoint.directory)}"
+
+
+def gated(directory: Path, scheme: str | None = "W4A16") -> ck.Checkpoint:
+    return ck.Checkpoint("x", str(directory), scheme=scheme)
+
+
+def refused(checkpoint: ck.Checkpoint) -> str:
+    with pytest.raises(BadInput) as error:
+        ck.verify(checkpoint)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path}/gone: no such directory" in refused(gated(tmp_path / "gone"))
+
+
+def test_a_directory_without_quantization_config_is_refused(root: Path) -> None:
+    message = refused(gated(root / "fixtures" / "tiny" / "llama", None))
+    assert "config.json: no quantization_config" in message
+
+
+def test_a_scheme_that_config_json_contradicts_is_refused(quantized: Path) -> None:
+    message = refused(gated(quantized, "W8A16"))
+    assert "scheme is 'W8A16'" in message
+    assert "config.json says 'W4A16'" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_damaged_weights_are_refused(quantized_copy: Path, damage: str) -> None:
+    path = quantized_copy / "model.safetensors"
+    whole = path.read_bytes()
+    damaged = {"truncated": whole[:-1], "header": b"\xff" * 16 + whole[16:], "empty": b""}
+    path.write_bytes(damaged[damage])
+    message = refused(gated(quantized_copy))
+    assert f"{path}: truncated or corrupt" in message
+    assert "fetch or build it again" in message
+
+
+def test_a_shard_that_the_index_names_and_nobody_has_is_refused(quantized_copy: Path) -> None:
+    index = {"weight_map": {"model.layers.9.mlp.down_proj.weight_packed": "model-2.safetensors"}}
+    (quantized_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names 1 tensors that no shard holds" in refused(gated(quantized_copy))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_refused(quantized_copy: Path, name: str) -> None:
+    (quantized_copy / "model.safetensors").rename(quantized_copy / name)
+    message = refused(gated(quantized_copy))
+    assert f"{name}: pickled weights can run code and are never loaded" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not a JSON file"), ("[]", "holds a list"), (None, "missing")]
+)
+def test_a_broken_config_is_refused(quantized_copy: Path, text: str | None, message: str) -> None:
+    path = quantized_copy / "config.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    assert message in refused(gated(quantized_copy))
+
+
+def test_one_changed_byte_is_another_identity(quantized_copy: Path, quantized: Path) -> None:
+    assert ck.identity(quantized_copy) == ck.identity(quantized)
+    path = quantized_copy / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert ck.identity(quantized_copy) != ck.identity(quantized)
+    pinned = ck.Checkpoint(
+        "x", str(quantized_copy), scheme="W4A16", revision=f"sha256:{ck.identity(quantized)}"
+    )
+    assert "its identity is sha256:" in refused(pinned)
+
+
+def test_the_same_recipe_gives_the_same_bytes(
+    root: Path, tmp_path: Path, quantized: Path, tool: Callable[[str], ModuleType]
+) -> None:
+    quantize = tool("quantize_tiny")
+    target = tmp_path / "again"
+    quantize.build(root / "fixtures" / "tiny" / "llama", target, quantize.w4a16())
+    assert ck.identity(target) == ck.identity(quantized)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]

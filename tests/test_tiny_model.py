@@ -1,0 +1,174 @@
+"""The shipped tiny checkpoint is the trained model its record describes, and its probe is sound."""
+
+import hashlib
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "fixtures/tiny/llama"
+PROBE = ROOT / "fixtures/probes/tiny.jsonl"
+
+Window = dict[str, Any]
+
+
+def load_script(name: str) -> ModuleType:
+    """Import a file of tools/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def corpus() -> ModuleType:
+    return load_script("tiny_corpus")
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((MODEL / "training.json").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[Window]:
+    return [json.loads(line) for line in PROBE.read_text(encoding="utf-8").splitlines()[1:]]
+
+
+def test_the_corpus_depends_on_the_seed_alone(corpus: ModuleType) -> None:
+    for stratum in corpus.STRATA:
+        first = list(corpus.documents("train", stratum, 20, seed=3))
+        assert first == list(corpus.documents("train", stratum, 20, seed=3))
+        assert first != list(corpus.documents("train", stratum, 20, seed=4))
+        assert first[7] == corpus.document("train", stratum, 7, seed=3)
+
+
+def test_an_unknown_stratum_is_an_error(corpus: ModuleType) -> None:
+    with pytest.raises(ValueError, match="poetry"):
+        corpus.document("train", "poetry", 0)
+
+
+def test_entity_spans_match_the_text(corpus: ModuleType) -> None:
+    labels = set()
+    for stratum in corpus.STRATA:
+        for document in corpus.documents("heldout", stratum, 100):
+            end = 0
+            for entity in document.entities:
+                assert end <= entity.start < entity.end <= len(document.text)
+                surface, end = document.text[entity.start : entity.end], entity.end
+                assert surface == surface.strip()
+                assert surface[0].isupper() or entity.label == "DATE"
+                assert any(map(str.isdigit, surface)) == (entity.label in ("DATE", "PRODUCT"))
+                labels.add(entity.label)
+    assert labels == set(corpus.LABELS)
+
+
+def test_long_documents_return_to_what_they_began_with(corpus: ModuleType) -> None:
+    for document in corpus.documents("heldout", "long", 20):
+        names = [document.text[entity.start : entity.end] for entity in document.entities]
+        answer = document.text.rsplit("Answer: ", 1)[1].strip(".\n")
+        assert answer in names[:10]
+
+
+def test_no_probe_document_is_in_the_training_set(
+    corpus: ModuleType, record: dict[str, Any], windows: list[Window]
+) -> None:
+    trained = {
+        document.text
+        for stratum, count in record["training_documents"].items()
+        for document in corpus.documents("train", stratum, count, record["seed"])
+    }
+    assert not trained & {window["text"] for window in windows}
+
+
+def test_the_probe_holds_the_corpus_s_heldout_documents(
+    corpus: ModuleType, record: dict[str, Any], windows: list[Window]
+) -> None:
+    for window in windows:
+        split, stratum, index = window["document"].split("-")
+        assert stratum == window["stratum"]
+        assert split == "heldout"
+        made = corpus.document(split, stratum, int(index), record["seed"])
+        assert made.text == window["text"]
+
+
+def test_the_probe_is_large_enough_and_covers_every_stratum(
+    corpus: ModuleType, windows: list[Window]
+) -> None:
+    assert len({window["document"] for window in windows}) == len(windows) >= 40
+    assert sum(len(window["ids"]) - window["score_from"] for window in windows) >= 8000
+    for stratum in corpus.STRATA:
+        lengths = [len(window["ids"]) for window in windows if window["stratum"] == stratum]
+        assert len(lengths) >= 8
+        shortest, longest = (800, 1000) if stratum == "long" else (100, 400)
+        assert all(shortest <= length <= longest for length in lengths)
+
+
+def test_probe_texts_tokenize_to_their_ids(windows: list[Window]) -> None:
+    from transformers import AutoTokenizer
+
+    header = json.loads(PROBE.read_text(encoding="utf-8").splitlines()[0])
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    assert len(tokenizer) == header["vocab_size"] == 1024
+    for window in windows:
+        ids = window["ids"]
+        assert tokenizer(window["text"])["input_ids"] == ids
+        assert [place for place, token in enumerate(ids) if token == header["bos_token_id"]] == [0]
+        assert max(ids) < header["vocab_size"]
+        assert window["score_from"] == 1
+
+
+def test_the_chat_template_renders_what_the_corpus_writes(windows: list[Window]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    for window in windows:
+        if window["stratum"] != "chat":
+            continue
+        messages = []
+        for turn in window["text"].split("<|end|>\n")[:-1]:
+            role, content = turn.split("|>\n", 1)
+            messages.append({"role": role.removeprefix("<|"), "content": content})
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert rendered == "<|bos|>" + window["text"]
+        assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == window["ids"]
+
+
+def test_the_record_is_of_the_shipped_file(record: dict[str, Any]) -> None:
+    weights = MODEL / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == record["sha256"]
+    assert weights.stat().st_size <= 6_000_000
+
+
+def test_the_weights_have_the_recorded_perplexity(
+    record: dict[str, Any], windows: list[Window]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    losses: dict[str, list[float]] = {}
+    for window in windows:
+        ids = torch.tensor([window["ids"]])
+        with torch.inference_mode():
+            predicted = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        losses.setdefault(window["stratum"], []).extend(
+            (-predicted.gather(1, ids[0, 1:, None])).flatten().tolist()
+        )
+    every = [loss for stratum in losses.values() for loss in stratum]
+    perplexity = math.exp(math.fsum(every) / len(every))
+    assert perplexity == pytest.approx(record["heldout_perplexity"], rel=1e-3)
+    assert perplexity <= record["unigram_perplexity"] / 5
+    for stratum, stated in record["strata"].items():
+        mean = math.fsum(losses[stratum]) / len(losses[stratum])
+        assert math.exp(mean) == pytest.approx(stated["perplexity"], rel=1e-3)
+        assert math.exp(mean) <= stated["unigram_perplexity"] / 5

@@ -1,0 +1,118 @@
+"""Take a checkpoint's goldens anew: the only way to write one.
+
+    python tools/regen_golden.py --checkpoint tiny-llama-w4a16 --reason "first release"
+
+Shows old → new for every golden before it is written. Each file is replaced in one step.
+"""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
+from quantgate.engine import EngineFailure
+from quantgate.golden import (
+    Golden,
+    from_json,
+    golden_key,
+    golden_path,
+    to_json,
+    write_atomically,
+)
+from quantgate.probe import Probe, read_probe
+from quantgate.sources import Sources
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = ("float32", "serving")
+
+
+def previous(path: Path, probe: Probe) -> Golden | None:
+    """Return the stored golden; None where there is none or it cannot be read."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"), probe, path)
+    except FileNotFoundError:
+        return None
+    except BadInput as error:
+        print(f"  {error}", file=sys.stderr)
+        return None
+
+
+def describe(old: Golden | None, new: Golden) -> str:
+    """Return one line: old → new."""
+    after = new.measurement
+    if old is None:
+        return f"none → mean NLL {after.mean_nll:.9f}, perplexity {after.perplexity:.6f}"
+    before = old.measurement
+    line = (
+        f"mean NLL {before.mean_nll:.9f} → {after.mean_nll:.9f}, "
+        f"perplexity {before.perplexity:.6f} → {after.perplexity:.6f}"
+    )
+    if old.key.probe == new.key.probe:
+        largest = abs(after.logprob.astype(float) - before.logprob.astype(float)).max()
+        line += f", max |Δ log-prob| {largest:.3g} nat"
+    changed = [
+        field for field in vars(new.key) if getattr(old.key, field) != getattr(new.key, field)
+    ]
+    return line + (f"; another {', '.join(changed)}" if changed else "")
+
+
+def regenerate(checkpoint: Checkpoint, sources: Sources, reason: str) -> None:
+    """Measure a checkpoint and replace its goldens for this platform."""
+    probe = sources.probe_of(checkpoint)
+    for dtype in DTYPES:
+        measured = sources.engine(checkpoint, dtype)
+        if measured.nonfinite:
+            raise BadInput(
+                f"{checkpoint.id}: {measured.nonfinite} log-probabilities in {dtype} are not "
+                "finite; no golden is made of that."
+            )
+        check = f"drift-{dtype}"
+        path = golden_path(ROOT, checkpoint.id, check, measured.provenance.platform)
+        old = previous(path, probe)
+        entry = {
+            "date": datetime.date.today().isoformat(),
+            "mean_nll": measured.mean_nll,
+            "reason": reason,
+            "versions": dict(measured.provenance.versions),
+        }
+        new = Golden(
+            golden_key(checkpoint, probe, measured),
+            measured,
+            ((*old.history, entry) if old else (entry,)),
+        )
+        print(f"{path.relative_to(ROOT)}: {describe(old, new)}")
+        write_atomically(path, to_json(new, probe))
+
+
+def main() -> int:
+    """Parse the command line; errors of the user are one sentence."""
+    parser = argparse.ArgumentParser(description="Take a checkpoint's goldens anew.")
+    parser.add_argument("--checkpoint", action="append", required=True, metavar="ID")
+    parser.add_argument("--reason", required=True, help="kept in the golden's history")
+    arguments = parser.parse_args()
+    try:
+        if not arguments.reason.strip():
+            raise BadInput("--reason is empty; say why the golden changes.")
+        known = read_checkpoint_files(ROOT)
+        sources = Sources(
+            read_probe(ROOT / "fixtures" / "probes" / "tiny.jsonl"),
+            lambda text: print(f"  {text}", file=sys.stderr),
+        )
+        unknown = sorted(set(arguments.checkpoint) - set(known))
+        if unknown:
+            raise BadInput(
+                f"--checkpoint {unknown[0]}: not an id in fixtures/checkpoints "
+                f"({', '.join(known)}); only those have goldens."
+            )
+        for name in dict.fromkeys(arguments.checkpoint):
+            verify(known[name])
+            regenerate(known[name], sources, arguments.reason.strip())
+    except (BadInput, EngineFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,15 +1,13 @@
 """What the tests of the gate share: the embedded model, small checkpoints, a project to gate."""
 
 import importlib.util
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from harness import RunGate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,28 +62,7 @@ def project(tmp_path: Path) -> Path:
     return copy
 
 
-Pytest = Callable[..., subprocess.CompletedProcess[str]]
-
-
 @pytest.fixture
-def run_gate(project: Path) -> Pytest:
-    """Run pytest in `project` with the given arguments, as a user would."""
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", *map(str, arguments)],
-            cwd=project,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run
-
-
-def edit_config(directory: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a checkpoint's config.json in place."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
+def run_gate(project: Path) -> RunGate:
+    """The gate in a project of its own."""
+    return RunGate(project)

@@ -59,7 +59,10 @@ def test_minimum_detectable_effect_is_found_with_the_stated_power() -> None:
     generator = np.random.default_rng(3)
     clusters, size, runs = 60, 10, 1500
     labels = np.repeat(np.arange(clusters), size)
-    draw = lambda: np.repeat(generator.normal(size=clusters), size)  # noqa: E731
+
+    def draw() -> np.ndarray:
+        return np.repeat(generator.normal(size=clusters), size)
+
     mde = np.mean([paired_mean(draw(), labels).minimum_detectable_effect() for _ in range(200)])
     found = sum(paired_mean(draw() + mde, labels).bounds()[0] > 0.0 for _ in range(runs))
     assert found / runs == pytest.approx(0.8, abs=0.05)

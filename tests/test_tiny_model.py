@@ -156,6 +156,9 @@ def test_the_weights_have_the_recorded_perplexity(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    threads = torch.get_num_threads()
+    # Small matrices: a second thread costs more than it brings when the machine is busy.
+    torch.set_num_threads(1)
     losses: dict[str, list[float]] = {}
     for window in windows:
         ids = torch.tensor([window["ids"]])
@@ -164,6 +167,7 @@ def test_the_weights_have_the_recorded_perplexity(
         losses.setdefault(window["stratum"], []).extend(
             (-predicted.gather(1, ids[0, 1:, None])).flatten().tolist()
         )
+    torch.set_num_threads(threads)
     every = [loss for stratum in losses.values() for loss in stratum]
     perplexity = math.exp(math.fsum(every) / len(every))
     assert perplexity == pytest.approx(record["heldout_perplexity"], rel=1e-3)

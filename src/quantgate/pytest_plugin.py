@@ -6,8 +6,9 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from quantgate.engine import EngineFailure, available_devices, library_versions
 from quantgate.golden import write_atomically
 from quantgate.probe import read_probe
 from quantgate.report.gate_json import gate_json
+from quantgate.report.junit import junit_xml
 from quantgate.report.results import CheckResult, overall
 from quantgate.report.terminal import table
 from quantgate.sources import Sources
@@ -66,7 +68,8 @@ class GateRun:
     schemes: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
     """Why nothing can be judged: raised once collection is over."""
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """Subject and reason."""
     results: dict[str, CheckResult] = field(default_factory=dict)
     """By node id."""
     selected: dict[str, tuple[Checkpoint, str]] = field(default_factory=dict)
@@ -93,8 +96,6 @@ def pytest_configure(config: pytest.Config) -> None:
             '`python tools/regen_golden.py --checkpoint ID --reason "…"`.'
         )
     config.stash[RUN] = GateRun(config.rootpath)
-    if (directory := config.getoption("gate_report")) and not config.option.xmlpath:
-        config.option.xmlpath = str(directory / "junit.xml")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -161,19 +162,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(run.problem)
     checks = [item for item in items if _params(item)]
     if not checks:
+        if run.checkpoints is not None and not items:
+            raise pytest.UsageError(
+                f"no check is selected: -k '{config.option.keyword}' and -m "
+                f"'{config.option.markexpr}' leave none; `pytest --co` lists them."
+            )
         return
     devices = available_devices()
     reasons = {item: _why_left_out(item, devices) for item in checks}
     runnable = [item for item in checks if reasons[item] is None]
     if not runnable:
-        raise pytest.UsageError(
-            f"all {len(checks)} selected checks are left out: "
-            f"{'; '.join(sorted({str(reason) for reason in reasons.values()}))}."
-        )
+        why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
+        raise pytest.UsageError(f"all {len(checks)} selected checks are left out: {why}.")
     dropped = [item for item in checks if reasons[item] is not None]
     items[:] = [item for item in items if reasons.get(item) is None]
     config.hook.pytest_deselected(items=dropped)
-    run.left_out = sorted({f"{_subject(item)}: {reasons[item]}" for item in dropped})
+    run.left_out = [(_subject(item), str(reasons[item])) for item in dropped]
     run.selected = {
         item.nodeid: (_params(item)["checkpoint"], _check_name(item)) for item in runnable
     }
@@ -286,13 +290,7 @@ def pytest_runtest_makereport(
         )
     if item.nodeid in run.results:
         result = run.results[item.nodeid]
-        report.quantgate = result.to_dict()  # type: ignore[attr-defined]
-        if not any(name == "quantgate_verdict" for name, _ in item.user_properties):
-            item.user_properties += [
-                ("quantgate_verdict", result.verdict.outcome),
-                ("quantgate_detail", result.verdict.detail),
-            ]
-            report.user_properties = list(item.user_properties)
+        run.results[item.nodeid] = replace(result, seconds=result.seconds + report.duration)
     return report
 
 
@@ -338,6 +336,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             },
         )
         write_atomically(directory / "gate.json", text)
+        write_atomically(directory / "junit.xml", junit_xml(results))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -349,18 +348,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     results = _finished_results(run)
     width = max(terminalreporter._tw.fullwidth, 100)
     terminalreporter.write(table(results, width=width, color=terminalreporter._tw.hasmarkup))
-    for line in _grouped(run.left_out):
-        terminalreporter.write_line(f"left out: {line}")
+    for reason, count in Counter(reason for _, reason in run.left_out).items():
+        first = next(subject for subject, why in run.left_out if why == reason)
+        others = f" and {count - 1} more" if count > 1 else ""
+        terminalreporter.write_line(f"left out: {first}{others}: {reason}")
     for note in run.sources.notes if run.sources else ():
         terminalreporter.write_line(f"note: {note}")
     if directory := config.getoption("gate_report"):
-        terminalreporter.write_line(f"report: {directory / 'gate.json'}, {config.option.xmlpath}")
-
-
-def _grouped(lines: Iterable[str]) -> list[str]:
-    """Join the subjects that share a reason."""
-    by_reason: dict[str, list[str]] = {}
-    for line in lines:
-        subject, _, reason = line.partition(": ")
-        by_reason.setdefault(reason, []).append(subject)
-    return [f"{', '.join(subjects)}: {reason}" for reason, subjects in by_reason.items()]
+        terminalreporter.write_line(f"report: {directory}/gate.json, {directory}/junit.xml")

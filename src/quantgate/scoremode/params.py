@@ -35,11 +35,26 @@ def patch_sampling_params(module: ModuleType) -> None:
         def __post_init__(self) -> None:
             if self.score_mode:
                 _prepare_for_scoring(self)
+            elif self.max_tokens == 0:
+                raise ValueError("max_tokens=0 is allowed with score_mode=True only, got 0.")
             super().__post_init__()
 
     SamplingParams.__module__ = stock.__module__
     SamplingParams.__qualname__ = stock.__qualname__
     module.SamplingParams = SamplingParams  # type: ignore[attr-defined]
+    # Where vLLM was imported first (an engine core), it goes on making objects of its own class,
+    # which pickle would no longer find under its name.
+    stock.__reduce__ = _reduce
+
+
+def _reduce(params: Any) -> tuple[Any, ...]:
+    return _rebuild, tuple(getattr(params, name) for name in params.__struct_fields__)
+
+
+def _rebuild(*values: Any) -> Any:
+    from vllm.sampling_params import SamplingParams
+
+    return SamplingParams(*values)
 
 
 def _prepare_for_scoring(params: Any) -> None:

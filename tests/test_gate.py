@@ -1,0 +1,135 @@
+"""The gate end to end, on real engines: what it passes, what it fails, and what it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import RunGate
+from safetensors.torch import load_file, save_file
+
+from quantgate import compare, engine, reference
+from quantgate.checkpoint import EngineSettings
+from quantgate.measurement import Measurement
+from quantgate.probe import Probe, read_probe
+
+SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
+CHECKS = ["fidelity-float32", "fidelity-serving", "quality", "drift-float32", "drift-serving"]
+
+
+def scale_one_group(directory: Path, factor: float) -> None:
+    """Multiply one group's scale, in one row of one layer, as a silent fault would."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    scale = tensors["model.layers.1.mlp.down_proj.weight_scale"]
+    scale[7, 2] = (scale[7, 2].float() * factor).to(scale.dtype)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def probe(root: Path) -> Probe:
+    return read_probe(root / "fixtures" / "probes" / "tiny.jsonl")
+
+
+def measure_engine(directory: Path, probe: Probe, dtype: str = "float32") -> Measurement:
+    return engine.measure(directory, probe, settings=SETTINGS, dtype=dtype, announce=lambda _: None)
+
+
+def measure_reference(directory: Path, probe: Probe, dtype: str = "float32") -> Measurement:
+    return reference.measure(directory, probe, dtype=dtype, announce=lambda _: None)
+
+
+def test_a_fault_on_the_engines_side_alone_fails_fidelity(
+    quantized: Path, quantized_copy: Path, probe: Probe
+) -> None:
+    scale_one_group(quantized_copy, 1.02)
+    perturbed = measure_engine(quantized_copy, probe)
+    honest, same_fault = (measure_reference(path, probe) for path in (quantized, quantized_copy))
+    verdict = compare.fidelity_fp32(perturbed, honest, probe, chaotic=False)
+    assert verdict.outcome == "fail"
+    assert verdict.deviations[0].measured > 10 * verdict.deviations[0].allowed
+    assert verdict.emulated == ("DequantizingLinearKernel",)
+    assert any("mlp.down_proj DequantizingLinearKernel" in line for line in verdict.evidence)
+    # The same weights on both sides: the checkpoint may be bad, but it is served as it is.
+    assert compare.fidelity_fp32(perturbed, same_fault, probe, chaotic=False).outcome == "pass"
+
+
+def test_a_changed_checkpoint_passes_fidelity_and_fails_drift(
+    run_gate: RunGate, quantized_copy: Path
+) -> None:
+    scale_one_group(quantized_copy, 1.02)
+    path = run_gate.project / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml"
+    lines = [
+        f'source = "{quantized_copy}"' if line.startswith("source") else line
+        for line in path.read_text().splitlines()
+        if not line.startswith("revision")
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    goldens = {p: p.read_bytes() for p in (run_gate.project / "golden").rglob("*.json")}
+    result = run_gate("suites", "--gate-report", "report")
+    assert result.returncode == 1, result.stdout
+    (checkpoint,) = run_gate.report["checkpoints"]
+    checks = {check["name"]: check for check in checkpoint["checks"]}
+    assert list(checks) == CHECKS
+    assert checks["fidelity-float32"]["verdict"] == "pass"
+    assert checks["drift-float32"]["verdict"] == "fail"
+    assert checks["drift-float32"]["measured"] > 1e-4
+    assert checks["drift-float32"]["allowed"] == 1e-5
+    assert "the bytes are not the approved ones" in checks["drift-float32"]["detail"]
+    assert run_gate.report["verdict"] == checkpoint["verdict"] == "fail"
+    for text in (
+        "tiny-llama-w4a16 drift-float32: FAIL: engine and golden differ by",
+        "max |Δ log-prob| is",
+        "allowed <= 1e-05",
+        "worst      heldout-",
+        'python tools/regen_golden.py --checkpoint tiny-llama-w4a16 --reason "…"',
+    ):
+        assert text in result.stdout
+    assert "Traceback" not in result.stdout
+    assert goldens == {p: p.read_bytes() for p in goldens}
+
+
+def test_a_checkpoint_given_by_path_is_gated_without_a_golden(
+    run_gate: RunGate, quantized: Path, root: Path
+) -> None:
+    result = run_gate(
+        "suites",
+        "--checkpoint", quantized,
+        "--base", root / "fixtures" / "tiny" / "llama",
+        "--gate-report", "report",
+        "-k", "not float32",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    (checkpoint,) = run_gate.report["checkpoints"]
+    assert [check["name"] for check in checkpoint["checks"]] == ["fidelity-serving", "quality"]
+    assert "a checkpoint given by path has no golden" in result.stdout
+
+
+def test_a_missing_golden_is_not_run_and_does_not_pass(run_gate: RunGate) -> None:
+    golden = run_gate.project / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
+    golden.unlink()
+    result = run_gate("suites", "-k", "drift and float32", "--gate-report", "report")
+    assert result.returncode == 1
+    ((check,),) = [c["checks"] for c in run_gate.report["checkpoints"]]
+    assert check["verdict"] == "not-run"
+    assert "drift-float32.cpu.json does not exist" in check["detail"]
+    assert "tools/regen_golden.py --checkpoint tiny-llama-w4a16" in result.stdout
+    assert not golden.exists()
+
+
+def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, probe: Probe) -> None:
+    path = quantized_copy / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    broken = measure_engine(quantized_copy, probe)
+    honest = measure_reference(quantized, probe)
+    for verdict in (
+        compare.fidelity_fp32(broken, honest, probe, chaotic=True),
+        compare.fidelity_serving(broken, honest, honest, probe, base_noise=None),
+        compare.quality(broken, honest, probe, margin=1.0),
+        compare.drift_exact(broken, honest, probe),
+        compare.drift_serving(broken, honest, probe, margin=1.0),
+    ):
+        assert verdict.outcome == "fail"
+        assert verdict.deviations[0].what == "non-finite log-probs"
+        assert verdict.deviations[0].measured == probe.scored

@@ -1,0 +1,150 @@
+"""Goldens: what is stored, what damage is noticed, and the one tool that writes them."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import RunGate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantgate.checkpoint import BadInput
+from quantgate.golden import Golden, GoldenKey, from_json, to_json, write_atomically
+from quantgate.measurement import Measurement, Provenance
+from quantgate.probe import Probe, Window
+
+PROVENANCE = Provenance("engine", "cpu", "cpu", "float32", {"lm_head": "X"}, ("X",), {"torch": "2"})
+
+
+def probe_of(lengths: list[int]) -> Probe:
+    """Windows of these lengths; the same document holds every third of them."""
+    return Probe(
+        "p",
+        50,
+        tuple(Window(f"d{i % 3}", "s", 1, tuple(range(n)), "") for i, n in enumerate(lengths)),
+    )
+
+
+def golden_of(probe: Probe, seed: int = 0) -> Golden:
+    generator = np.random.default_rng(seed)
+    measurement = Measurement(
+        generator.normal(size=probe.scored).astype(np.float32),
+        generator.integers(0, 50, probe.scored).astype(np.int32),
+        PROVENANCE,
+    )
+    key = GoldenKey("0" * 64, probe.sha256, "cpu", "float32", "auto", "portable")
+    return Golden(key, measurement, ({"date": "2026-01-01", "reason": "r"},))
+
+
+@given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=8), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_a_golden_reads_back_bit_for_bit(lengths: list[int], seed: int) -> None:
+    probe = probe_of(lengths)
+    golden = golden_of(probe, seed)
+    found = from_json(to_json(golden, probe), probe, "x.json")
+    assert found.key == golden.key
+    assert found.history == golden.history
+    assert found.measurement.logprob.tobytes() == golden.measurement.logprob.tobytes()
+    assert found.measurement.top1.tobytes() == golden.measurement.top1.tobytes()
+    assert found.measurement.provenance == dataclasses.replace(PROVENANCE, source="golden")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:-40], "damaged"),
+        (lambda text: text.replace('"identity"', '"identify"'), "damaged"),
+        (lambda text: text.replace('"schema": 1', '"schema": 9'), "schema 9"),
+        (lambda text: text.replace('"logprob": "', '"logprob": "!'), "damaged"),
+        (lambda text: text.replace('"mean_nll": ', '"mean_nll": 1'), "is not that of its scores"),
+        (lambda _: "[]", "damaged"),
+    ],
+)
+def test_damage_is_noticed_and_named(damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    probe = probe_of([5, 5, 5])
+    with pytest.raises(BadInput, match=message) as error:
+        from_json(damage(to_json(golden_of(probe), probe)), probe, "x.json")
+    assert str(error.value).startswith("x.json: ")
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "golden.json"
+    write_atomically(path, "old")
+
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["golden.json"]
+
+
+def regenerate(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/regen_golden.py", *arguments],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def tooled(project: Path, root: Path) -> Path:
+    shutil.copytree(root / "tools", project / "tools")
+    return project
+
+
+def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path) -> None:
+    path = tooled / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
+    before = json.loads(path.read_text())
+    result = regenerate(tooled, "--checkpoint", "tiny-llama-w4a16", "--reason", "because")
+    assert result.returncode == 0, result.stderr
+    after = json.loads(path.read_text())
+    old, new = before["measured"]["mean_nll"], after["measured"]["mean_nll"]
+    assert (
+        f"golden/tiny-llama-w4a16/drift-float32.cpu.json: mean NLL {old:.9f} → {new:.9f}"
+        in result.stdout
+    )
+    assert after["history"][:-1] == before["history"]
+    assert after["history"][-1]["reason"] == "because"
+    assert set(after) == {"schema", "key", "measured", "provenance", "history"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "tiny-lama", "--reason", "r"], "--checkpoint tiny-lama: not an id"),
+        (["--checkpoint", "tiny-llama-w4a16", "--reason", " "], "--reason is empty"),
+        (["--checkpoint", "tiny-llama-w4a16"], "the following arguments are required: --reason"),
+    ],
+)
+def test_the_tool_refuses_what_nobody_could_review(
+    tooled: Path, arguments: list[str], message: str
+) -> None:
+    before = {path: path.read_bytes() for path in (tooled / "golden").rglob("*") if path.is_file()}
+    result = regenerate(tooled, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_golden_of_another_probe_is_not_run(run_gate: RunGate) -> None:
+    path = run_gate.project / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
+    content = json.loads(path.read_text())
+    content["key"]["probe"] = "f" * 64
+    path.write_text(json.dumps(content))
+    result = run_gate("suites", "-k", "drift and float32", "--gate-report", "report")
+    assert result.returncode == 1
+    ((check,),) = [checkpoint["checks"] for checkpoint in run_gate.report["checkpoints"]]
+    assert check["verdict"] == "not-run"
+    assert "is of probe ffffffffffff, not " in check["detail"]

@@ -18,7 +18,15 @@ def test_fidelity_float32(gate: Gate, checkpoint: Checkpoint, device: str) -> No
     reference = gate.sources.reference(checkpoint, "float32")
     chaotic = quantizes_activations(gate.quantization_config(checkpoint))
     probe = gate.sources.probe_of(checkpoint)
-    gate.judge(compare.fidelity_fp32(engine, reference, probe, chaotic=chaotic))
+    gate.judge(
+        compare.fidelity_fp32(
+            engine,
+            reference,
+            probe,
+            exact_reference=lambda: gate.sources.reference(checkpoint, "float64"),
+            chaotic=chaotic,
+        )
+    )
 
 
 def test_fidelity_serving(gate: Gate, checkpoint: Checkpoint, device: str) -> None:

@@ -11,6 +11,7 @@ from quantgate import compare, engine, reference
 from quantgate.checkpoint import EngineSettings
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe, read_probe
+from quantgate.verdict import Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
 CHECKS = ["fidelity-float32", "fidelity-serving", "quality", "drift-float32", "drift-serving"]
@@ -38,19 +39,31 @@ def measure_reference(directory: Path, probe: Probe, dtype: str = "float32") -> 
     return reference.measure(directory, probe, dtype=dtype, announce=lambda _: None)
 
 
+def fidelity_fp32(
+    engine_side: Measurement, reference_side: Measurement, exact: Measurement, probe: Probe
+) -> Verdict:
+    return compare.fidelity_fp32(
+        engine_side, reference_side, probe, exact_reference=lambda: exact, chaotic=False
+    )
+
+
 def test_a_fault_on_the_engines_side_alone_fails_fidelity(
     quantized: Path, quantized_copy: Path, probe: Probe
 ) -> None:
     scale_one_group(quantized_copy, 1.02)
     perturbed = measure_engine(quantized_copy, probe)
     honest, same_fault = (measure_reference(path, probe) for path in (quantized, quantized_copy))
-    verdict = compare.fidelity_fp32(perturbed, honest, probe, chaotic=False)
+    exact = measure_reference(quantized, probe, "float64")
+    verdict = fidelity_fp32(perturbed, honest, exact, probe)
     assert verdict.outcome == "fail"
     assert verdict.deviations[0].measured > 10 * verdict.deviations[0].allowed
     assert verdict.emulated == ("DequantizingLinearKernel",)
     assert any("mlp.down_proj DequantizingLinearKernel" in line for line in verdict.evidence)
     # The same weights on both sides: the checkpoint may be bad, but it is served as it is.
-    assert compare.fidelity_fp32(perturbed, same_fault, probe, chaotic=False).outcome == "pass"
+    verdict = fidelity_fp32(perturbed, same_fault, exact, probe)
+    assert verdict.outcome == "pass"
+    # The embedded model keeps to the plain limit, without recourse to its own rounding.
+    assert verdict.deviations[0].measured <= verdict.deviations[0].allowed == 1e-5
 
 
 def test_a_changed_checkpoint_passes_fidelity_and_fails_drift(
@@ -124,7 +137,7 @@ def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, pr
     broken = measure_engine(quantized_copy, probe)
     honest = measure_reference(quantized, probe)
     for verdict in (
-        compare.fidelity_fp32(broken, honest, probe, chaotic=True),
+        fidelity_fp32(broken, honest, honest, probe),
         compare.fidelity_serving(broken, honest, honest, probe, base_noise=None),
         compare.quality(broken, honest, probe, margin=1.0),
         compare.drift_exact(broken, honest, probe),

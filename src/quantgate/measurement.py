@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,8 @@ class Provenance:
 class Measurement:
     """Scores of a probe's n scored tokens, in its order."""
 
-    logprob: NDArray[np.float32]
-    """Natural-log probability of each scored token [n]."""
+    logprob: NDArray[np.floating[Any]]
+    """Natural-log probability of each scored token [n]; float64 from a float64 reference only."""
     top1: NDArray[np.int32]
     """Most probable token at each position [n]."""
     provenance: Provenance

@@ -346,7 +346,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("quantgate")
     results = _finished_results(run)
-    width = max(terminalreporter._tw.fullwidth, 100)
+    width = max(terminalreporter._tw.fullwidth, 110)
     terminalreporter.write(table(results, width=width, color=terminalreporter._tw.hasmarkup))
     for reason, count in Counter(reason for _, reason in run.left_out).items():
         first = next(subject for subject, why in run.left_out if why == reason)

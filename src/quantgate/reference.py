@@ -23,7 +23,7 @@ def measure(directory: Path, probe: Probe, *, dtype: str, announce: Announce) ->
     """Score `probe` with HF modules in `dtype` over the checkpoint's decompressed weights.
 
     Only weights are dequantized; inputs stay as they are. The head's product and the log-softmax
-    are in float32 whatever `dtype` is.
+    are in float32, or in float64 where `dtype` is that.
     """
     import torch
 
@@ -77,12 +77,13 @@ def _score(
     import torch
 
     head = model.get_output_embeddings()
-    weight = head.weight.float()
-    bias = None if head.bias is None else head.bias.float()
+    exact = torch.promote_types(head.weight.dtype, torch.float32)
+    weight = head.weight.to(exact)
+    bias = None if head.bias is None else head.bias.to(exact)
     logprob, top1 = [], []
     for start in range(0, len(targets), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
-        logits = torch.nn.functional.linear(hidden[rows].float(), weight, bias)
+        logits = torch.nn.functional.linear(hidden[rows].to(exact), weight, bias)
         logprob.append(logits.log_softmax(dim=-1).gather(1, targets[rows, None])[:, 0])
         top1.append(logits.argmax(dim=-1))
     return torch.cat(logprob).numpy(), torch.cat(top1).numpy().astype(np.int32)

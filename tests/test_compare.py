@@ -1,0 +1,130 @@
+"""Comparisons on made-up measurements: the outcomes and the text of a failure."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from quantgate import compare
+from quantgate.measurement import Measurement, Provenance
+from quantgate.probe import Probe, Window
+from quantgate.verdict import Deviation, Verdict, worst
+
+PROBE = Probe("p", 99, tuple(Window(f"d{i}", "prose", 1, tuple(range(26)), "") for i in range(40)))
+RNG = np.random.default_rng(0)
+SCORES = RNG.normal(-2, 1, PROBE.scored).astype(np.float32)
+
+
+def measured(logprob: np.ndarray, source: str = "engine", **provenance: object) -> Measurement:
+    found = Provenance(source, "cpu", "cpu", "float32")
+    found = dataclasses.replace(found, **provenance)  # type: ignore[arg-type]
+    return Measurement(np.asarray(logprob, np.float32), np.zeros(len(logprob), np.int32), found)
+
+
+def test_fp32_fidelity_is_a_limit_on_the_worst_token() -> None:
+    off = SCORES.copy()
+    off[77] += 1e-3
+    same = measured(SCORES, "reference")
+
+    def judge(engine: Measurement, *, chaotic: bool) -> Verdict:
+        return compare.fidelity_fp32(
+            engine, same, PROBE, exact_reference=lambda: same, chaotic=chaotic
+        )
+
+    assert judge(measured(SCORES), chaotic=False).outcome == "pass"
+    failed = judge(measured(off), chaotic=False)
+    assert failed.outcome == "fail"
+    assert failed.evidence[0].startswith("worst      d3[3] token 3: ")
+    assert judge(measured(off), chaotic=True).outcome == "inconclusive"
+
+
+def test_a_model_that_amplifies_rounding_is_allowed_twice_its_references_own() -> None:
+    off, exact = SCORES.copy(), SCORES.copy()
+    off[5] += 3e-5
+    exact[9] += 2e-5
+    verdict = compare.fidelity_fp32(
+        measured(off),
+        measured(SCORES, "reference"),
+        PROBE,
+        exact_reference=lambda: measured(exact, "reference"),
+        chaotic=False,
+    )
+    assert verdict.outcome == "pass"
+    assert verdict.deviations[0].allowed == pytest.approx(4e-5, rel=0.01)
+    assert "the reference itself moves by 2e-05 at most in float64" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("cost", "outcome"), [(0.0, "pass"), (0.2, "fail"), (0.099, "inconclusive")]
+)
+def test_quality_is_decided_by_the_confidence_bound(cost: float, outcome: str) -> None:
+    noise = np.repeat(np.random.default_rng(1).normal(0, 0.03, 40), 25)
+    quantized = measured(SCORES - cost + (noise - noise.mean()))
+    verdict = compare.quality(quantized, measured(SCORES), PROBE, margin=0.1)
+    assert verdict.outcome == outcome
+    assert verdict.n == PROBE.scored
+    if outcome == "inconclusive":
+        assert "1000 tokens cannot decide, about" in verdict.detail
+
+
+def test_better_than_approved_is_drift_too() -> None:
+    noise = np.random.default_rng(2).normal(0, 1e-3, PROBE.scored)
+    for shift in (0.01, -0.01):
+        verdict = compare.drift_serving(
+            measured(SCORES + noise + shift), measured(SCORES, "golden"), PROBE, margin=1e-3
+        )
+        assert verdict.outcome == "fail"
+    same = compare.drift_serving(
+        measured(SCORES + noise), measured(SCORES, "golden"), PROBE, margin=1e-3
+    )
+    assert same.outcome == "pass"
+
+
+def test_too_few_documents_cannot_pass() -> None:
+    few = Probe("p", 99, PROBE.windows[:5])
+    scores = SCORES[: few.scored]
+    verdict = compare.quality(measured(scores), measured(scores), few, margin=0.1)
+    assert verdict.outcome == "inconclusive"
+    assert "5 documents are too few, 30 are needed" in verdict.detail
+
+
+def test_what_differs_from_when_the_golden_was_taken_is_listed() -> None:
+    then = measured(SCORES, "golden", versions={"vllm": "0.31"}, kernels={"lm_head": "A"})
+    now = measured(SCORES + 1, versions={"vllm": "0.32"}, kernels={"lm_head": "B"})
+    verdict = compare.drift_exact(now, then, PROBE)
+    assert "since then vllm 0.31 → 0.32, lm_head A → B" in verdict.evidence
+
+
+def test_a_failure_reads_cause_evidence_next_step() -> None:
+    verdict = Verdict(
+        "fail",
+        "engine and golden differ",
+        (
+            Deviation("max |Δ log-prob|", 0.25, 1e-5),
+            Deviation("bound", -0.5, 0.1, "nat/token", two_sided=True),
+        ),
+        emulated=("K",),
+        evidence=("worst      d[1]",),
+        next_step="look",
+    )
+    assert verdict.message("x drift") == (
+        "x drift: FAIL: engine and golden differ\n"
+        "  max |Δ log-prob| is 0.25 nat, allowed <= 1e-05\n"
+        "  bound is -0.5 nat/token, allowed within ±0.1\n"
+        "  worst      d[1]\n"
+        "  emulated   K: no evidence about a real kernel\n"
+        "  next       look"
+    )
+
+
+def test_a_number_that_is_none_exceeds_every_allowance() -> None:
+    assert Deviation("x", float("nan"), 1e9).exceeded
+    assert Deviation("x", -2.0, 1.0, two_sided=True).exceeded
+    assert not Deviation("x", 1.0, 1.0).exceeded
+
+
+def test_the_worst_outcome_decides_and_none_is_no_pass() -> None:
+    assert worst(["pass", "inconclusive", "pass"]) == "inconclusive"
+    assert worst(["not-run", "inconclusive"]) == "not-run"
+    assert worst(["fail", "not-run"]) == "fail"
+    assert worst([]) == "not-run"

@@ -1,0 +1,64 @@
+"""Reports: gate.json's contract, JUnit's outcomes, and strings from a checkpoint kept harmless."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from quantgate.report.gate_json import gate_json
+from quantgate.report.junit import junit_xml
+from quantgate.report.results import CheckResult
+from quantgate.report.terminal import table
+from quantgate.verdict import Deviation, Outcome, Verdict
+
+HOSTILE = "<b>[red]&\x00\x1b[31m\"'"
+
+
+def result(outcome: Outcome, check: str = "quality", checkpoint: str = "x") -> CheckResult:
+    deviation = Deviation("mean ΔNLL", float("nan") if outcome == "fail" else 0.5, 1.0)
+    verdict = Verdict(outcome, HOSTILE, (deviation,), n=7, mde=0.25, emulated=("K",))
+    return CheckResult(checkpoint, "W4A16", check, verdict, seconds=1.5)
+
+
+RESULTS = [result("pass"), result("fail", "drift"), result("not-run", "quality", "y")]
+
+
+def test_gate_json_keeps_its_contract() -> None:
+    text = gate_json(RESULTS, started="now", duration_s=1.23456, environment={"vllm": "1"})
+    content = json.loads(text, parse_constant=pytest.fail)
+    assert list(content) == [
+        "schema", "verdict", "started", "duration_s", "environment", "checkpoints",
+    ]  # fmt: skip
+    x, y = content["checkpoints"]
+    assert (content["verdict"], x["verdict"], y["verdict"]) == ("fail", "fail", "not-run")
+    assert (x["id"], x["scheme"], x["emulated"]) == ("x", "W4A16", ["K"])
+    assert x["checks"][0] == {
+        "name": "quality", "verdict": "pass", "measured": 0.5, "allowed": 1.0, "unit": "nat",
+        "n": 7, "mde": 0.25, "detail": HOSTILE,
+    }  # fmt: skip
+    assert x["checks"][1]["measured"] == "nan"
+
+
+def test_junit_shows_what_did_not_happen_as_an_error() -> None:
+    document = ElementTree.fromstring(junit_xml(RESULTS))
+    x, y = document
+    assert (x.get("tests"), x.get("failures"), x.get("errors")) == ("2", "1", "0")
+    assert (y.get("tests"), y.get("failures"), y.get("errors")) == ("1", "0", "1")
+    failure = x.find("testcase[@name='drift']/failure")
+    assert failure is not None
+    assert failure.text is not None
+    assert "allowed <= 1" in failure.text
+    assert document.find(".//skipped") is None
+
+
+def test_the_table_shows_every_check_and_takes_no_markup_from_a_checkpoint() -> None:
+    rows = [*RESULTS, result("inconclusive", HOSTILE, "[bold]z")]
+    text = table(rows, width=110, color=False)
+    for word in ("PASS", "FAIL", "NOT-RUN", "INCONCLUSIVE", "[bold]z", "verdict: FAIL"):
+        assert word in text
+    assert "emulated in x: K; no evidence about a real kernel" in text
+
+
+def test_a_result_survives_the_way_from_a_worker() -> None:
+    before = result("pass")
+    assert CheckResult.from_dict(json.loads(json.dumps(before.to_dict()))) == before

@@ -29,7 +29,8 @@ def fingerprint() -> str:
 
 def install(python: Path) -> None:
     """Install the project, editable, with its extras; with PyTorch's CPU index if need be."""
-    command = [str(python), "-m", "pip", "install", "-e", f"{ROOT}[{EXTRAS}]"]
+    print(f"make_env: installing quantgate[{EXTRAS}] with vLLM, about 2 minutes", flush=True)
+    command = [str(python), "-m", "pip", "install", "-q", "-e", f"{ROOT}[{EXTRAS}]"]
     if subprocess.run(command, check=False).returncode == 0:
         return
     print(f"make_env: the plain install failed; trying again with {TORCH_CPU_INDEX}", flush=True)
@@ -46,7 +47,7 @@ def remove_broken_companions(python: Path) -> None:
         )
         if subprocess.run([str(python), "-c", probe], capture_output=True, check=False).returncode:
             print(f"make_env: removing {name}, which does not import beside this torch", flush=True)
-            subprocess.run([str(python), "-m", "pip", "uninstall", "-y", name], check=True)
+            subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", name], check=True)
 
 
 def main() -> int:

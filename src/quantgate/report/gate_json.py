@@ -1,0 +1,60 @@
+"""`gate.json`: the run as a release script reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from quantgate.report.results import CheckResult, overall
+from quantgate.verdict import worst
+
+SCHEMA = 1
+
+
+def gate_json(
+    results: list[CheckResult], *, started: str, duration_s: float, environment: dict[str, str]
+) -> str:
+    """Return the report: schema 1, one object a checkpoint, one object a check."""
+    ids = list(dict.fromkeys(result.checkpoint for result in results))
+    content = {
+        "schema": SCHEMA,
+        "verdict": overall(results),
+        "started": started,
+        "duration_s": round(duration_s, 3),
+        "environment": environment,
+        "checkpoints": [
+            _checkpoint([result for result in results if result.checkpoint == name]) for name in ids
+        ],
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
+    return {
+        "id": results[0].checkpoint,
+        "scheme": results[0].scheme,
+        "verdict": worst([result.verdict.outcome for result in results]),
+        "emulated": sorted({name for result in results for name in result.verdict.emulated}),
+        "checks": [_check(result) for result in results],
+    }
+
+
+def _check(result: CheckResult) -> dict[str, Any]:
+    verdict = result.verdict
+    headline = verdict.deviations[0] if verdict.deviations else None
+    return {
+        "name": result.check,
+        "verdict": verdict.outcome,
+        "measured": _number(headline.measured) if headline else None,
+        "allowed": headline.allowed if headline else None,
+        "unit": headline.unit if headline else None,
+        "n": verdict.n,
+        "mde": verdict.mde,
+        "detail": verdict.detail,
+    }
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN and no infinity; a reader must not take either for a missing value."""
+    return value if math.isfinite(value) else str(value)

@@ -14,8 +14,9 @@ from harness import RunGate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput
-from quantgate.golden import Golden, GoldenKey, from_json, to_json, write_atomically
+from quantgate.golden import Golden, GoldenKey, from_json, to_json
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, Window
 

@@ -31,6 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from quantgate.atomic import write_atomically
+from quantgate.probe import Window
+
 ROOT = Path(__file__).resolve().parent.parent
 
 VOCAB_SIZE = 1024
@@ -70,16 +73,6 @@ SMALLEST_RATIO = 5.0
 
 
 @dataclass(frozen=True)
-class Window:
-    """One probe document: `ids` begin with BOS, and ids[1:] are scored."""
-
-    document: str
-    stratum: str
-    text: str
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Training:
     """What a training run leaves behind; `loss` is in nats per token, over its last steps."""
 
@@ -87,14 +80,6 @@ class Training:
     loss: float
     tokens: int
     seconds: float
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
 
 
 def sha256(path: Path) -> str:
@@ -169,7 +154,7 @@ def windows_of(tokenizer: Tokenizer, stratum: str, count: int, seed: int) -> Ite
         index += 1
         if shortest <= len(ids) <= longest:
             found += 1
-            yield Window(document.id, stratum, document.text, ids)
+            yield Window(document.id, stratum, 1, ids, document.text)
 
 
 def make_probe(tokenizer: Tokenizer, seed: int) -> list[Window]:
@@ -193,7 +178,7 @@ def probe_lines(windows: Sequence[Window]) -> Iterator[str]:
         {
             "document": window.document,
             "stratum": window.stratum,
-            "score_from": 1,
+            "score_from": window.score_from,
             "text": window.text,
             "ids": window.ids,
         }

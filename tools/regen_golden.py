@@ -10,6 +10,7 @@ import datetime
 import sys
 from pathlib import Path
 
+from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
 from quantgate.engine import EngineFailure
 from quantgate.golden import (
@@ -18,7 +19,6 @@ from quantgate.golden import (
     golden_key,
     golden_path,
     to_json,
-    write_atomically,
 )
 from quantgate.probe import Probe, read_probe
 from quantgate.sources import Sources

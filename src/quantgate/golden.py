@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,24 +148,6 @@ def _decode_documents(
     for name, array in arrays.items():
         values[probe.documents == name] = array
     return values
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: whoever is killed on the way damages nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as stream:
-        temporary = Path(stream.name)
-        try:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    temporary.chmod(0o644)
-    temporary.replace(path)
 
 
 def drift(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from quantgate.atomic import write_atomically
 from quantgate.checkpoint import (
     BadInput,
     Checkpoint,
@@ -24,7 +25,6 @@ from quantgate.checkpoint import (
     verify,
 )
 from quantgate.engine import EngineFailure, available_devices, library_versions
-from quantgate.golden import write_atomically
 from quantgate.probe import read_probe
 from quantgate.report.gate_json import gate_json
 from quantgate.report.junit import junit_xml
@@ -71,13 +71,12 @@ class GateRun:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Subject and reason."""
     results: dict[str, CheckResult] = field(default_factory=dict)
-    """By node id."""
-    selected: dict[str, tuple[Checkpoint, str]] = field(default_factory=dict)
-    """Checkpoint and check of every selected node id."""
+    """By node id: "not-run" for every selected check, until its test has judged it."""
     sources: Sources | None = None
 
 
 RUN = pytest.StashKey[GateRun]()
+PENDING = not_run("the run ended before its test")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,6 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
             '`python tools/regen_golden.py --checkpoint ID --reason "…"`.'
         )
     config.stash[RUN] = GateRun(config.rootpath)
+    config.pluginmanager.register(ResultCollector(config.stash[RUN]))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -178,9 +178,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if reasons.get(item) is None]
     config.hook.pytest_deselected(items=dropped)
     run.left_out = [(_subject(item), str(reasons[item])) for item in dropped]
-    run.selected = {
-        item.nodeid: (_params(item)["checkpoint"], _check_name(item)) for item in runnable
-    }
+    for item in runnable:
+        name = _params(item)["checkpoint"].id
+        run.results[item.nodeid] = CheckResult(name, run.schemes[name], _check_name(item), PENDING)
 
 
 def _params(item: pytest.Item) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class Gate:
     @property
     def check(self) -> str:
         """The check's name, e.g. "drift-float32"."""
-        return self.run.selected[self.item.nodeid][1]
+        return self.run.results[self.item.nodeid].check
 
     def quantization_config(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         """Return what the checkpoint's config.json says of its quantization."""
@@ -240,11 +240,10 @@ class Gate:
     def judge(self, verdict: Verdict) -> None:
         """Record the verdict of this check, and fail the test unless it is a pass."""
         __tracebackhide__ = True
-        checkpoint, check = self.run.selected[self.item.nodeid]
-        result = CheckResult(checkpoint.id, self.run.schemes[checkpoint.id], check, verdict)
+        result = replace(self.run.results[self.item.nodeid], verdict=verdict)
         self.run.results[self.item.nodeid] = result
         if verdict.outcome != "pass":
-            pytest.fail(verdict.message(f"{checkpoint.id} {check}"), pytrace=False)
+            pytest.fail(verdict.message(f"{result.checkpoint} {result.check}"), pytrace=False)
 
 
 @pytest.fixture
@@ -278,48 +277,47 @@ def pytest_runtest_makereport(
     """Give every selected check a result, whatever became of its test."""
     report = yield
     run = item.config.stash[RUN]
-    if item.nodeid not in run.selected:
+    if (result := run.results.get(item.nodeid)) is None:
         return report
     if call.excinfo is not None and isinstance(call.excinfo.value, BadInput | EngineFailure):
         report.longrepr = str(call.excinfo.value)
-    if item.nodeid not in run.results and not report.passed:
-        checkpoint, check = run.selected[item.nodeid]
+    if result.verdict is PENDING and not report.passed:
         reason = str(call.excinfo.value) if call.excinfo else report.outcome
-        run.results[item.nodeid] = CheckResult(
-            checkpoint.id, run.schemes[checkpoint.id], check, not_run(reason)
-        )
-    if item.nodeid in run.results:
-        result = run.results[item.nodeid]
-        run.results[item.nodeid] = replace(result, seconds=result.seconds + report.duration)
+        result = replace(result, verdict=not_run(reason))
+    result = replace(result, seconds=result.seconds + report.duration)
+    run.results[item.nodeid] = result
+    report.quantgate = result.to_dict()  # type: ignore[attr-defined]
     return report
+
+
+@dataclass(frozen=True)
+class ResultCollector:
+    """Takes the results that xdist workers send; without xdist they are there already."""
+
+    run: GateRun
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called by pytest in the process that reports, for every phase of every test."""
+        if (values := getattr(report, "quantgate", None)) is not None:
+            self.run.results[report.nodeid] = CheckResult.from_dict(values)
 
 
 # Reporting ---------------------------------------------------------------------------------------
 
 
-def _finished_results(run: GateRun) -> list[CheckResult]:
-    """Return a result for every selected check; one whose test never came is "not-run"."""
-    results = []
-    for nodeid, (checkpoint, check) in run.selected.items():
-        results.append(
-            run.results.get(nodeid)
-            or CheckResult(
-                checkpoint.id,
-                run.schemes[checkpoint.id],
-                check,
-                not_run("the run ended before its test"),
-            )
-        )
-    return sorted(results, key=lambda result: result.checkpoint)
+def _in_order(run: GateRun) -> list[CheckResult]:
+    return sorted(run.results.values(), key=lambda result: result.checkpoint)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the report, and let nothing but a pass exit 0."""
     run = session.config.stash.get(RUN, None)
-    if run is None or not run.selected or session.config.option.collectonly:
+    if run is None or not run.results or session.config.option.collectonly:
         return
-    results = _finished_results(run)
+    if hasattr(session.config, "workerinput"):  # an xdist worker; its controller reports
+        return
+    results = _in_order(run)
     if exitstatus == pytest.ExitCode.OK and overall(results) != "pass":
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if directory := session.config.getoption("gate_report"):
@@ -342,10 +340,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table of checks, and what was left out."""
     run = config.stash[RUN]
-    if not run.selected or config.option.collectonly:
+    if not run.results or config.option.collectonly:
         return
     terminalreporter.section("quantgate")
-    results = _finished_results(run)
+    results = _in_order(run)
     width = max(terminalreporter._tw.fullwidth, 110)
     terminalreporter.write(table(results, width=width, color=terminalreporter._tw.hasmarkup))
     for reason, count in Counter(reason for _, reason in run.left_out).items():

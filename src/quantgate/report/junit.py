@@ -33,7 +33,11 @@ def junit_xml(results: list[CheckResult]) -> str:
 def _add_case(suite: ElementTree.Element, result: CheckResult) -> None:
     verdict = result.verdict
     case = ElementTree.SubElement(
-        suite, "testcase", classname=result.checkpoint, name=result.check, time=f"{result.seconds:.3f}"
+        suite,
+        "testcase",
+        classname=result.checkpoint,
+        name=result.check,
+        time=f"{result.seconds:.3f}",
     )
     if element := ELEMENT.get(verdict.outcome):
         found = ElementTree.SubElement(

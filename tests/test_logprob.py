@@ -23,8 +23,8 @@ def test_scores_are_exact(dtype: torch.dtype, vocab: int) -> None:
     # Logits of unit variance: log-probabilities stay below 16, where a float32 is 1e-6 wide.
     hidden, weight = torch.randn(rows, 256).to(dtype), torch.randn(vocab, 256).to(dtype) / 16
     targets = torch.randint(vocab, (rows,))
-    scores = core.score_rows(core.weight_head(weight), hidden, targets)
-    error = (scores.logprob.double() - exact(hidden, weight, targets)).abs()
+    scores = core.score_rows(core.weight_head(weight), hidden, targets[:, None])
+    error = (scores.logprob[:, 0].double() - exact(hidden, weight, targets)).abs()
     assert scores.logprob.dtype == torch.float32
     assert error.max() <= 1e-5
     assert error.mean() <= 1e-6
@@ -39,6 +39,7 @@ def test_scores_are_exact(dtype: torch.dtype, vocab: int) -> None:
     soft_cap=st.sampled_from([None, 5.0]),
     scale=st.sampled_from([1.0, 0.25]),
     biased=st.booleans(),
+    k=st.integers(1, 4),
 )
 @settings(deadline=None, max_examples=150)
 def test_any_shape_and_any_block_size_gives_the_same(
@@ -49,12 +50,13 @@ def test_any_shape_and_any_block_size_gives_the_same(
     soft_cap: float | None,
     scale: float,
     biased: bool,
+    k: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=generator) * 3
     weight = torch.randn(vocab, width, generator=generator)
     bias = torch.randn(vocab, generator=generator) if biased else None
-    targets = torch.randint(vocab, (rows,), generator=generator)
+    targets = torch.randint(-1, vocab, (rows, k), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "ROW_BLOCK", 32)
         patch.setattr(core, "VOCAB_BLOCK", 7)
@@ -63,7 +65,8 @@ def test_any_shape_and_any_block_size_gives_the_same(
     logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
     if soft_cap is not None:
         logits = soft_cap * (logits / soft_cap).tanh()
-    expected = (logits * scale).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    expected = (logits * scale).log_softmax(dim=1).gather(1, targets.clamp(min=0))
+    expected = expected.where(targets >= 0, -torch.inf)
     torch.testing.assert_close(scores.logprob.double(), expected, atol=2e-5, rtol=1e-6)
     assert (scores.logprob <= 0).all()
 
@@ -77,7 +80,7 @@ def test_shards_merge_to_the_whole(vocab: int, ranks: int, seed: int) -> None:
         torch.randn(5, 4, generator=generator),
         torch.randn(vocab, 4, generator=generator),
     )
-    targets = torch.randint(vocab, (5,), generator=generator)
+    targets = torch.randint(vocab, (5, 3), generator=generator)
     edges = [round(vocab * rank / ranks) for rank in range(ranks + 1)]
     partial = [
         core._score_block(core.weight_head(weight[low:high], first_token=low), hidden, targets)
@@ -88,12 +91,15 @@ def test_shards_merge_to_the_whole(vocab: int, ranks: int, seed: int) -> None:
     def gather(mine: torch.Tensor) -> torch.Tensor:
         if mine.dtype == torch.int64:
             return torch.stack([p.top1 for p in partial], dim=1)
-        return torch.cat([torch.stack(p[:3], dim=1) for p in partial], dim=1)
+        return torch.cat(
+            [torch.cat([p.maximum[:, None], p.total[:, None], p.target], dim=1) for p in partial],
+            dim=1,
+        )
 
     merged = core._merge_ranks(partial[0], gather)
     whole = core._score_block(core.weight_head(weight), hidden, targets)
-    logprob = merged.target - merged.maximum - merged.total.log()
-    torch.testing.assert_close(logprob, whole.target - whole.maximum - whole.total.log())
+    for found, expected in zip(merged, whole, strict=True):
+        torch.testing.assert_close(found, expected)
     assert torch.equal(merged.top1, whole.top1)
 
 
@@ -101,6 +107,6 @@ def test_nan_in_a_hidden_row_stays_visible() -> None:
     hidden = torch.randn(3, 4)
     hidden[1, 2] = torch.nan
     scores = core.score_rows(
-        core.weight_head(torch.randn(600, 4)), hidden, torch.tensor([0, 1, 599])
+        core.weight_head(torch.randn(600, 4)), hidden, torch.tensor([[0], [1], [599]])
     )
-    assert scores.logprob.isnan().tolist() == [False, True, False]
+    assert scores.logprob[:, 0].isnan().tolist() == [False, True, False]

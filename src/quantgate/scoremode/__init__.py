@@ -1,5 +1,6 @@
 """Score mode: exact log-probabilities of prompt tokens, computed inside vLLM.
 
-`params` carries the request to the worker, `runner_v1` finds the rows to score there, `logprob`
-computes them, `outputs` hands them back to the caller.
+`params` adds the fields, `inputs` checks each request in the caller's process and attaches it,
+`prefix_cache` keeps its rows from being skipped, `runner_v1` finds them in the worker, `head` and
+`logprob` compute them, `outputs` hands them back. `hooks` notices what a vLLM release lacks.
 """

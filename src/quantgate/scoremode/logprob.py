@@ -23,7 +23,7 @@ VOCAB_BLOCK = 512
 class Scores(NamedTuple):
     """What scoring returns for n rows.
 
-    `logprob`: float32 [n], natural log. `top1`: int64 [n], the most probable token.
+    `logprob`: float32 [n, k], natural log. `top1`: int64 [n], the most probable token.
     """
 
     logprob: torch.Tensor
@@ -49,7 +49,7 @@ class Head:
 
 
 class _Running(NamedTuple):
-    """Log-sum-exp in progress: all [n]; the target's logit is -inf until its block came by."""
+    """Log-sum-exp in progress: [n], and [n, k] for the targets' logits, -inf until their block."""
 
     maximum: torch.Tensor
     total: torch.Tensor
@@ -69,17 +69,20 @@ def weight_head(weight: torch.Tensor, bias: torch.Tensor | None = None, **settin
 
 
 def score_rows(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Scores:
-    """Score `targets` (int64 [n]) as predictions from `hidden` [n, H], any floating dtype."""
+    """Score `targets` (int64 [n, k]) as predictions from `hidden` [n, H], any floating dtype.
+
+    A target outside the vocabulary, such as the padding -1, scores -inf.
+    """
     import torch
 
-    logprob = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    logprob = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     top1 = torch.empty(len(targets), dtype=torch.int64, device=hidden.device)
     for start in range(0, len(targets), ROW_BLOCK):
         rows = slice(start, start + ROW_BLOCK)
         running = _score_block(head, hidden[rows].float(), targets[rows])
         if head.all_gather is not None:
             running = _merge_ranks(running, head.all_gather)
-        logprob[rows] = running.target - (running.maximum + running.total.log())
+        logprob[rows] = running.target - (running.maximum + running.total.log()).unsqueeze(1)
         top1[rows] = running.top1
     return Scores(logprob, top1)
 
@@ -90,8 +93,8 @@ def _score_block(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> _Ru
     running = _Running(
         maximum=hidden.new_full((len(targets),), -torch.inf),
         total=hidden.new_zeros(len(targets)),
-        target=hidden.new_full((len(targets),), -torch.inf),
-        top1=torch.zeros_like(targets),
+        target=hidden.new_full(targets.shape, -torch.inf),
+        top1=torch.zeros_like(targets[:, 0]),
     )
     for start, stop in _blocks(head.size):
         logits = _shape_logits(head, head.logits(hidden, start, stop))
@@ -123,7 +126,7 @@ def _add_block(
     total = running.total * (running.maximum - maximum).exp()
     column = targets - first_token
     inside = (column >= 0) & (column < logits.shape[1])
-    own = logits.gather(1, column.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    own = logits.gather(1, column.clamp(0, logits.shape[1] - 1))
     # Overwrites the block, which nobody reads again.
     total += logits.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1)
     return _Running(
@@ -136,12 +139,14 @@ def _add_block(
 
 
 def _merge_ranks(running: _Running, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> _Running:
-    """Combine every rank's maximum, sum and target; each row is [n, 3] on the wire."""
+    """Combine every rank's maximum, sum and targets: 2 + k numbers a row and rank on the wire."""
     import torch
 
-    sums = all_gather(torch.stack(running[:3], dim=1)).view(len(running.total), -1, 3)
+    rows, k = running.target.shape
+    mine = torch.cat([running.maximum[:, None], running.total[:, None], running.target], dim=1)
+    sums = all_gather(mine).view(rows, -1, 2 + k)
     tops = all_gather(running.top1.unsqueeze(1))
     maximum, rank = sums[:, :, 0].max(dim=1)
     total = (sums[:, :, 1] * (sums[:, :, 0] - maximum.unsqueeze(1)).exp()).sum(dim=1)
     top1 = tops.gather(1, rank.unsqueeze(1)).squeeze(1)
-    return _Running(maximum, total, sums[:, :, 2].max(dim=1).values, top1)
+    return _Running(maximum, total, sums[:, :, 2:].amax(dim=1), top1)

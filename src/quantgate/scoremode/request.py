@@ -1,0 +1,119 @@
+"""What one scoring request asks for, and its way from the caller to the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The key in `SamplingParams.extra_args`, the one field that crosses to the worker unchanged.
+SCORE_KEY = "quantgate_score"
+PAD = -1
+
+
+def is_score_request(sampling_params: Any) -> bool:
+    """Whether a vLLM `SamplingParams` (or None, for pooling requests) asks for score mode."""
+    extra_args = getattr(sampling_params, "extra_args", None)
+    return bool(extra_args and extra_args.get(SCORE_KEY))
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """The rows of a prompt to score. Row i predicts prompt token i + 1.
+
+    `targets` int32 [rows] or [rows, k], for rows `start`, `start + 1`, …; `PAD` marks a column that
+    a row does not use. `last_token` is the prompt's last token, which predicts nothing: the engine
+    is not given it, so that a prompt of `max_model_len` tokens leaves room for the token that the
+    engine always samples. None for a prompt of one token, which the engine must be given.
+    """
+
+    targets: NDArray[np.int32]
+    start: int
+    last_token: int | None
+    hidden_states: bool
+
+    @property
+    def rows(self) -> int:
+        """How many rows are scored."""
+        return len(self.targets)
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return what msgpack carries, without a Python object per token."""
+        return {
+            "targets": np.ascontiguousarray(self.targets, "<i4").tobytes(),
+            "k": self.targets.shape[1] if self.targets.ndim == 2 else 0,
+            "start": self.start,
+            "last_token": self.last_token,
+            "hidden_states": self.hidden_states,
+        }
+
+    @classmethod
+    def from_params(cls, sampling_params: Any) -> ScoreRequest:
+        """Read the request back from a `SamplingParams` that carries one."""
+        wire = sampling_params.extra_args[SCORE_KEY]
+        targets = np.frombuffer(wire["targets"], "<i4")
+        if wire["k"]:
+            targets = targets.reshape(-1, wire["k"])
+        return cls(targets, wire["start"], wire["last_token"], wire["hidden_states"])
+
+
+def make_score_request(
+    prompt_token_ids: Sequence[int],
+    target_token_ids: Any,
+    *,
+    start: int,
+    hidden_states: bool,
+    vocab_size: int,
+) -> ScoreRequest:
+    """Check what the caller gave; a `ValueError` names the parameter and the value.
+
+    Without `target_token_ids` every row is asked for the token that follows it.
+    """
+    prompt = np.asarray(prompt_token_ids, np.int32)
+    if not len(prompt):
+        raise ValueError("prompt_token_ids must not be empty with score_mode=True, got [].")
+    rows = len(prompt) - 1 - start
+    if not 0 <= start <= len(prompt) - 1:
+        raise ValueError(
+            f"score_start must be in 0 … {len(prompt) - 1} for a prompt of {len(prompt)} tokens, "
+            f"got {start}."
+        )
+    if target_token_ids is None:
+        targets = prompt[start + 1 :]
+    else:
+        targets = _checked_targets(target_token_ids, rows, len(prompt), start, vocab_size)
+    last_token = int(prompt[-1]) if len(prompt) > 1 else None
+    return ScoreRequest(targets, start, last_token, hidden_states)
+
+
+def _checked_targets(
+    given: Any, rows: int, prompt_tokens: int, start: int, vocab_size: int
+) -> NDArray[np.int32]:
+    try:
+        targets = np.asarray(given)
+    except ValueError:  # nested lists of different lengths
+        raise ValueError(
+            f"target_token_ids must be [rows] or [rows, k], padded with {PAD}, got a ragged list."
+        ) from None
+    if rows == 0 and targets.size == 0:
+        return np.empty(0, np.int32)
+    if targets.dtype.kind not in "iu" or targets.ndim not in (1, 2):
+        raise ValueError(
+            "target_token_ids must be integers of shape [rows] or [rows, k], got "
+            f"{targets.dtype} of shape {list(targets.shape)}."
+        )
+    if len(targets) != rows:
+        raise ValueError(
+            f"target_token_ids has {len(targets)} rows, but a prompt of {prompt_tokens} tokens has "
+            f"{rows} scored rows from score_start={start} on."
+        )
+    lowest = PAD if targets.ndim == 2 else 0
+    outside = targets[(targets < lowest) | (targets >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"target_token_ids contains {outside.flat[0]}, outside the vocabulary of {vocab_size}."
+        )
+    return targets.astype(np.int32)

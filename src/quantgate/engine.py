@@ -71,14 +71,13 @@ def running_engine(
         llm = LLM(
             model=str(directory),
             dtype=dtype,
-            load_format="safetensors",
             skip_tokenizer_init=True,
             trust_remote_code=False,
             enforce_eager=settings.enforce_eager,
             tensor_parallel_size=settings.tensor_parallel_size,
             kv_cache_dtype=settings.kv_cache_dtype,
             additional_config={ADDITIONAL_CONFIG_KEY: {"kernels": settings.kernels}},
-            **arguments,
+            **{"load_format": "safetensors"} | arguments,
         )
     except Exception as error:
         raise EngineFailure(

@@ -1,0 +1,122 @@
+"""The same scores in every engine setting, and HF's: chunking, batching, caching, preemption."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from quantgate.checkpoint import EngineSettings
+from quantgate.engine import running_engine
+from quantgate.probe import Probe, read_probe
+
+# What the gate allows float32 scores (budget.FP32_MAX).
+LIMIT = 1e-5
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "one-step": {"max_num_batched_tokens": 4096, "max_num_seqs": 64},
+    "chunks-of-33": {"max_num_batched_tokens": 33, "max_num_seqs": 4},
+    "one-at-a-time": {"max_num_batched_tokens": 64, "max_num_seqs": 1},
+    "no-cache": {"max_num_batched_tokens": 256, "enable_prefix_caching": False},
+    # Nine blocks of 128 tokens: long requests evict one another while they are prefilled.
+    "preempting": {"max_num_batched_tokens": 128, "num_gpu_blocks_override": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def probe(root: Path) -> Probe:
+    return read_probe(root / "fixtures" / "probes" / "tiny.jsonl")
+
+
+@pytest.fixture(scope="module")
+def expected(root: Path, probe: Probe) -> list[NDArray[np.float64]]:
+    """HF's float32 scores of every window; a prefix of a window has a prefix of its scores."""
+    from quantgate import reference
+
+    model = root / "fixtures" / "tiny" / "llama"
+    measured = reference.measure(model, probe, dtype="float32", announce=lambda _: None)
+    ends = np.cumsum([window.scored for window in probe.windows])
+    return np.split(measured.logprob.astype(np.float64), ends[:-1])
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def llm(request: pytest.FixtureRequest, root: Path) -> Iterator[Any]:
+    arguments = ENGINES[request.param]
+    with running_engine(
+        root / "fixtures" / "tiny" / "llama",
+        settings=EngineSettings(enforce_eager=True, max_model_len=1024),
+        dtype="float32",
+        **arguments,
+    ) as llm:
+        yield llm
+
+
+@given(
+    chosen=st.lists(
+        st.tuples(st.integers(0, 62), st.integers(1, 1024), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
+    start=st.integers(0, 200),
+)
+@settings(
+    deadline=None,
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_scores_do_not_depend_on_how_the_engine_runs(
+    llm: Any,
+    probe: Probe,
+    expected: list[NDArray[np.float64]],
+    chosen: list[tuple[int, int, bool]],
+    start: int,
+) -> None:
+    """Any mix of prompts, in any order, some of them generating, some scored from a row on."""
+    from vllm import SamplingParams
+
+    prompts, params = [], []
+    for index, length, generates in chosen:
+        ids = list(probe.windows[index].ids[:length])
+        first = min(start, len(ids) - 1)
+        prompts.append({"prompt_token_ids": ids[:500] if generates else ids})
+        params.append(
+            SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
+            if generates
+            else SamplingParams(score_mode=True, score_start=first)
+        )
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for (index, _, generates), prompt, asked, output in zip(
+        chosen, prompts, params, outputs, strict=True
+    ):
+        if generates:
+            assert len(output.outputs[0].token_ids) == 8
+            assert output.prompt_logprobs is None
+            continue
+        rows = len(prompt["prompt_token_ids"]) - 1
+        scores = output.prompt_logprobs.logprobs.astype(np.float64)
+        assert len(scores) == rows - asked.score_start
+        hf = expected[index][asked.score_start : rows]
+        assert np.abs(scores - hf).max(initial=0.0) <= LIMIT
+
+
+def test_an_aborted_request_leaves_the_others_alone(
+    llm: Any, probe: Probe, expected: list[NDArray[np.float64]]
+) -> None:
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    longest = max(range(63), key=lambda i: len(probe.windows[i].ids))
+    for name, index in (("gone", longest), ("kept", 0)):
+        ids = list(probe.windows[index].ids)
+        engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(score_mode=True))
+    outputs = list(engine.step())
+    engine.abort_request(["gone"])
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    (kept,) = [output for output in outputs if output.request_id == "kept" and output.finished]
+    scores = kept.prompt_logprobs.logprobs
+    assert np.abs(scores - expected[0]).max() <= LIMIT

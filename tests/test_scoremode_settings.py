@@ -120,3 +120,38 @@ def test_an_aborted_request_leaves_the_others_alone(
     (kept,) = [output for output in outputs if output.request_id == "kept" and output.finished]
     scores = kept.prompt_logprobs.logprobs
     assert np.abs(scores - expected[0]).max() <= LIMIT
+
+
+def test_a_preempted_request_is_scored_whole(
+    root: Path,
+    probe: Probe,
+    expected: list[NDArray[np.float64]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Generating requests that grow take the blocks of prompts that are being prefilled."""
+    model = root / "fixtures" / "tiny" / "llama"
+    arguments = {**ENGINES["preempting"], "max_model_len": 1024}
+    with running_engine(
+        model, settings=EngineSettings(enforce_eager=True), dtype="float32", **arguments
+    ) as llm:
+        from vllm import SamplingParams
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        preempted = []
+        stock = Scheduler._preempt_request
+
+        def counted(scheduler: Any, request: Any, *rest: Any, **options: Any) -> None:
+            preempted.append(request.request_id)
+            stock(scheduler, request, *rest, **options)
+
+        monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+        ids = [list(window.ids) for window in probe.windows]
+        generating = SamplingParams(max_tokens=300, ignore_eos=True, detokenize=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in [*(i[:250] for i in ids[:8]), *ids]],
+            [generating] * 8 + [SamplingParams(score_mode=True)] * len(ids),
+            use_tqdm=False,
+        )
+    assert preempted
+    for output, hf in zip(outputs[8:], expected, strict=True):
+        assert np.abs(output.prompt_logprobs.logprobs - hf).max() <= LIMIT

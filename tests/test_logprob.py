@@ -89,12 +89,9 @@ def test_shards_merge_to_the_whole(vocab: int, ranks: int, seed: int) -> None:
     ]
 
     def gather(mine: torch.Tensor) -> torch.Tensor:
-        if mine.dtype == torch.int64:
-            return torch.stack([p.top1 for p in partial], dim=1)
-        return torch.cat(
-            [torch.cat([p.maximum[:, None], p.total[:, None], p.target], dim=1) for p in partial],
-            dim=1,
-        )
+        assert mine.shape == (5, 3 + 3)
+        numbers = [(p.maximum, p.total, p.top1.float(), *p.target.unbind(1)) for p in partial]
+        return torch.cat([torch.stack(n, dim=1) for n in numbers], dim=1)
 
     merged = core._merge_ranks(partial[0], gather)
     whole = core._score_block(core.weight_head(weight), hidden, targets)

@@ -97,6 +97,19 @@ def test_a_base_without_a_checkpoint(run_gate: RunGate) -> None:
     assert "--base goes with --checkpoint PATH" in refusal(run_gate, "--base", "./x")
 
 
+def test_a_base_for_a_checkpoint_that_names_its_own(run_gate: RunGate) -> None:
+    message = refusal(run_gate, "--checkpoint", "tiny-llama-w4a16", "--base", "./x")
+    assert "tiny-llama-w4a16 names its base in its own file" in message
+
+
+def test_two_checkpoints_of_one_name(run_gate: RunGate, quantized_copy: Path) -> None:
+    other = quantized_copy.parent / "elsewhere" / "Copy"
+    other.parent.mkdir()
+    other.symlink_to(quantized_copy)
+    message = refusal(run_gate, "--checkpoint", quantized_copy, "--checkpoint", other)
+    assert "two of them would be called 'copy'" in message
+
+
 def test_no_checkpoint_at_all(run_gate: RunGate) -> None:
     (run_gate.project / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml").unlink()
     assert "no checkpoint file there" in refusal(run_gate)

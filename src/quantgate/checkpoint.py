@@ -161,6 +161,10 @@ def find_checkpoint(
 ) -> Checkpoint:
     """Return the checkpoint that `--checkpoint NAME` means: an id, a directory or a hub id."""
     if name in known:
+        if base is not None:
+            raise BadInput(
+                f"--base goes with --checkpoint PATH; {name} names its base in its own file."
+            )
         return known[name]
     is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
     if not is_path and not HUB_ID.fullmatch(name):

@@ -146,6 +146,12 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
             f"{run.root / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
             "nothing to judge; add one or give --checkpoint PATH."
         )
+    repeated = [name for name, count in Counter(c.id for c in wanted).items() if count > 1]
+    if repeated:
+        raise BadInput(
+            f"--checkpoint: two of them would be called '{repeated[0]}'; give each directory its "
+            "own name, or gate them one by one."
+        )
     for checkpoint in wanted:
         verify(checkpoint)
         run.schemes[checkpoint.id] = actual_scheme(checkpoint.directory)
@@ -290,7 +296,7 @@ def pytest_runtest_makereport(
     return report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # pluggy keeps plugins in sets: hashed by identity
 class ResultCollector:
     """Takes the results that xdist workers send; without xdist they are there already."""
 

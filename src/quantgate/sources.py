@@ -23,7 +23,7 @@ class Sources:
     announce: Announce
     notes: list[str] = field(default_factory=list)
     """What the run's reader must know, e.g. that a probe was tokenized anew."""
-    _taken: dict[tuple[str, str, str], Measurement] = field(default_factory=dict)
+    _taken: dict[tuple[object, ...], Measurement] = field(default_factory=dict)
     _probes: dict[str, Probe] = field(default_factory=dict)
 
     def engine(self, checkpoint: Checkpoint, dtype: str) -> Measurement:
@@ -69,7 +69,9 @@ class Sources:
         dtype: str,
         measure: Callable[[Announce], Measurement],
     ) -> Measurement:
-        key = (source, checkpoint.id, dtype)
+        # Not by id: checkpoints with one base and one engine setting share its measurements.
+        probe = self.probe_of(checkpoint).sha256
+        key = (source, checkpoint.directory, checkpoint.engine, dtype, probe)
         if key not in self._taken:
             started = time.monotonic()
 

@@ -9,7 +9,7 @@ from quantgate.report.gate_json import gate_json
 from quantgate.report.junit import junit_xml
 from quantgate.report.results import CheckResult
 from quantgate.report.terminal import table
-from quantgate.verdict import Deviation, Outcome, Verdict
+from quantgate.verdict import Deviation, Outcome, Verdict, not_run
 
 HOSTILE = "<b>[red]&\x00\x1b[31m\"'"
 
@@ -57,6 +57,11 @@ def test_the_table_shows_every_check_and_takes_no_markup_from_a_checkpoint() -> 
     for word in ("PASS", "FAIL", "NOT-RUN", "INCONCLUSIVE", "[bold]z", "verdict: FAIL"):
         assert word in text
     assert "emulated in x: K; no evidence about a real kernel" in text
+
+
+def test_a_check_that_did_not_happen_claims_no_kernel() -> None:
+    missing = CheckResult("x", "W4A16", "drift", not_run("no golden"))
+    assert "native" not in table([missing], width=110, color=False)
 
 
 def test_a_result_survives_the_way_from_a_worker() -> None:

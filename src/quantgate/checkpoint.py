@@ -9,7 +9,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -120,13 +120,7 @@ def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
             f"{path}: revision '{checkpoint.revision}' is not pinned; give a 40-digit commit or "
             "'sha256:' and the identity of a local directory."
         )
-    return _with_root(checkpoint, root)
-
-
-def _with_root(checkpoint: Checkpoint, root: Path) -> Checkpoint:
-    import dataclasses
-
-    return dataclasses.replace(checkpoint, root=root)
+    return replace(checkpoint, root=root)
 
 
 def _refuse_unknown_keys(

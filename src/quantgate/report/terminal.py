@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantgate.report.results import CheckResult, overall
-from quantgate.verdict import Outcome
+from quantgate.verdict import Outcome, Verdict
 
 STYLE: dict[Outcome, str] = {
     "pass": "green",
@@ -45,6 +45,13 @@ def _emulated(results: list[CheckResult]) -> dict[str, str]:
     return {r.checkpoint: ", ".join(r.verdict.emulated) for r in results if r.verdict.emulated}
 
 
+def _kernels(verdict: Verdict) -> str:
+    """Say which kind served a check; nothing where nothing was measured."""
+    if verdict.emulated:
+        return "emulated"
+    return "" if verdict.n is None else "native"
+
+
 def _cells(result: CheckResult) -> list[Text]:
     verdict = result.verdict
     headline = verdict.deviations[0] if verdict.deviations else None
@@ -60,7 +67,7 @@ def _cells(result: CheckResult) -> list[Text]:
         *figures,
         "" if verdict.n is None else f"{verdict.n:,}",
         "" if verdict.mde is None else f"{verdict.mde:.2g}",
-        "emulated" if verdict.emulated else "native",
+        _kernels(verdict),
     ]
     # Text, not markup: ids and schemes come from files.
     return [cell if isinstance(cell, Text) else Text(cell) for cell in cells]

@@ -60,7 +60,6 @@ def running_engine(
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    require_hooks()
     optional = {
         "max_model_len": settings.max_model_len,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
@@ -85,6 +84,7 @@ def running_engine(
             f"({type(error).__name__}: {_first_line(error)})."
         ) from error
     try:
+        require_hooks(llm.llm_engine.vllm_config)
         yield llm
     finally:
         del llm
@@ -99,10 +99,10 @@ def score(llm: LLM, probe: Probe) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
 
     longest = max(len(window.ids) for window in probe.windows)
     limit = llm.llm_engine.model_config.max_model_len
-    if longest >= limit:
+    if longest > limit:
         raise EngineFailure(
             f"probe '{probe.name}' has a window of {longest} tokens, but the engine takes prompts "
-            f"of fewer than max_model_len={limit}; raise [engine] max_model_len."
+            f"of at most max_model_len={limit}; raise [engine] max_model_len."
         )
     prompts = [TokensPrompt(prompt_token_ids=list(window.ids)) for window in probe.windows]
     outputs = llm.generate(

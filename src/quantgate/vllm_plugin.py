@@ -11,17 +11,20 @@ from types import ModuleType
 import wrapt
 
 from quantgate import emulation
-from quantgate.scoremode import inputs, outputs, params, prefix_cache, runner_v1
+from quantgate.scoremode import inputs, outputs, params, prefix_cache, runner_v1, runner_v2
+from quantgate.scoremode.hooks import V1_RUNNER, V2_RUNNER
 
 # The vLLM modules that are patched, each by one function that gets the imported module.
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.sampling_params": params.patch_sampling_params,
+    "vllm.entrypoints.openai.completion.protocol": params.patch_completion_request,
     "vllm.renderers.base": inputs.patch_renderer,
     "vllm.v1.engine.input_processor": inputs.patch_input_processor,
     "vllm.v1.core.kv_cache_manager": prefix_cache.patch_kv_cache_manager,
     "vllm.v1.engine.logprobs": outputs.patch_logprobs_processor,
     "vllm.v1.engine.output_processor": outputs.patch_output_processor,
-    "vllm.v1.worker.gpu_model_runner": runner_v1.patch_model_runner,
+    V1_RUNNER: runner_v1.patch_model_runner,
+    V2_RUNNER: runner_v2.patch_prompt_logprobs_worker,
     "vllm.model_executor.kernels.linear": emulation.register_kernels,
 }
 

@@ -5,34 +5,39 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quantgate.scoremode.logprob import Head, weight_head
+from quantgate.scoremode.logprob import Head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
 
-def find_head(model: Any, hidden: torch.Tensor) -> tuple[Head, torch.Tensor]:
-    """Return the head that `model.compute_logits` applies, and the rows [n, H] it applies it to.
+class HeadRefused(ValueError):
+    """Score mode cannot be exact with this model's head; the message says why."""
 
-    `compute_logits` is called with vLLM's `LogitsProcessor` held back: what a model does to the
-    hidden rows before (Granite's scaling, say) is in the returned rows. A model that changes the
-    logits afterwards, or builds them another way, is refused by name with a `ValueError`: its
-    scores would be wrong.
+
+def find_head(
+    compute_logits: Callable[[torch.Tensor], Any], hidden: torch.Tensor
+) -> tuple[Head, torch.Tensor]:
+    """Return the head that a model applies, and the rows [n, H] that it applies it to.
+
+    `compute_logits`, the model's bound method, is called with vLLM's `LogitsProcessor` held back:
+    what a model does to the hidden rows before is in the returned rows. A model that changes the
+    logits afterwards, or builds them another way, or whose head is quantized, is refused by name
+    (`HeadRefused`): its scores would be wrong.
     """
     with _logits_processor_held_back() as calls:
-        answer = model.compute_logits(hidden)
+        answer = compute_logits(hidden)
+    model = type(getattr(compute_logits, "__self__", compute_logits)).__name__
     if len(calls) != 1 or answer is not calls[0][0]:
-        raise ValueError(
-            f"score mode does not support {type(model).__name__}: its compute_logits does more "
+        raise HeadRefused(
+            f"score mode does not support {model}: its compute_logits does more "
             "than apply one head through vLLM's LogitsProcessor."
         )
     _, processor, lm_head, rows, bias = calls[0]
     if processor.logits_as_input:
-        raise ValueError(
-            f"score mode does not support {type(model).__name__}: it has no language-model head."
-        )
+        raise ValueError(f"score mode does not support {model}: it has no language-model head.")
     return _head(processor, lm_head, bias), rows
 
 
@@ -62,15 +67,15 @@ def _head(processor: Any, lm_head: Any, bias: torch.Tensor | None) -> Head:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     if not isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
-        raise ValueError(
+        raise HeadRefused(
             "score mode does not support a quantized head "
             f"({type(lm_head.quant_method).__name__}); add lm_head to the recipe's ignore list."
         )
     shard = lm_head.shard_indices
     size = shard.num_org_elements  # without the padding of the vocabulary
-    return weight_head(
-        lm_head.weight[:size],
-        None if bias is None else bias[:size],
+    return Head(
+        weight=lm_head.weight[:size],
+        bias=None if bias is None else bias[:size],
         first_token=shard.org_vocab_start_index,
         soft_cap=processor.soft_cap,
         scale=processor.scale,

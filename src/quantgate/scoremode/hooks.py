@@ -1,5 +1,7 @@
 """Wrap methods of vLLM's classes, and remember which ones the installed version lacks."""
 
+import importlib
+import inspect
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -7,19 +9,30 @@ from typing import Any
 
 import wrapt
 
-_missing: list[str] = []
+# Where the two model runners answer `prompt_logprobs`.
+V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+V2_RUNNER = "vllm.v1.worker.gpu.sample.prompt_logprob"
+
+_missing: dict[str, list[str]] = {}
 
 
 def replace_method(module: ModuleType, name: str, replacement: Callable[..., Any]) -> None:
     """Wrap `module.Class.method` (`name` is "Class.method").
 
     `replacement` is called as `replacement(stock, self_or_cls, *args, **kwargs)`, with `stock` the
-    bound original. A method that this vLLM does not have is remembered, not raised: an installed
-    plugin must not break a server that never scores.
+    bound original; the parameters that it names must be the original's first. A method that this
+    vLLM does not have, or has with others, is remembered, not raised: an installed plugin must not
+    break a server that never scores.
     """
+    _, _, *ours = _named_parameters(replacement)
     class_name, _, method_name = name.partition(".")
-    if not hasattr(getattr(module, class_name, None), method_name):
-        _missing.append(f"{module.__name__}.{name}")
+    method = getattr(getattr(module, class_name, None), method_name, None)
+    if (
+        method is None
+        or [p for p in _named_parameters(method) if p not in ("self", "cls")][: len(ours)] != ours
+    ):
+        missing = f"{module.__name__}.{name}({', '.join(ours)})"
+        _missing.setdefault(module.__name__, []).append(missing)
         return
 
     def wrapper(
@@ -30,11 +43,28 @@ def replace_method(module: ModuleType, name: str, replacement: Callable[..., Any
     wrapt.wrap_function_wrapper(module, name, wrapper)
 
 
-def require_hooks() -> None:
-    """Raise a `RuntimeError` that names the vLLM version and the hooks it lacks, if any."""
-    if _missing:
+def _named_parameters(function: Callable[..., Any]) -> list[str]:
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def require_hooks(vllm_config: Any) -> None:
+    """Raise a `RuntimeError` that names the vLLM version and the hooks it lacks, if any.
+
+    The model runner may live in another process: the module that is hooked there is imported here
+    to look at. The hooks of the runner that this engine does not use are not needed.
+    """
+    used, unused = (
+        (V2_RUNNER, V1_RUNNER) if vllm_config.use_v2_model_runner else (V1_RUNNER, V2_RUNNER)
+    )
+    importlib.import_module(used)
+    needed = [hook for module, hooks in _missing.items() if module != unused for hook in hooks]
+    if needed:
         raise RuntimeError(
-            f"score mode does not support vLLM {vllm_version()}: it lacks {', '.join(_missing)}; "
+            f"score mode does not support vLLM {vllm_version()}: it lacks {', '.join(needed)}; "
             "install a version from the README's table."
         )
 

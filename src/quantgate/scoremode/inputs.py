@@ -1,12 +1,11 @@
 """Where requests enter the engine: attach to each scoring request what it asks for."""
 
+import functools
 from types import ModuleType
 from typing import Any
 
 from quantgate.scoremode.hooks import replace_method, require_hooks
-from quantgate.scoremode.request import SCORE_KEY, make_score_request
-
-TARGETS = "target_token_ids"
+from quantgate.scoremode.request import SCORE_KEY, TARGETS, make_score_request
 
 
 def patch_renderer(module: ModuleType) -> None:
@@ -36,35 +35,64 @@ def patch_input_processor(module: ModuleType) -> None:
     ) -> Any:
         if not getattr(params, "score_mode", False):
             if isinstance(prompt, dict) and prompt.get(TARGETS) is not None:
-                raise ValueError(f"{TARGETS} needs SamplingParams(score_mode=True).")
+                raise _bad_request(f"{TARGETS} needs SamplingParams(score_mode=True).")
             return stock(request_id, prompt, params, *rest, **kw)
-        require_hooks()
+        require_hooks(processor.vllm_config)
         tasks = kw.get("supported_tasks", rest[0] if rest else ())
-        if "generate" not in tasks:
-            raise ValueError(
-                f"score_mode=True needs a model that generates; this one is served for {tasks}."
+        try:
+            prompt, params = _scoring_inputs(
+                processor, prompt, params, tasks, kw.get("tokenization_kwargs")
             )
-        rendered = _rendered(processor, prompt, kw.get("tokenization_kwargs"))
-        ids = rendered["prompt_token_ids"]
-        model_config = processor.model_config
-        if len(ids) > model_config.max_model_len:
-            raise ValueError(
-                f"prompt_token_ids has {len(ids)} tokens, but max_model_len is "
-                f"{model_config.max_model_len}."
-            )
-        request = make_score_request(
-            ids,
-            rendered.get(TARGETS),
-            start=params.score_start,
-            hidden_states=params.score_hidden_states,
-            vocab_size=model_config.get_vocab_size(),
-        )
-        params = params.clone()
-        params.extra_args = {**params.extra_args, SCORE_KEY: request.to_wire()}
-        given = ids if request.last_token is None else ids[:-1]
-        return stock(request_id, {**rendered, "prompt_token_ids": given}, params, *rest, **kw)
+        except ValueError as error:
+            raise _bad_request(str(error)) from None
+        return stock(request_id, prompt, params, *rest, **kw)
 
     replace_method(module, "InputProcessor.process_inputs", process_inputs)
+
+
+def _scoring_inputs(
+    processor: Any, prompt: Any, params: Any, tasks: Any, tokenization: dict[str, Any] | None
+) -> tuple[Any, Any]:
+    """Return the prompt and the parameters that the engine is given for a scoring request."""
+    if "generate" not in tasks:
+        raise ValueError(
+            f"score_mode=True needs a model that generates; this one is served for {tasks}."
+        )
+    rendered = _rendered(processor, prompt, tokenization)
+    ids = rendered["prompt_token_ids"]
+    model_config = processor.model_config
+    if len(ids) > model_config.max_model_len:
+        raise ValueError(
+            f"prompt_token_ids has {len(ids)} tokens, but max_model_len is "
+            f"{model_config.max_model_len}."
+        )
+    params = params.clone()
+    extra = dict(params.extra_args)
+    request = make_score_request(
+        ids,
+        rendered.get(TARGETS, extra.pop(TARGETS, None)),
+        start=params.score_start,
+        vocab_size=model_config.get_vocab_size(),
+        hidden_states=params.score_hidden_states,
+        top1=params.prompt_logprobs == 1,
+        as_list=extra[SCORE_KEY].get("as_list", False),
+    )
+    params.extra_args = {**extra, SCORE_KEY: request.to_wire()}
+    given = ids if request.last_token is None else ids[:-1]
+    return {**rendered, "prompt_token_ids": given}, params
+
+
+def _bad_request(message: str) -> ValueError:
+    """Return a `ValueError` that vLLM's server answers with 400 and AsyncLLM passes on as it is."""
+    return _bad_request_type()(message)
+
+
+@functools.cache
+def _bad_request_type() -> type[ValueError]:
+    from vllm.exceptions import VLLMValidationError
+
+    # In vLLM 0.32 that is no ValueError, in 0.26 it is one.
+    return type("ScoreRequestError", (VLLMValidationError, ValueError), {})
 
 
 def _rendered(processor: Any, prompt: Any, tokenization: dict[str, Any] | None) -> Any:

@@ -2,7 +2,8 @@
 
 *Exact* means the log-softmax, in float32, of the logits that the head gives for a hidden row, with
 the product accumulated in float32 and never rounded to the serving dtype. `[rows, vocab]` is never
-held: the vocabulary goes by in blocks that stay in cache, with a running maximum and sum.
+held: the vocabulary goes by in blocks that stay in cache, with a running maximum and sum. On a GPU
+`logprob_triton` does the same in one fused kernel.
 """
 
 from __future__ import annotations
@@ -21,35 +22,40 @@ VOCAB_BLOCK = 512
 
 
 class Scores(NamedTuple):
-    """What scoring returns for n rows.
+    """What scoring returns for n rows; log-probabilities are natural, in float32.
 
-    `logprob`: float32 [n, k], natural log. `top1`: int64 [n], the most probable token.
+    `logprob` [n, k], of the targets. `top1` int64 [n], the most probable token, and
+    `top1_logprob` [n].
     """
 
     logprob: torch.Tensor
     top1: torch.Tensor
+    top1_logprob: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Head:
     """A language-model head, or one tensor-parallel rank's shard of it.
 
-    `logits` maps hidden rows [n, H] and a column range to float32 logits [n, columns] before
-    soft-capping and scaling. `size` columns, the first of which is token `first_token`. With
-    `all_gather` (tensor parallelism), a function that turns this rank's [n, w] into every rank's
-    [n, ranks * w].
+    `weight` [size, H] in any floating dtype and `bias` [size] make `size` logits a row, the first
+    of which is token `first_token`'s; then come the soft cap and the scale. With `all_gather`
+    (tensor parallelism), a function that turns this rank's [n, w] into every rank's [n, ranks * w].
     """
 
-    logits: Callable[[torch.Tensor, int, int], torch.Tensor]
-    size: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
     first_token: int = 0
     soft_cap: float | None = None
     scale: float = 1.0
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-class _Running(NamedTuple):
-    """Log-sum-exp in progress: [n], and [n, k] for the targets' logits, -inf until their block."""
+class Reduction(NamedTuple):
+    """Log-sum-exp in progress over some columns of n rows, in float32.
+
+    `maximum` [n] of the logits, `total` [n] of exp(logit - maximum), `target` [n, k] the targets'
+    own logits (-inf where another column holds them), `top1` int64 [n].
+    """
 
     maximum: torch.Tensor
     total: torch.Tensor
@@ -57,65 +63,79 @@ class _Running(NamedTuple):
     top1: torch.Tensor
 
 
-def weight_head(weight: torch.Tensor, bias: torch.Tensor | None = None, **settings: object) -> Head:
-    """Return a head over a plain weight [vocab, H] in any floating dtype."""
-    import torch
-
-    def logits(hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        block_bias = None if bias is None else bias[start:stop].float()
-        return torch.nn.functional.linear(hidden, weight[start:stop].float(), block_bias)
-
-    return Head(logits=logits, size=weight.shape[0], **settings)  # type: ignore[arg-type]
-
-
 def score_rows(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Score `targets` (int64 [n, k]) as predictions from `hidden` [n, H], any floating dtype.
 
     A target outside the vocabulary, such as the padding -1, scores -inf.
     """
+    reduced = _reduction_for(hidden)(head, hidden, targets)
+    if head.all_gather is not None:
+        reduced = _merge_ranks(reduced, head.all_gather)
+    log_total = reduced.total.log()
+    logprob = reduced.target - (reduced.maximum + log_total).unsqueeze(1)
+    return Scores(logprob, reduced.top1, -log_total)
+
+
+def _reduction_for(
+    hidden: torch.Tensor,
+) -> Callable[[Head, torch.Tensor, torch.Tensor], Reduction]:
+    """Return the fused kernel where Triton runs: on a GPU, or anywhere in its interpreter."""
+    import importlib.util
+    import os
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (hidden.is_cuda or interpreted) and importlib.util.find_spec("triton") is not None:
+        from quantgate.scoremode.logprob_triton import reduce_fused
+
+        return reduce_fused
+    return reduce_blocked
+
+
+def reduce_blocked(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Reduction:
+    """Reduce this rank's columns in plain torch, on any device."""
     import torch
 
-    logprob = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-    top1 = torch.empty(len(targets), dtype=torch.int64, device=hidden.device)
-    for start in range(0, len(targets), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        running = _score_block(head, hidden[rows].float(), targets[rows])
-        if head.all_gather is not None:
-            running = _merge_ranks(running, head.all_gather)
-        logprob[rows] = running.target - (running.maximum + running.total.log()).unsqueeze(1)
-        top1[rows] = running.top1
-    return Scores(logprob, top1)
+    starts = range(0, len(hidden), ROW_BLOCK)
+    rows = [slice(start, start + ROW_BLOCK) for start in starts]
+    blocks = [_reduce_rows(head, hidden[own].float(), targets[own]) for own in rows]
+    return Reduction(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
-def _score_block(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> _Running:
+def _reduce_rows(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Reduction:
     import torch
 
-    running = _Running(
+    running = Reduction(
         maximum=hidden.new_full((len(targets),), -torch.inf),
         total=hidden.new_zeros(len(targets)),
         target=hidden.new_full(targets.shape, -torch.inf),
         top1=torch.zeros_like(targets[:, 0]),
     )
-    for start, stop in _blocks(head.size):
-        logits = _shape_logits(head, head.logits(hidden, start, stop))
-        running = _add_block(running, logits, targets, head.first_token + start)
+    for start, stop in _column_blocks(head):
+        running = _add_block(
+            running, _logits(head, hidden, start, stop), targets, head.first_token + start
+        )
     return running
 
 
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
+def _column_blocks(head: Head) -> Iterator[tuple[int, int]]:
+    size = len(head.weight)
     return ((start, min(start + VOCAB_BLOCK, size)) for start in range(0, size, VOCAB_BLOCK))
 
 
-def _shape_logits(head: Head, logits: torch.Tensor) -> torch.Tensor:
-    """Apply the soft cap and the scale in vLLM's order (`LogitsProcessor.forward`)."""
+def _logits(head: Head, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return float32 logits [n, stop - start]; cap and scale in vLLM's order."""
+    import torch
+
+    bias = None if head.bias is None else head.bias[start:stop].float()
+    logits = torch.nn.functional.linear(hidden, head.weight[start:stop].float(), bias)
     if head.soft_cap is not None:
         logits = (logits / head.soft_cap).tanh_().mul_(head.soft_cap)
     return logits if head.scale == 1.0 else logits.mul_(head.scale)
 
 
 def _add_block(
-    running: _Running, logits: torch.Tensor, targets: torch.Tensor, first_token: int
-) -> _Running:
+    running: Reduction, logits: torch.Tensor, targets: torch.Tensor, first_token: int
+) -> Reduction:
     """Fold one block of columns into the running log-sum-exp.
 
     The running maximum keeps every exponent at most 0 (Milakov and Gimelshein, "Online normalizer
@@ -133,15 +153,21 @@ def _add_block(
     own = logits.gather(1, column.clamp(0, logits.shape[1] - 1))
     # Overwrites the block, which nobody reads again.
     total += logits.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1)
-    return _Running(
-        maximum=maximum,
-        total=total,
-        target=own.where(inside, running.target),
-        top1=top1,
-    )
+    return Reduction(maximum, total, own.where(inside, running.target), top1)
 
 
-def _merge_ranks(running: _Running, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> _Running:
+def merge_parts(maximum: torch.Tensor, total: torch.Tensor, top1: torch.Tensor) -> Reduction:
+    """Combine partial reductions [n, parts] over disjoint columns, in ascending order of column.
+
+    The returned `target` is empty: the parts' own are the caller's to combine.
+    """
+    whole, winner = maximum.max(dim=1)
+    scaled = total * (maximum - whole.unsqueeze(1)).exp()
+    best = top1.gather(1, winner.unsqueeze(1)).squeeze(1)
+    return Reduction(whole, scaled.sum(dim=1), maximum.new_empty(len(whole), 0), best.long())
+
+
+def _merge_ranks(mine: Reduction, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> Reduction:
     """Combine every rank's maximum, sum, most probable token and targets.
 
     3 + k float32 a row and rank cross the wire instead of the rank's logits; token ids below 2**24
@@ -149,11 +175,8 @@ def _merge_ranks(running: _Running, all_gather: Callable[[torch.Tensor], torch.T
     """
     import torch
 
-    rows, k = running.target.shape
-    numbers = [running.maximum, running.total, running.top1.float()]
-    mine = torch.cat([torch.stack(numbers, dim=1), running.target], dim=1)
-    ranks = all_gather(mine).view(rows, -1, 3 + k)
-    maximum, winner = ranks[:, :, 0].max(dim=1)
-    total = (ranks[:, :, 1] * (ranks[:, :, 0] - maximum.unsqueeze(1)).exp()).sum(dim=1)
-    top1 = ranks[:, :, 2].gather(1, winner.unsqueeze(1)).squeeze(1).long()
-    return _Running(maximum, total, ranks[:, :, 3:].amax(dim=1), top1)
+    rows, k = mine.target.shape
+    numbers = torch.stack([mine.maximum, mine.total, mine.top1.float()], dim=1)
+    ranks = all_gather(torch.cat([numbers, mine.target], dim=1)).view(rows, -1, 3 + k)
+    merged = merge_parts(ranks[:, :, 0], ranks[:, :, 1], ranks[:, :, 2])
+    return merged._replace(target=ranks[:, :, 3:].amax(dim=1))

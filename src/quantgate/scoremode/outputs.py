@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, overload
@@ -25,17 +26,24 @@ class PromptScores(Sequence[Row | None]):
     `token_ids`      int32 [rows], or [rows, k] where k targets a row were given
     `logprobs`       float32, of the same shape, in nats; -inf in padded columns
     `top1`           int32 [rows], the most probable token
+    `top1_logprobs`  float32 [rows], its log-probability
     `hidden_states`  float32 [rows, H], the last hidden states, or None
     """
 
-    def __init__(self, request: ScoreRequest, prompt_tokens: int) -> None:
+    def __init__(self, request: ScoreRequest, prompt_token_ids: list[int]) -> None:
+        self._request = request
+        self.prompt_token_ids = prompt_token_ids
         self.start = request.start
         self.token_ids: NDArray[np.int32] = request.targets
         self.logprobs: NDArray[np.float32] = np.empty((0, *request.targets.shape[1:]), np.float32)
         self.top1: NDArray[np.int32] = np.empty(0, np.int32)
+        self.top1_logprobs: NDArray[np.float32] = np.empty(0, np.float32)
         self.hidden_states: NDArray[np.float32] | None = None
-        self._prompt_tokens = prompt_tokens
-        self._wants_hidden_states = request.hidden_states
+
+    @property
+    def as_list(self) -> bool:
+        """Whether the caller, a server, needs a plain list."""
+        return self._request.as_list
 
     @property
     def greedy(self) -> NDArray[np.bool_]:
@@ -44,16 +52,28 @@ class PromptScores(Sequence[Row | None]):
         return np.equal(self.token_ids, top1, dtype=bool)
 
     def receive(self, tensors: Any) -> None:
-        """Take the worker's `LogprobsTensors`, made by `runner_v1`; they come once, whole."""
-        k = 1 if self.token_ids.ndim == 1 else self.token_ids.shape[1]
+        """Take the worker's `LogprobsTensors`, made by `batch`; they come once, whole."""
         values = tensors.logprobs.numpy()
-        self.logprobs = np.array(values[:, :k], np.float32).reshape(self.token_ids.shape)
+        if not values.shape[1]:
+            self._refusal = "".join(map(chr, tensors.logprob_token_ids[:, 0].tolist()))
+            for name in ("logprobs", "top1", "top1_logprobs", "hidden_states"):
+                delattr(self, name)
+            return
+        end = 1 + self._request.columns
+        self.logprobs = np.array(values[:, 1:end], np.float32).reshape(self.token_ids.shape)
         self.top1 = np.array(tensors.logprob_token_ids[:, 0].numpy(), np.int32)
-        if self._wants_hidden_states:
-            self.hidden_states = np.array(values[:, k:], np.float32)
+        self.top1_logprobs = np.array(values[:, 0], np.float32)
+        if self._request.hidden_states:
+            self.hidden_states = np.array(values[:, end:], np.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise a `ValueError` for what a model that score mode refuses did not give."""
+        if refusal := self.__dict__.get("_refusal"):
+            raise ValueError(refusal)
+        raise AttributeError(f"PromptScores has no {name!r}")
 
     def __len__(self) -> int:
-        return self._prompt_tokens
+        return len(self.prompt_token_ids)
 
     @overload
     def __getitem__(self, index: int) -> Row | None: ...
@@ -75,13 +95,21 @@ class PromptScores(Sequence[Row | None]):
             return None
         tokens = np.atleast_1d(self.token_ids[row]).tolist()
         values = np.atleast_1d(self.logprobs[row]).tolist()
-        return {t: Logprob(logprob=v) for t, v in zip(tokens, values, strict=True) if t != PAD}
+        top1 = int(self.top1[row])
+        answer = {
+            token: Logprob(logprob=value, rank=1 if token == top1 else None)
+            for token, value in zip(tokens, values, strict=True)
+            if token != PAD
+        }
+        if self._request.top1:
+            answer.setdefault(top1, Logprob(logprob=float(self.top1_logprobs[row]), rank=1))
+        return answer
 
     def __iter__(self) -> Iterator[Row | None]:
         return (self._row(position) for position in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"PromptScores({len(self.logprobs)} of {len(self)} tokens)"
+        return f"PromptScores({self._request.rows} of {len(self)} tokens)"
 
 
 def patch_logprobs_processor(module: ModuleType) -> None:
@@ -91,18 +119,49 @@ def patch_logprobs_processor(module: ModuleType) -> None:
         processor = stock(tokenizer, request)
         if is_score_request(request.sampling_params):
             asked = ScoreRequest.from_params(request.sampling_params)
-            tokens = len(request.prompt_token_ids) + (asked.last_token is not None)
-            processor.prompt_logprobs = PromptScores(asked, tokens)
+            scores = PromptScores(asked, _whole_prompt(asked, request))
+            processor.prompt_logprobs = processor.quantgate_scores = scores
         return processor
 
     def update_from_output(stock: Any, self: Any, output: Any) -> None:
-        if not isinstance(self.prompt_logprobs, PromptScores):
+        scores: PromptScores | None = getattr(self, "quantgate_scores", None)
+        if scores is None:
             stock(output)
         elif output.new_prompt_logprobs_tensors is not None:
-            self.prompt_logprobs.receive(output.new_prompt_logprobs_tensors)
+            scores.receive(output.new_prompt_logprobs_tensors)
+            if scores.as_list:
+                self.prompt_logprobs = _as_list(scores, self)
 
     replace_method(module, "LogprobsProcessor.from_new_request", from_new_request)
     replace_method(module, "LogprobsProcessor.update_from_output", update_from_output)
+
+
+def _whole_prompt(asked: ScoreRequest, request: Any) -> list[int]:
+    """Return the caller's prompt; the engine's lacks the last token."""
+    last = [] if asked.last_token is None else [asked.last_token]
+    return [*request.prompt_token_ids, *last]
+
+
+def _as_list(scores: PromptScores, processor: Any) -> list[Row | None] | None:
+    """Return the rows with their tokens' texts, as a server answers; None, logged, if refused."""
+    try:
+        rows = list(scores)
+    except ValueError as refusal:
+        logging.getLogger("vllm.quantgate").error("%s", refusal)
+        return None
+    if processor.tokenizer is not None:
+        from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+        prompt = scores.prompt_token_ids
+        for position, row in enumerate(rows):
+            if row is None:
+                continue
+            texts = convert_ids_list_to_tokens(processor.tokenizer, list(row))
+            before = prompt[max(0, position - 4) : position]  # 4 bytes make any character
+            texts = processor._verify_tokens(texts, list(row), before)
+            for logprob, text in zip(row.values(), texts, strict=True):
+                logprob.decoded_token = text
+    return rows
 
 
 def patch_output_processor(module: ModuleType) -> None:
@@ -113,15 +172,14 @@ def patch_output_processor(module: ModuleType) -> None:
     ) -> Any:
         state = stock(tokenizer, request, *rest, **kw)
         if is_score_request(request.sampling_params):
-            last_token = ScoreRequest.from_params(request.sampling_params).last_token
-            if last_token is not None:
-                state.prompt_token_ids = [*request.prompt_token_ids, last_token]
+            asked = ScoreRequest.from_params(request.sampling_params)
+            state.prompt_token_ids = _whole_prompt(asked, request)
         return state
 
     def new_completion_output(stock: Any, self: Any, token_ids: Any, *rest: Any) -> Any:
         completion = stock(token_ids, *rest)
-        if isinstance(self.logprobs_processor.prompt_logprobs, PromptScores):
-            completion.token_ids = []
+        if getattr(self.logprobs_processor, "quantgate_scores", None) is not None:
+            completion.token_ids, completion.text = [], ""
         return completion
 
     replace_method(module, "RequestState.from_new_request", from_new_request)

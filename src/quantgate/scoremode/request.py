@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 # The key in `SamplingParams.extra_args`, the one field that crosses to the worker unchanged.
 SCORE_KEY = "quantgate_score"
+TARGETS = "target_token_ids"
 PAD = -1
 
 
@@ -28,17 +29,26 @@ class ScoreRequest:
     a row does not use. `last_token` is the prompt's last token, which predicts nothing: the engine
     is not given it, so that a prompt of `max_model_len` tokens leaves room for the token that the
     engine always samples. None for a prompt of one token, which the engine must be given.
+    `hidden_states` asks for the scored rows' last hidden states, `top1` for the most probable token
+    beside the targets in each row as vLLM's own dict, `as_list` for a plain list of those.
     """
 
     targets: NDArray[np.int32]
     start: int
     last_token: int | None
-    hidden_states: bool
+    hidden_states: bool = False
+    top1: bool = False
+    as_list: bool = False
 
     @property
     def rows(self) -> int:
         """How many rows are scored."""
         return len(self.targets)
+
+    @property
+    def columns(self) -> int:
+        """How many targets a row has, with padding."""
+        return 1 if self.targets.ndim == 1 else self.targets.shape[1]
 
     def to_wire(self) -> dict[str, Any]:
         """Return what msgpack carries, without a Python object per token."""
@@ -48,16 +58,17 @@ class ScoreRequest:
             "start": self.start,
             "last_token": self.last_token,
             "hidden_states": self.hidden_states,
+            "top1": self.top1,
+            "as_list": self.as_list,
         }
 
     @classmethod
     def from_params(cls, sampling_params: Any) -> ScoreRequest:
         """Read the request back from a `SamplingParams` that carries one."""
         wire = sampling_params.extra_args[SCORE_KEY]
-        targets = np.frombuffer(wire["targets"], "<i4")
-        if wire["k"]:
-            targets = targets.reshape(-1, wire["k"])
-        return cls(targets, wire["start"], wire["last_token"], wire["hidden_states"])
+        fields = dict(wire)
+        targets, k = np.frombuffer(fields.pop("targets"), "<i4"), fields.pop("k")
+        return cls(targets.reshape(-1, k) if k else targets, **fields)
 
 
 def make_score_request(
@@ -65,12 +76,13 @@ def make_score_request(
     target_token_ids: Any,
     *,
     start: int,
-    hidden_states: bool,
     vocab_size: int,
+    **wishes: bool,
 ) -> ScoreRequest:
     """Check what the caller gave; a `ValueError` names the parameter and the value.
 
-    Without `target_token_ids` every row is asked for the token that follows it.
+    Without `target_token_ids` every row is asked for the token that follows it. `wishes` are the
+    flags of `ScoreRequest`.
     """
     prompt = np.asarray(prompt_token_ids, np.int32)
     if not len(prompt):
@@ -86,7 +98,7 @@ def make_score_request(
     else:
         targets = _checked_targets(target_token_ids, rows, len(prompt), start, vocab_size)
     last_token = int(prompt[-1]) if len(prompt) > 1 else None
-    return ScoreRequest(targets, start, last_token, hidden_states)
+    return ScoreRequest(targets, start, last_token, **wishes)
 
 
 def _checked_targets(

@@ -1,0 +1,183 @@
+"""One engine step of score mode, whichever model runner takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from quantgate.scoremode.request import PAD, ScoreRequest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Part(NamedTuple):
+    """What one step gave for some rows of one request, on the worker's device.
+
+    `top1` int32 [n]; `values` float32 [n, 1 + k (+ H)]: the most probable token's log-probability,
+    the targets', and the hidden states where they were asked for.
+    """
+
+    top1: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass
+class InProgress:
+    """A request's scores so far: a long prompt gets them chunk by chunk."""
+
+    request: ScoreRequest
+    parts: list[Part] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The scored rows of one request that one engine step computed.
+
+    `first` counts from the request's first scored row, `batch_row` from the step's first row.
+    `last` marks the step that ends the prompt, which is when the scores go back.
+    """
+
+    request_id: str
+    first: int
+    rows: int
+    batch_row: int
+    last: bool
+
+
+def chunk_of(
+    request_id: str,
+    request: ScoreRequest,
+    *,
+    computed: int,
+    scheduled: int,
+    prompt_tokens: int,
+    batch_row: int,
+) -> Chunk:
+    """Return what a step scores that continues a prompt after `computed` tokens by `scheduled`.
+
+    `batch_row` is where the step's hidden states for this request begin.
+    """
+    skipped = max(0, request.start - computed)  # rows before the first scored one
+    first = computed + skipped - request.start
+    rows = max(0, min(scheduled - skipped, request.rows - first))
+    last = computed + scheduled >= prompt_tokens
+    return Chunk(request_id, first, rows, batch_row + skipped, last)
+
+
+def score_step(
+    compute_logits: Callable[[torch.Tensor], Any],
+    hidden_states: torch.Tensor,
+    chunks: list[Chunk],
+    in_progress: dict[str, InProgress],
+) -> dict[str, Any]:
+    """Score all rows of a step in one call; return the `LogprobsTensors` of finished requests.
+
+    `compute_logits` is the model's bound method, `hidden_states` [tokens, H] the step's. Finished
+    requests leave `in_progress`. A model whose head cannot be scored exactly says so in its
+    requests' results: an exception here would end the engine.
+    """
+    from quantgate.scoremode.head import HeadRefused
+
+    scored = [chunk for chunk in chunks if chunk.rows]
+    finished = [chunk.request_id for chunk in chunks if chunk.last]
+    try:
+        if scored:
+            _score_chunks(compute_logits, hidden_states, scored, in_progress)
+    except HeadRefused as refusal:
+        return _refused(finished, in_progress, str(refusal))
+    return {name: _tensors(in_progress.pop(name), hidden_states) for name in finished}
+
+
+def _score_chunks(
+    compute_logits: Callable[[torch.Tensor], Any],
+    hidden_states: torch.Tensor,
+    chunks: list[Chunk],
+    in_progress: dict[str, InProgress],
+) -> None:
+    import torch
+
+    from quantgate.scoremode.head import find_head
+    from quantgate.scoremode.logprob import score_rows
+
+    hidden = _rows(hidden_states, chunks)
+    head, rows = find_head(compute_logits, hidden)
+    targets = _padded([_targets(in_progress[c.request_id].request, c) for c in chunks])
+    scores = score_rows(head, rows, torch.from_numpy(targets).to(rows.device, non_blocking=True))
+    top1 = scores.top1.int()
+    values = torch.cat([scores.top1_logprob.unsqueeze(1), scores.logprob], dim=1)
+    offset = 0
+    for chunk in chunks:
+        mine, own = in_progress[chunk.request_id], slice(offset, offset + chunk.rows)
+        if chunk.first == 0:  # for the first time, or again after a preemption
+            mine.parts.clear()
+        part = values[own, : 1 + mine.request.columns]
+        if mine.request.hidden_states:
+            part = torch.cat([part, hidden[own].float()], dim=1)
+        mine.parts.append(Part(top1[own], part))
+        offset += chunk.rows
+
+
+def _rows(hidden_states: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+    """Return the chunks' rows; without a copy where they are one range, as with one request."""
+    import torch
+
+    if len(chunks) == 1:
+        return hidden_states[chunks[0].batch_row : chunks[0].batch_row + chunks[0].rows]
+    return torch.cat([hidden_states[c.batch_row : c.batch_row + c.rows] for c in chunks])
+
+
+def _targets(request: ScoreRequest, chunk: Chunk) -> np.ndarray[Any, np.dtype[np.int64]]:
+    targets = request.targets[chunk.first : chunk.first + chunk.rows]
+    return targets.astype(np.int64).reshape(chunk.rows, -1)
+
+
+def _padded(blocks: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Stack [rows, k] blocks of different k, padded with a target that matches no token."""
+    width = max(block.shape[1] for block in blocks)
+    return np.concatenate(
+        [np.pad(b, ((0, 0), (0, width - b.shape[1])), constant_values=PAD) for b in blocks]
+    )
+
+
+def _tensors(finished: InProgress, hidden_states: torch.Tensor) -> Any:
+    """Pack a request's scores into vLLM's container, which scheduler and sockets carry as it is.
+
+    `logprob_token_ids` [rows, 1] holds the most probable tokens, `logprobs` the values of `Part`.
+    There are no ranks, which would cost a pass over the vocabulary.
+    """
+    import torch
+    from vllm.v1.outputs import LogprobsTensors
+
+    request, parts = finished.request, finished.parts
+    if (rows := sum(len(part.top1) for part in parts)) != request.rows:
+        raise RuntimeError(
+            f"score mode computed {rows} rows of a request for {request.rows}; this is a defect of "
+            "quantgate, or of its fit with this vLLM: please report it."
+        )
+    if parts:
+        top1 = torch.cat([part.top1 for part in parts])
+        values = torch.cat([part.values for part in parts])
+    else:  # a prompt of one token, or one scored from its last row on
+        top1 = hidden_states.new_empty(0, dtype=torch.int32)
+        values = hidden_states.new_empty(0, 1 + request.columns, dtype=torch.float32)
+    return LogprobsTensors(top1.unsqueeze(1), values, top1.new_zeros(len(top1)))
+
+
+def _refused(
+    finished: list[str], in_progress: dict[str, InProgress], reason: str
+) -> dict[str, Any]:
+    """Pack a sentence instead of scores: its code points, and no values."""
+    import torch
+    from vllm.v1.outputs import LogprobsTensors
+
+    codes = torch.tensor([ord(character) for character in reason], dtype=torch.int32)
+    for name in finished:
+        del in_progress[name]
+    sentence = LogprobsTensors(
+        codes.unsqueeze(1), torch.empty(len(codes), 0), codes.new_zeros(len(codes))
+    )
+    return dict.fromkeys(finished, sentence)

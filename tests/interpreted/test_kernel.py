@@ -1,0 +1,107 @@
+"""The fused kernel against float64, and against the blocked core that it stands in for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantgate.scoremode import logprob as core
+from quantgate.scoremode import logprob_triton as fused
+
+# Log-probabilities of these shapes reach -60; float32 rounds them, and the sums, to some 1e-6.
+LIMIT = 2e-5
+
+
+@given(
+    rows=st.integers(1, 150),
+    hidden_size=st.integers(1, 70),
+    vocab=st.integers(2, 600),
+    k=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bias=st.booleans(),
+    soft_cap=st.sampled_from([None, 5.0]),
+    scale=st.sampled_from([1.0, 0.5]),
+    first_token=st.sampled_from([0, 100]),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=40)
+def test_the_kernel_is_the_float64_log_softmax(
+    rows: int,
+    hidden_size: int,
+    vocab: int,
+    k: int,
+    dtype: torch.dtype,
+    bias: bool,
+    soft_cap: float | None,
+    scale: float,
+    first_token: int,
+    seed: int,
+) -> None:
+    """Any shape, several groups of columns, one shard of a vocabulary, padded targets."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
+    weight = torch.randn(vocab, hidden_size, generator=generator).to(dtype)
+    targets = torch.randint(-1, vocab + 2, (rows, k), generator=generator) + first_token
+    head = core.Head(
+        weight,
+        torch.randn(vocab, generator=generator).to(dtype) if bias else None,
+        first_token=first_token,
+        soft_cap=soft_cap,
+        scale=scale,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "GROUP", 256)
+        assert core._reduction_for(hidden) is fused.reduce_fused
+        scores = core.score_rows(head, hidden, targets)
+        patch.setattr(core, "_reduction_for", lambda _: core.reduce_blocked)
+        blocked = core.score_rows(head, hidden, targets)
+    logits = hidden.double() @ weight.double().T
+    if head.bias is not None:
+        logits += head.bias.double()
+    if soft_cap is not None:
+        logits = soft_cap * (logits / soft_cap).tanh()
+    whole = (logits * scale).log_softmax(dim=1)
+    column = targets - first_token
+    inside = (column >= 0) & (column < vocab)
+    expected = whole.gather(1, column.clamp(0, vocab - 1)).where(inside, -torch.inf)
+    assert torch.equal(scores.logprob.isinf(), ~inside)
+    torch.testing.assert_close(scores.logprob.double(), expected, atol=LIMIT, rtol=1e-6)
+    torch.testing.assert_close(scores.logprob, blocked.logprob, atol=LIMIT, rtol=1e-6)
+    best = whole.gather(1, (scores.top1 - first_token).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(best, whole.amax(dim=1), atol=LIMIT, rtol=0)
+    torch.testing.assert_close(scores.top1_logprob.double(), best, atol=LIMIT, rtol=1e-6)
+
+
+def test_a_tie_goes_to_the_lower_token_in_both_cores() -> None:
+    hidden, weight = torch.ones(2, 4), torch.zeros(1000, 4)
+    weight[[7, 70, 700]] = 1.0
+    for reduce in (fused.reduce_fused, core.reduce_blocked):
+        assert reduce(core.Head(weight), hidden, torch.zeros(2, 1).long()).top1.tolist() == [7, 7]
+
+
+def test_a_score_does_not_depend_on_the_other_rows() -> None:
+    """Bit for bit: rows alone, and among others, go through the same sums."""
+    hidden, weight = torch.randn(90, 33), torch.randn(5000, 33)
+    targets = torch.randint(5000, (90, 1))
+    whole = core.score_rows(core.Head(weight), hidden, targets).logprob
+    # Row 64 is the first of its tile in both: numpy's product differs from row to row of a tile.
+    alone = core.score_rows(core.Head(weight), hidden[64:65], targets[64:65]).logprob
+    assert torch.equal(whole[64:65], alone)
+
+
+def test_nan_in_a_hidden_row_stays_visible() -> None:
+    hidden = torch.randn(3, 4)
+    hidden[1, 2] = torch.nan
+    scores = core.score_rows(core.Head(torch.randn(600, 4)), hidden, torch.tensor([[0], [1], [5]]))
+    assert scores.logprob[:, 0].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf")])
+def test_an_infinite_logit_is_never_a_plausible_score(number: float) -> None:
+    hidden, weight = torch.ones(1, 1), torch.zeros(20, 1)
+    weight[3] = number
+    targets = torch.tensor([[3, 4]])
+    fused_scores = core.score_rows(core.Head(weight), hidden, targets).logprob
+    parts = core.reduce_blocked(core.Head(weight), hidden, targets)
+    blocked = parts.target - (parts.maximum + parts.total.log()).unsqueeze(1)
+    torch.testing.assert_close(fused_scores, blocked, equal_nan=True)

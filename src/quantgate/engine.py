@@ -65,19 +65,21 @@ def running_engine(
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
     }
-    arguments = {name: value for name, value in optional.items() if value is not None} | extra
+    arguments: dict[str, Any] = {
+        "model": str(directory),
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "enforce_eager": settings.enforce_eager,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "additional_config": {ADDITIONAL_CONFIG_KEY: {"kernels": settings.kernels}},
+        **{name: value for name, value in optional.items() if value is not None},
+        **extra,
+    }
     try:
-        llm = LLM(
-            model=str(directory),
-            dtype=dtype,
-            skip_tokenizer_init=True,
-            trust_remote_code=False,
-            enforce_eager=settings.enforce_eager,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            kv_cache_dtype=settings.kv_cache_dtype,
-            additional_config={ADDITIONAL_CONFIG_KEY: {"kernels": settings.kernels}},
-            **{"load_format": "safetensors"} | arguments,
-        )
+        llm = LLM(**arguments)
     except Exception as error:
         raise EngineFailure(
             f"{directory}: vLLM {vllm_version()} cannot load it in {dtype} "
@@ -87,6 +89,9 @@ def running_engine(
         require_hooks(llm.llm_engine.vllm_config)
         yield llm
     finally:
+        # Now, not when it is collected: the frames of an error may keep it for long, and its end
+        # would then take the next engine's process groups with it.
+        llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

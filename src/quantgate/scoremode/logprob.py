@@ -72,7 +72,8 @@ def score_rows(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Score
     if head.all_gather is not None:
         reduced = _merge_ranks(reduced, head.all_gather)
     log_total = reduced.total.log()
-    logprob = reduced.target - (reduced.maximum + log_total).unsqueeze(1)
+    # In this order: the maximum, which may be large, leaves before a small number is rounded to it.
+    logprob = (reduced.target - reduced.maximum.unsqueeze(1)) - log_total.unsqueeze(1)
     return Scores(logprob, reduced.top1, -log_total)
 
 

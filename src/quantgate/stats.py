@@ -63,10 +63,19 @@ def paired_mean(difference: NDArray[Any], clusters: NDArray[Any]) -> PairedMean:
     d = np.asarray(difference, dtype=np.float64)
     if d.shape != clusters.shape or d.ndim != 1:
         raise ValueError(f"difference {d.shape} and clusters {clusters.shape} must be one [n].")
-    labels, index = np.unique(clusters, return_inverse=True)
-    if len(labels) < 2:
-        raise ValueError(f"a cluster-robust error needs 2 clusters at least, got {len(labels)}.")
-    mean = float(d.mean())
-    sums = np.bincount(index, weights=d - mean)
-    variance = len(labels) / (len(labels) - 1) * float(sums @ sums) / len(d) ** 2
-    return PairedMean(mean, float(np.sqrt(variance)), len(d), len(labels))
+    _, index = np.unique(clusters, return_inverse=True)
+    return clustered_mean(np.bincount(index, weights=d), np.bincount(index))
+
+
+def clustered_mean(sums: NDArray[Any], counts: NDArray[Any]) -> PairedMean:
+    """Return the mean over all of G clusters' members, of which sums [G] and counts [G] are known.
+
+    Its CR1 standard error is `paired_mean`'s.
+    """
+    if len(sums) < 2:
+        raise ValueError(f"a cluster-robust error needs 2 clusters at least, got {len(sums)}.")
+    n = int(counts.sum())
+    mean = float(sums.sum()) / n
+    residuals = sums - counts * mean
+    variance = len(sums) / (len(sums) - 1) * float(residuals @ residuals) / n**2
+    return PairedMean(mean, float(np.sqrt(variance)), n, len(sums))

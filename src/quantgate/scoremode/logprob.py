@@ -96,7 +96,7 @@ def reduce_blocked(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> R
     """Reduce this rank's columns in plain torch, on any device."""
     import torch
 
-    starts = range(0, len(hidden), ROW_BLOCK)
+    starts = range(0, max(1, len(hidden)), ROW_BLOCK)
     rows = [slice(start, start + ROW_BLOCK) for start in starts]
     blocks = [_reduce_rows(head, hidden[own].float(), targets[own]) for own in rows]
     return Reduction(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))

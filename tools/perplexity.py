@@ -132,9 +132,9 @@ def read_dataset(arguments: argparse.Namespace) -> Iterator[str]:
     except Exception as error:
         raise BadInput(
             f"data set {shown}, split {arguments.split}: not in the cache "
-            f"({datasets.config.HF_DATASETS_CACHE}) and not to be had from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); give --text-file FILE, --text TEXT, or --dataset a local "
-            "folder of parquet, JSON or text files."
+            f"({datasets.config.HF_DATASETS_CACHE}) and not to be had otherwise "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); give --text-file FILE, --text "
+            "TEXT, or --dataset a local folder of parquet, JSON or text files."
         ) from error
     if arguments.text_column not in rows.column_names:
         raise BadInput(
@@ -212,7 +212,7 @@ def show(report: dict[str, Any]) -> None:
     result = Perplexity(**{f.name: report[f.name] for f in dataclasses.fields(Perplexity)})
     protocol = report["protocol"]
     error = (
-        "one window: no standard error"
+        "(one window: no standard error)"
         if result.standard_error is None
         else (
             f"± {result.standard_error:.4f} (standard error over windows; "
@@ -220,7 +220,7 @@ def show(report: dict[str, Any]) -> None:
         )
     )
     print(f"protocol {protocol['name']}: {protocol['scored']}")
-    print(f"scored {result.tokens:,} tokens in {result.windows:,} windows, {report['dtype']}")
+    print(f"scored {result.tokens:,} tokens, windows: {result.windows:,}, {report['dtype']}")
     print(f"perplexity {result.perplexity:.4f} {error}")
     print(f"NLL {result.nll:.6f} nat per token")
     if result.bits_per_byte is not None and result.word_perplexity is not None:

@@ -133,8 +133,8 @@ def read_dataset(arguments: argparse.Namespace) -> Iterator[str]:
         raise BadInput(
             f"data set {shown}, split {arguments.split}: not in the cache "
             f"({datasets.config.HF_DATASETS_CACHE}) and not to be had otherwise "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); give --text-file FILE, --text "
-            "TEXT, or --dataset a local folder of parquet, JSON or text files."
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); give --text-file FILE, "
+            "--text TEXT, or --dataset a local folder of parquet, JSON or text files."
         ) from error
     if arguments.text_column not in rows.column_names:
         raise BadInput(

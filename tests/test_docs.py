@@ -2,9 +2,12 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,12 +23,10 @@ def test_its_options_exist(readme: str, root: Path) -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "pytest", "--help"], cwd=root, capture_output=True, text=True
     ).stdout
-    helped += subprocess.run(
-        [sys.executable, "tools/regen_golden.py", "--help"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    ).stdout
+    for tool in ("regen_golden", "perplexity"):
+        helped += subprocess.run(
+            [sys.executable, f"tools/{tool}.py", "--help"], cwd=root, capture_output=True, text=True
+        ).stdout
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert options
     assert {option for option in options if f"{option} " not in helped.replace("=", " ")} == set()
@@ -71,3 +72,14 @@ def test_its_python_runs(readme: str, root: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(r"^\d+\.\d+ nat per token$", result.stdout, re.MULTILINE)
+
+
+def test_the_perplexity_commands_are_accepted(
+    readme: str, root: Path, tool: Callable[[str], ModuleType]
+) -> None:
+    text = readme + (root / "docs" / "score-mode.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python tools/perplexity.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        arguments = tool("perplexity").parse_arguments(shlex.split(command))
+        assert (root / arguments.model).is_dir()

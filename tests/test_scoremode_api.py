@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -239,6 +240,16 @@ def test_openais_echo_gives_the_same_scores(server: str, root: Path) -> None:
     for mine, its in zip(ours["top_logprobs"][1:], theirs["top_logprobs"][1:], strict=True):
         assert mine.keys() == its.keys()
         np.testing.assert_allclose(list(mine.values()), [its[t] for t in mine], atol=1e-5, rtol=0)
+
+
+def test_the_documented_request_is_answered(server: str, root: Path) -> None:
+    text = (root / "docs" / "score-mode.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    status, answer = complete(server, **json.loads(block))
+    assert status == 200, answer
+    (choice,) = answer["choices"]
+    assert choice["text"] == json.loads(block)["prompt"]
+    assert all(score < 0 for score in choice["logprobs"]["token_logprobs"][1:])
 
 
 def test_chosen_targets_and_a_start_pass_through_a_request(server: str) -> None:

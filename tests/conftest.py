@@ -5,9 +5,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 from harness import RunGate
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from quantgate.probe import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +31,30 @@ def quantized() -> Path:
     path = ROOT / "build" / "tiny-llama-w4a16"
     assert path.is_dir(), "run `make checkpoints` first"
     return path
+
+
+@pytest.fixture(scope="session")
+def probe(root: Path) -> "Probe":
+    """The embedded probe."""
+    from quantgate.probe import read_probe
+
+    return read_probe(root / "fixtures" / "probes" / "tiny.jsonl")
+
+
+@pytest.fixture(scope="session")
+def hf_scores(root: Path, probe: "Probe") -> "list[NDArray[np.float64]]":
+    """HF's float32 scores of each window of the probe by the tiny model.
+
+    A prefix of a window has a prefix of its scores.
+    """
+    import numpy as np
+
+    from quantgate import reference
+
+    model = root / "fixtures" / "tiny" / "llama"
+    measured = reference.measure(model, probe, dtype="float32", announce=lambda _: None)
+    ends = np.cumsum([window.scored for window in probe.windows])
+    return np.split(measured.logprob.astype(np.float64), ends[:-1])
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from quantgate import compare, engine, reference
 from quantgate.checkpoint import EngineSettings
 from quantgate.measurement import Measurement
-from quantgate.probe import Probe, read_probe
+from quantgate.probe import Probe
 from quantgate.verdict import Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
@@ -24,11 +23,6 @@ def scale_one_group(directory: Path, factor: float) -> None:
     scale = tensors["model.layers.1.mlp.down_proj.weight_scale"]
     scale[7, 2] = (scale[7, 2].float() * factor).to(scale.dtype)
     save_file(tensors, path, {"format": "pt"})
-
-
-@pytest.fixture(scope="module")
-def probe(root: Path) -> Probe:
-    return read_probe(root / "fixtures" / "probes" / "tiny.jsonl")
 
 
 def measure_engine(directory: Path, probe: Probe, dtype: str = "float32") -> Measurement:

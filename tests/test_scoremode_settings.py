@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantgate.checkpoint import EngineSettings
 from quantgate.engine import running_engine
-from quantgate.probe import Probe, read_probe
+from quantgate.probe import Probe
 
 # What the gate allows float32 scores (budget.FP32_MAX).
 LIMIT = 1e-5
@@ -25,22 +25,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     # Nine blocks of 128 tokens: long requests evict one another while they are prefilled.
     "preempting": {"max_num_batched_tokens": 128, "num_gpu_blocks_override": 9},
 }
-
-
-@pytest.fixture(scope="module")
-def probe(root: Path) -> Probe:
-    return read_probe(root / "fixtures" / "probes" / "tiny.jsonl")
-
-
-@pytest.fixture(scope="module")
-def expected(root: Path, probe: Probe) -> list[NDArray[np.float64]]:
-    """HF's float32 scores of every window; a prefix of a window has a prefix of its scores."""
-    from quantgate import reference
-
-    model = root / "fixtures" / "tiny" / "llama"
-    measured = reference.measure(model, probe, dtype="float32", announce=lambda _: None)
-    ends = np.cumsum([window.scored for window in probe.windows])
-    return np.split(measured.logprob.astype(np.float64), ends[:-1])
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -71,7 +55,7 @@ def llm(request: pytest.FixtureRequest, root: Path) -> Iterator[Any]:
 def test_scores_do_not_depend_on_how_the_engine_runs(
     llm: Any,
     probe: Probe,
-    expected: list[NDArray[np.float64]],
+    hf_scores: list[NDArray[np.float64]],
     chosen: list[tuple[int, int, bool]],
     start: int,
 ) -> None:
@@ -99,7 +83,7 @@ def test_scores_do_not_depend_on_how_the_engine_runs(
         rows = len(prompt["prompt_token_ids"]) - 1
         scores = output.prompt_logprobs.logprobs.astype(np.float64)
         assert len(scores) == rows - asked.score_start
-        hf = expected[index][asked.score_start : rows]
+        hf = hf_scores[index][asked.score_start : rows]
         assert np.abs(scores - hf).max(initial=0.0) <= LIMIT
 
 
@@ -125,7 +109,7 @@ def test_an_aborted_request_leaves_the_others_alone(
 def test_a_preempted_request_is_scored_whole(
     root: Path,
     probe: Probe,
-    expected: list[NDArray[np.float64]],
+    hf_scores: list[NDArray[np.float64]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Generating requests that grow take the blocks of prompts that are being prefilled."""
@@ -153,5 +137,5 @@ def test_a_preempted_request_is_scored_whole(
             use_tqdm=False,
         )
     assert preempted
-    for output, hf in zip(outputs[8:], expected, strict=True):
+    for output, hf in zip(outputs[8:], hf_scores, strict=True):
         assert np.abs(output.prompt_logprobs.logprobs - hf).max() <= LIMIT

@@ -14,25 +14,9 @@ from numpy.typing import NDArray
 
 from quantgate.checkpoint import EngineSettings
 from quantgate.engine import running_engine
-from quantgate.probe import Probe, read_probe
+from quantgate.probe import Probe
 
 LIMIT = 1e-5  # what the gate allows float32 scores (budget.FP32_MAX)
-
-
-@pytest.fixture(scope="module")
-def probe(root: Any) -> Probe:
-    return read_probe(root / "fixtures" / "probes" / "tiny.jsonl")
-
-
-@pytest.fixture(scope="module")
-def expected(root: Any, probe: Probe) -> list[NDArray[np.float64]]:
-    """HF's float32 scores of every window; a prefix of a window has a prefix of its scores."""
-    from quantgate import reference
-
-    model = root / "fixtures" / "tiny" / "llama"
-    measured = reference.measure(model, probe, dtype="float32", announce=lambda _: None)
-    ends = np.cumsum([window.scored for window in probe.windows])
-    return np.split(measured.logprob.astype(np.float64), ends[:-1])
 
 
 @pytest.fixture(scope="module", params=[("1", 64), ("1", 1024), ("0", 64)])
@@ -60,7 +44,7 @@ def llm(request: pytest.FixtureRequest, root: Any) -> Iterator[Any]:
 def test_scores_are_hfs_on_both_runners(
     llm: Any,
     probe: Probe,
-    expected: list[NDArray[np.float64]],
+    hf_scores: list[NDArray[np.float64]],
     chosen: list[tuple[int, int, bool]],
     start: int,
 ) -> None:
@@ -84,7 +68,7 @@ def test_scores_are_hfs_on_both_runners(
             assert output.prompt_logprobs is None
             continue
         found = output.prompt_logprobs.logprobs.astype(np.float64)
-        hf = expected[index][asked.score_start : len(ids) - 1]
+        hf = hf_scores[index][asked.score_start : len(ids) - 1]
         assert len(found) == len(hf)
         assert np.abs(found - hf).max(initial=0.0) <= LIMIT
 

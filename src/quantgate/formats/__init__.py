@@ -1,0 +1,1 @@
+"""What quantized tensors mean, from the formats' definitions, independent of compressed-tensors."""

@@ -88,7 +88,7 @@ def test_scores_do_not_depend_on_how_the_engine_runs(
 
 
 def test_an_aborted_request_leaves_the_others_alone(
-    llm: Any, probe: Probe, expected: list[NDArray[np.float64]]
+    llm: Any, probe: Probe, hf_scores: list[NDArray[np.float64]]
 ) -> None:
     from vllm import SamplingParams
 
@@ -103,7 +103,7 @@ def test_an_aborted_request_leaves_the_others_alone(
         outputs += engine.step()
     (kept,) = [output for output in outputs if output.request_id == "kept" and output.finished]
     scores = kept.prompt_logprobs.logprobs
-    assert np.abs(scores - expected[0]).max() <= LIMIT
+    assert np.abs(scores - hf_scores[0]).max() <= LIMIT
 
 
 def test_a_preempted_request_is_scored_whole(

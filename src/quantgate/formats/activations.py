@@ -1,0 +1,127 @@
+"""Quantize a linear layer's input as vLLM does, and give back the values that its codes stand for.
+
+compressed-tensors' rules are not vLLM's: it takes 127.5 for int8's largest code, and divides by an
+FP8 scale where vLLM multiplies by its reciprocal. These were checked bit for bit against vLLM
+0.32.0's own CPU code; its GPU code is still to be checked. All take x [rows, H] in any floating
+dtype and return float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+INT8_LOWEST, INT8_HIGHEST = -128, 127
+E4M3_HIGHEST = 448.0
+E2M1_HIGHEST = 6.0
+# The smallest scale of a dynamic FP8 input (vLLM's `_FP8_MIN_SCALING_FACTOR`).
+FP8_SMALLEST_SCALE = 1.0 / (E4M3_HIGHEST * 512.0)
+NVFP4_GROUP = 16
+# Half-way points between E2M1's magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6. A value on one of them goes
+# to the neighbour with an even mantissa.
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_HALF_WAYS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+
+def int8_per_token(x: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
+    """Dynamic int8, a scale for each row: amax / 127, or (max - min) / 255 with a zero point."""
+    x = x.float()
+    if symmetric:
+        scale = x.abs().amax(dim=1, keepdim=True) / INT8_HIGHEST
+        return _int8(x, scale, scale.new_zeros(()))
+    lowest = x.amin(dim=1, keepdim=True)
+    scale = (x.amax(dim=1, keepdim=True) - lowest) / (INT8_HIGHEST - INT8_LOWEST)
+    zero_point = (INT8_LOWEST - lowest / scale).round()
+    return _int8(x, scale, zero_point)
+
+
+def int8_per_tensor(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Static int8: the checkpoint's one scale and, for asymmetric inputs, zero point."""
+    offset = scale.new_zeros(()) if zero_point is None else zero_point.float()
+    return _int8(x.float(), scale.float(), offset)
+
+
+def _int8(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """Round to nearest, ties to even. A row of zeros, whose scale is 0, stays zero.
+
+    vLLM multiplies and adds with one rounding (FMA): a float64 sum of float32's exact product.
+    """
+    fused = (x.double() * scale.reciprocal().double() + zero_point.double()).float()
+    codes = fused.round().clamp(INT8_LOWEST, INT8_HIGHEST)
+    return ((codes - zero_point) * scale).where(scale != 0, 0.0)
+
+
+def fp8_per_token(x: torch.Tensor) -> torch.Tensor:
+    """Dynamic FP8 (E4M3), a scale for each row: amax / 448, with a floor."""
+    x = x.float()
+    scale = (x.abs().amax(dim=1, keepdim=True) / E4M3_HIGHEST).clamp(min=FP8_SMALLEST_SCALE)
+    return _e4m3(x * scale.reciprocal()) * scale
+
+
+def fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Static FP8 (E4M3): the checkpoint's one scale."""
+    scale = scale.float()
+    return _e4m3(x.float() * scale.reciprocal()) * scale
+
+
+def fp8_per_group(x: torch.Tensor, group_size: int = 128) -> torch.Tensor:
+    """Dynamic FP8 (E4M3), a scale for each `group_size` columns of a row, for FP8_BLOCK weights.
+
+    Here vLLM divides by the scale. The last group may be shorter.
+    """
+    import torch
+
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % group_size))
+    groups = padded.view(rows, -1, group_size)
+    scale = groups.abs().amax(dim=2, keepdim=True) / E4M3_HIGHEST
+    scale = scale.clamp(min=FP8_SMALLEST_SCALE)
+    return (_e4m3(groups / scale) * scale).view(rows, -1)[:, :columns]
+
+
+def _e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Round to E4M3, saturating, and back."""
+    import torch
+
+    return x.clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn).float()
+
+
+def nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """NVFP4: E2M1 codes, an E4M3 scale for each 16 columns, divided by the checkpoint's global one.
+
+    Group scale = e4m3(min(448, global x amax / 6)).
+    """
+    import torch
+
+    rows, columns = x.shape
+    if columns % NVFP4_GROUP:
+        raise ValueError(f"NVFP4 needs a multiple of {NVFP4_GROUP} columns, got {columns}.")
+    global_scale = global_scale.float()
+    groups = x.float().view(rows, -1, NVFP4_GROUP)
+    amax = groups.abs().amax(dim=2, keepdim=True)
+    scale = _e4m3(global_scale * (amax * (1.0 / E2M1_HIGHEST)))
+    back = _reciprocal_or_zero(scale * _reciprocal_or_zero(global_scale))
+    scaled = (groups * back).clamp(-E2M1_HIGHEST, E2M1_HIGHEST)
+    magnitudes = torch.tensor(E2M1_MAGNITUDES, device=x.device)
+    values = magnitudes[_nearest_e2m1(scaled.abs())] * scaled.sign()
+    return (values * (scale / global_scale)).view(rows, columns)
+
+
+def _nearest_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
+    """Return the index of the nearest E2M1 magnitude; ties go to the even index (even mantissa)."""
+    import torch
+
+    half_ways = torch.tensor(E2M1_HALF_WAYS, device=magnitude.device)
+    below = torch.bucketize(magnitude, half_ways)  # a tie counts as below: the lower neighbour
+    above = torch.bucketize(magnitude, half_ways, right=True)
+    return torch.where(below % 2 == 0, below, above)
+
+
+def _reciprocal_or_zero(x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.where(x == 0, torch.zeros_like(x), x.reciprocal())

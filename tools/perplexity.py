@@ -23,7 +23,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput, EngineSettings
-from quantgate.engine import EngineFailure, kernel_fingerprint, library_versions, running_engine
+from quantgate.engine import (
+    EngineFailure,
+    first_line,
+    kernel_fingerprint,
+    library_versions,
+    running_engine,
+)
 from quantgate.perplexity import PROTOCOLS, Perplexity, Protocol, Tally, evaluate, result_of
 
 # A text is tokenized in pieces of this many characters, cut at a line's end: what fits into one
@@ -133,7 +139,7 @@ def read_dataset(arguments: argparse.Namespace) -> Iterator[str]:
         raise BadInput(
             f"data set {shown}, split {arguments.split}: not in the cache "
             f"({datasets.config.HF_DATASETS_CACHE}) and not to be had otherwise "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); give --text-file FILE, "
+            f"({type(error).__name__}: {first_line(error)}); give --text-file FILE, "
             "--text TEXT, or --dataset a local folder of parquet, JSON or text files."
         ) from error
     if arguments.text_column not in rows.column_names:
@@ -154,7 +160,7 @@ def shown_progress() -> Iterator[Callable[[Tally], None]]:
 
         def update(tally: Tally) -> None:
             speed = tally.tokens / (time.perf_counter() - started)
-            nll = math.fsum(tally.sums) / max(1, tally.tokens)
+            nll = tally.total / max(1, tally.tokens)
             progress.update(
                 task,
                 description=f"{tally.tokens:,} tokens scored, {speed:,.0f} tokens/s, "
@@ -173,7 +179,7 @@ def measure(arguments: argparse.Namespace, protocol: Protocol) -> dict[str, Any]
     except Exception as error:
         raise BadInput(
             f"--model {arguments.model}: no tokenizer to be had ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})."
+            f"{first_line(error)})."
         ) from error
     texts = read_texts(arguments, protocol)
     settings = EngineSettings(

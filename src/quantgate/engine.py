@@ -83,7 +83,7 @@ def running_engine(
     except Exception as error:
         raise EngineFailure(
             f"{directory}: vLLM {vllm_version()} cannot load it in {dtype} "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"({type(error).__name__}: {first_line(error)})."
         ) from error
     try:
         require_hooks(llm.llm_engine.vllm_config)
@@ -193,5 +193,6 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; empty where it has none."""
     return (str(error).strip().splitlines() or [""])[0]

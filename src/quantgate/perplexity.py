@@ -173,6 +173,8 @@ class Tally:
 
     sums: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    tokens: int = 0
+    total: float = 0.0
     squares: float = 0.0
     not_finite: int = 0
     bytes: int = 0
@@ -182,13 +184,10 @@ class Tally:
         """Take one window's negative log-probabilities [n], in nats."""
         self.sums.append(float(nll.sum()))
         self.counts.append(len(nll))
+        self.tokens += len(nll)
+        self.total += self.sums[-1]  # for the progress shown; the result adds up without rounding
         self.squares += float(nll @ nll)
         self.not_finite += len(nll) - int(np.isfinite(nll).sum())
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens were scored."""
-        return sum(self.counts)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantgate.formats.numbers import E2M1_MAGNITUDES
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,9 +21,7 @@ E2M1_HIGHEST = 6.0
 # The smallest scale of a dynamic FP8 input (vLLM's `_FP8_MIN_SCALING_FACTOR`).
 FP8_SMALLEST_SCALE = 1.0 / (E4M3_HIGHEST * 512.0)
 NVFP4_GROUP = 16
-# Half-way points between E2M1's magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6. A value on one of them goes
-# to the neighbour with an even mantissa.
-E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Half-way points between `E2M1_MAGNITUDES`. A value on one goes to the even mantissa's neighbour.
 E2M1_HALF_WAYS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 

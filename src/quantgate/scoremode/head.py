@@ -37,7 +37,7 @@ def find_head(
         )
     _, processor, lm_head, rows, bias = calls[0]
     if processor.logits_as_input:
-        raise ValueError(f"score mode does not support {model}: it has no language-model head.")
+        raise HeadRefused(f"score mode does not support {model}: it has no language-model head.")
     return _head(processor, lm_head, bias), rows
 
 

@@ -65,7 +65,7 @@ def require_hooks(vllm_config: Any) -> None:
     if needed:
         raise RuntimeError(
             f"score mode does not support vLLM {vllm_version()}: it lacks {', '.join(needed)}; "
-            "install a version from the README's table."
+            "install a version from the table in docs/score-mode.md."
         )
 
 

@@ -4,43 +4,27 @@ what changed since it was approved?"""
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
-from quantgate import compare
+from quantgate import compare, fidelity
 from quantgate.budget import quality_margin
 from quantgate.checkpoint import Checkpoint
 from quantgate.golden import drift
 from quantgate.pytest_plugin import Gate
-from quantgate.scheme import quantizes_activations
 
 
 def test_fidelity_float32(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
     """vLLM and HF compute the same function of the same weights: loading and packing are right."""
-    engine = gate.sources.engine(checkpoint, "float32")
-    reference = gate.sources.reference(checkpoint, "float32")
-    chaotic = quantizes_activations(gate.quantization_config(checkpoint))
-    probe = gate.sources.probe_of(checkpoint)
-    gate.judge(
-        compare.fidelity_fp32(
-            engine,
-            reference,
-            probe,
-            exact_reference=lambda: gate.sources.reference(checkpoint, "float64"),
-            chaotic=chaotic,
-        )
-    )
+    gate.judge(fidelity.float32(gate.sources, checkpoint))
 
 
 def test_fidelity_serving(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
     """In the dtype that is served, vLLM is off by no more than that dtype's rounding."""
-    engine = gate.sources.engine(checkpoint, "serving")
-    reference = gate.sources.reference(checkpoint, "float32")
-    rounded = gate.sources.reference(checkpoint, "serving")
-    base_noise = None
-    if (base := checkpoint.base_checkpoint) is not None:
-        base_noise = compare.mean_absolute_difference(
-            gate.sources.engine(base, "serving"), gate.sources.reference(base, "float32")
-        )
-    probe = gate.sources.probe_of(checkpoint)
-    gate.judge(compare.fidelity_serving(engine, reference, rounded, probe, base_noise=base_noise))
+    gate.judge(fidelity.serving(gate.sources, checkpoint))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "serving"])
+def test_replay(gate: Gate, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    """On the engine's own inputs, every linear gives what its weights say."""
+    gate.judge(fidelity.replay(gate.sources, checkpoint, dtype))
 
 
 @pytest.mark.needs("base")

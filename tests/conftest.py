@@ -80,13 +80,16 @@ def tool() -> Callable[[str], ModuleType]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project to gate in: the suites, the embedded fixtures and goldens, to change at will.
+    """A project to gate one checkpoint in, W4A16: its suites, fixtures and goldens may be changed.
 
-    Its checkpoints are read where `make checkpoints` built them.
+    Its checkpoint is read where `make checkpoints` built it.
     """
     copy = tmp_path / "project"
     for name in ("suites", "fixtures", "golden"):
         shutil.copytree(ROOT / name, copy / name)
+    for path in (copy / "fixtures" / "checkpoints").glob("*.toml"):
+        if path.stem != "tiny-llama-w4a16":
+            path.unlink()
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)
     (copy / "build").symlink_to(ROOT / "build")

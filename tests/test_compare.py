@@ -26,16 +26,25 @@ def test_fp32_fidelity_is_a_limit_on_the_worst_token() -> None:
     off[77] += 1e-3
     same = measured(SCORES, "reference")
 
-    def judge(engine: Measurement, *, chaotic: bool) -> Verdict:
-        return compare.fidelity_fp32(
-            engine, same, PROBE, exact_reference=lambda: same, chaotic=chaotic
-        )
+    def judge(engine: Measurement) -> Verdict:
+        return compare.fidelity_fp32(engine, same, PROBE, exact_reference=lambda: same)
 
-    assert judge(measured(SCORES), chaotic=False).outcome == "pass"
-    failed = judge(measured(off), chaotic=False)
+    assert judge(measured(SCORES)).outcome == "pass"
+    failed = judge(measured(off))
     assert failed.outcome == "fail"
     assert failed.evidence[0].startswith("worst      d3[3] token 3: ")
-    assert judge(measured(off), chaotic=True).outcome == "inconclusive"
+
+
+def test_a_format_that_quantizes_inputs_is_allowed_its_references_own_chaos() -> None:
+    rng = np.random.default_rng(4)
+    reference, exact, usual, faulty = (
+        measured(SCORES + rng.normal(0, size, PROBE.scored)) for size in (0, 1e-3, 1e-3, 4e-3)
+    )
+    assert compare.fidelity_chaotic(usual, reference, exact, PROBE).outcome == "pass"
+    failed = compare.fidelity_chaotic(faulty, reference, exact, PROBE)
+    assert failed.outcome == "fail"
+    moved = np.mean(np.abs(exact.logprob.astype(float) - reference.logprob))
+    assert failed.deviations[0].allowed == 2 * moved
 
 
 def test_a_model_that_amplifies_rounding_is_allowed_twice_its_references_own() -> None:
@@ -47,7 +56,6 @@ def test_a_model_that_amplifies_rounding_is_allowed_twice_its_references_own() -
         measured(SCORES, "reference"),
         PROBE,
         exact_reference=lambda: measured(exact, "reference"),
-        chaotic=False,
     )
     assert verdict.outcome == "pass"
     assert verdict.deviations[0].allowed == pytest.approx(4e-5, rel=0.01)
@@ -70,11 +78,11 @@ def test_quality_is_decided_by_the_confidence_bound(cost: float, outcome: str) -
 def test_better_than_approved_is_drift_too() -> None:
     noise = np.random.default_rng(2).normal(0, 1e-3, PROBE.scored)
     for shift in (0.01, -0.01):
-        verdict = compare.drift_serving(
+        verdict = compare.drift_mean(
             measured(SCORES + noise + shift), measured(SCORES, "golden"), PROBE, margin=1e-3
         )
         assert verdict.outcome == "fail"
-    same = compare.drift_serving(
+    same = compare.drift_mean(
         measured(SCORES + noise), measured(SCORES, "golden"), PROBE, margin=1e-3
     )
     assert same.outcome == "pass"

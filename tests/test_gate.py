@@ -13,7 +13,15 @@ from quantgate.probe import Probe
 from quantgate.verdict import Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
-CHECKS = ["fidelity-float32", "fidelity-serving", "quality", "drift-float32", "drift-serving"]
+CHECKS = [
+    "fidelity-float32",
+    "fidelity-serving",
+    "replay-float32",
+    "replay-serving",
+    "quality",
+    "drift-float32",
+    "drift-serving",
+]
 
 
 def scale_one_group(directory: Path, factor: float) -> None:
@@ -26,7 +34,10 @@ def scale_one_group(directory: Path, factor: float) -> None:
 
 
 def measure_engine(directory: Path, probe: Probe, dtype: str = "float32") -> Measurement:
-    return engine.measure(directory, probe, settings=SETTINGS, dtype=dtype, announce=lambda _: None)
+    measured, _ = engine.measure(
+        directory, probe, settings=SETTINGS, dtype=dtype, announce=lambda _: None
+    )
+    return measured
 
 
 def measure_reference(directory: Path, probe: Probe, dtype: str = "float32") -> Measurement:
@@ -36,9 +47,7 @@ def measure_reference(directory: Path, probe: Probe, dtype: str = "float32") -> 
 def fidelity_fp32(
     engine_side: Measurement, reference_side: Measurement, exact: Measurement, probe: Probe
 ) -> Verdict:
-    return compare.fidelity_fp32(
-        engine_side, reference_side, probe, exact_reference=lambda: exact, chaotic=False
-    )
+    return compare.fidelity_fp32(engine_side, reference_side, probe, exact_reference=lambda: exact)
 
 
 def test_a_fault_on_the_engines_side_alone_fails_fidelity(
@@ -107,8 +116,12 @@ def test_a_checkpoint_given_by_path_is_gated_without_a_golden(
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     (checkpoint,) = run_gate.report["checkpoints"]
-    assert [check["name"] for check in checkpoint["checks"]] == ["fidelity-serving", "quality"]
-    assert "a checkpoint given by path has no golden" in result.stdout
+    assert [check["name"] for check in checkpoint["checks"]] == [
+        "fidelity-serving",
+        "replay-serving",
+        "quality",
+    ]
+    assert "it has no golden: given by path" in result.stdout
 
 
 def test_a_missing_golden_is_not_run_and_does_not_pass(run_gate: RunGate) -> None:
@@ -135,7 +148,7 @@ def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, pr
         compare.fidelity_serving(broken, honest, honest, probe, base_noise=None),
         compare.quality(broken, honest, probe, margin=1.0),
         compare.drift_exact(broken, honest, probe),
-        compare.drift_serving(broken, honest, probe, margin=1.0),
+        compare.drift_mean(broken, honest, probe, margin=1.0),
     ):
         assert verdict.outcome == "fail"
         assert verdict.deviations[0].what == "non-finite log-probs"

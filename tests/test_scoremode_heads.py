@@ -154,7 +154,9 @@ def quantized_head(quantized_copy: Path, tool: Callable[[str], ModuleType]) -> P
 
     quantize = tool("quantize_tiny")
     tensors = load_file(quantized_copy / "model.safetensors")
-    parts = quantize.quantize_linear(tensors.pop("lm_head.weight"), quantize.w4a16())
+    parts = quantize.quantize_linear(
+        tensors.pop("lm_head.weight"), quantize.scheme_of(quantize.Group("W4A16"))
+    )
     tensors |= {f"lm_head.{name}": tensor for name, tensor in parts.items()}
     save_file(tensors, quantized_copy / "model.safetensors", {"format": "pt"})
     config = json.loads((quantized_copy / "config.json").read_text())

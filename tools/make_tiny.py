@@ -1,6 +1,7 @@
-"""Train the tiny Llama checkpoint that the tests and the embedded suites run on, and its probe.
+"""Train the tiny checkpoints that the tests and the embedded suites run on, and their probe.
 
-    python tools/make_tiny.py
+    python tools/make_tiny.py                           the Llama, and the probe
+    python tools/make_tiny.py --architecture qwen3      the Qwen3; the probe comes out the same
 
 The corpus, the tokenizer and the probe depend on the seed alone. The weights also depend on the
 machine's arithmetic, so their hash and their perplexity are recorded beside them.
@@ -27,8 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from quantgate.atomic import write_atomically
@@ -69,6 +70,11 @@ STEPS, WARMUP, PEAK_RATE, FLOOR = 1000, 100, 2e-3, 0.05
 # 1e-5 nat: the smoothing bounds the logits, and query and key matrices keep their initial norm.
 LABEL_SMOOTHING, INITIAL_STD = 0.05, 0.02
 LARGEST_FILE = 6_000_000
+# Configuration, and whether the head is the embedding. Qwen3 normalizes queries and keys.
+ARCHITECTURES: dict[str, tuple[Any, bool]] = {
+    "llama": (LlamaConfig, False),
+    "qwen3": (Qwen3Config, True),
+}
 SMALLEST_RATIO = 5.0
 
 
@@ -246,11 +252,12 @@ def check_disjoint(windows: Sequence[Window], seed: int) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def new_model(seed: int) -> Any:
+def new_model(architecture: str, seed: int) -> Any:
     """An untrained model; every linear layer's sizes are multiples of 128, for any group size."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    configuration, tied = ARCHITECTURES[architecture]
+    return AutoModelForCausalLM.from_config(
+        configuration(
             vocab_size=VOCAB_SIZE,
             hidden_size=256,
             intermediate_size=512,
@@ -261,7 +268,7 @@ def new_model(seed: int) -> Any:
             max_position_embeddings=2048,
             rms_norm_eps=1e-5,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
             bos_token_id=BOS_ID,
             eos_token_id=EOS_ID,
             pad_token_id=PAD_ID,
@@ -313,10 +320,8 @@ def limit_attention(model: Any) -> None:
             weight.mul_((limit / weight.norm()).clamp(max=1.0))
 
 
-def train(batches: Sequence[torch.Tensor], steps: int, seed: int) -> Training:
-    """Train a new model; the batches are gone through again when the steps outnumber them."""
-    torch.set_num_threads(2)
-    model = new_model(seed)
+def train(model: Any, batches: Sequence[torch.Tensor], steps: int) -> Training:
+    """Train a model; the batches are gone through again when the steps outnumber them."""
     optimizer = make_optimizer(model)
     losses: list[float] = []
     started = time.monotonic()
@@ -425,8 +430,9 @@ def make_record(
 
 def main() -> None:
     """Make the tokenizer, the probe and the checkpoint; exit 1 when too little was learned."""
-    parser = argparse.ArgumentParser(description="Train the tiny Llama and write its probe.")
-    parser.add_argument("--out", type=Path, default=ROOT / "fixtures/tiny/llama")
+    parser = argparse.ArgumentParser(description="Train a tiny model and write its probe.")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
+    parser.add_argument("--out", type=Path, help="default: fixtures/tiny/<architecture>")
     parser.add_argument("--probe", type=Path, default=ROOT / "fixtures/probes/tiny.jsonl")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
@@ -436,13 +442,15 @@ def main() -> None:
     windows = make_probe(tokenizer, arguments.seed)
     check_disjoint(windows, arguments.seed)
     batches = make_batches(tokenizer, arguments.seed)
-    training = train(batches, arguments.steps, arguments.seed)
+    model = new_model(arguments.architecture, arguments.seed)
+    training = train(model, batches, arguments.steps)
 
-    save_model(training.model, arguments.out)
-    save_tokenizer(tokenizer, arguments.out)
+    folder = arguments.out or ROOT / "fixtures/tiny" / arguments.architecture
+    save_model(training.model, folder)
+    save_tokenizer(tokenizer, folder)
     write_atomically(arguments.probe, "".join(probe_lines(windows)))
-    record = make_record(arguments.out, windows, batches, training, arguments.seed)
-    write_atomically(arguments.out / "training.json", json.dumps(record, indent=2) + "\n")
+    record = make_record(folder, windows, batches, training, arguments.seed)
+    write_atomically(folder / "training.json", json.dumps(record, indent=2) + "\n")
     print(
         f"perplexity {record['heldout_perplexity']:.2f}, "
         f"unigram {record['unigram_perplexity']:.1f}, ratio {record['ratio']:.1f}"

@@ -20,12 +20,37 @@ ROUNDING_FACTOR = 2.0
 # tests allow between vLLM and HF (tests/models/language/generation_ppl_test, 1 %).
 DRIFT_MEAN = 1e-3
 
-# Mean ΔNLL against the unquantized base, in nat per token, that a scheme may cost: published
-# ln(PPL(Q)/PPL(base)) of a plain round-to-nearest quantization of the same width.
+# Replay in float32: the rms error of one linear's output on the engine's own input, relative to the
+# rms of that output, and of that input. A float32 sum of K terms in any order has an error of about
+# sqrt(K) x 2^-24 of the terms' root sum of squares (Higham 2002, section 4.2's rule of thumb): 1e-5
+# for K = 28,000, more inputs than any layer of today's models has.
+REPLAY_MODULE = 1e-5
+
+# Replay in float32: mean |Δ log-probability| on the engine's own inputs. Only what is between the
+# last linear and the log-softmax adds to it: two roundings of a logit below 30, at 2^-24 each, are
+# 3.6e-6 at most and a quarter of that on average (errors uniform, of random sign).
+REPLAY_MEAN = 1e-6
+
+# Replay in a 16-bit dtype, as a module's relative rms error: its weights and its output are each
+# rounded once, to half a unit in the last place of bfloat16 (2^-9) or float16 (2^-12).
+REPLAY_MODULE_16_BIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+# Mean ΔNLL against the unquantized base, in nat per token, that a scheme may cost, by the beginning
+# of its name: published ln(PPL(Q)/PPL(base)) of the plainest quantization of the same width.
+#
+# 4 bits: llama.cpp's scoreboard for Llama 3 8B on WikiText-2 (tools/perplexity/README.md): f16
+# 6.233160, q4_0 (4 bits, round to nearest, groups of 32) 6.700147; ln of the ratio is 0.0722.
+# 8 bits: the perplexities that vLLM's tests hold for Qwen3-0.6B and Qwen3-0.6B-FP8 on WikiText-2
+# (tests/models/language/generation_ppl_test): 23.864 and 24.313; ln of the ratio is 0.0186.
+FOUR_BITS, EIGHT_BITS = 0.0722, 0.0186
 QUALITY_MARGIN = {
-    # llama.cpp's scoreboard for Llama 3 8B on WikiText-2 (tools/perplexity/README.md): f16
-    # 6.233160, q4_0 (4 bits, round to nearest, groups of 32) 6.700147; ln of the ratio is 0.0722.
-    "W4A16": 0.0722,
+    "W4": FOUR_BITS,
+    "NVFP4": FOUR_BITS,
+    "MXFP4": FOUR_BITS,
+    "W8": EIGHT_BITS,
+    "FP8": EIGHT_BITS,
+    "MXFP8": EIGHT_BITS,
+    "KV_FP8": EIGHT_BITS,
 }
 
 
@@ -33,12 +58,18 @@ def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:
     """Return the margin for `quality`, the checkpoint's own where its file gives one."""
     if override := checkpoint.budget.get("quality"):
         return override.margin
-    if scheme not in QUALITY_MARGIN:
+    margins = [_margin_of(part) for part in scheme.split("+")]
+    if None in margins:
         raise BadInput(
             f"{checkpoint.id}: no default quality budget for scheme '{scheme}'; give one as "
             "[budget.quality] with margin (nat per token) and reason in its file."
         )
-    return QUALITY_MARGIN[scheme]
+    # Of several groups, the one that may cost most.
+    return max(margin for margin in margins if margin is not None)
+
+
+def _margin_of(part: str) -> float | None:
+    return next((m for name, m in QUALITY_MARGIN.items() if part.startswith(name)), None)
 
 
 def drift_margin(checkpoint: Checkpoint) -> float:

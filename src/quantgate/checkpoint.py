@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from quantgate.processor import CONDITIONS
 from quantgate.scheme import UNQUANTIZED, scheme_name
 
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -50,6 +51,26 @@ class BudgetOverride:
 
 
 @dataclass(frozen=True)
+class KnownFailure:
+    """`[[known_failure]]`: a check that is known to fail, why, and where that is followed up.
+
+    It must fail as long as it is listed: a check that passes after all says so, and fails.
+    """
+
+    check: str
+    """E.g. "replay-float32"."""
+    reason: str
+    issue: str
+    when: str | None = None
+    """A condition of `processor.CONDITIONS`; None where it fails on every machine."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the condition holds on this machine."""
+        return self.when is None or CONDITIONS[self.when]()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint under test. Its id names the TOML file, the golden directory and the tests."""
 
@@ -67,8 +88,12 @@ class Checkpoint:
     budget: Mapping[str, BudgetOverride] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd, compare=False)
     """What relative paths are relative to."""
-    has_golden: bool = True
-    """False for a checkpoint given by path: nobody approved anything of it yet."""
+    golden: bool = True
+    """False for a checkpoint given by path, of which nobody approved anything yet, and where a file
+    says so: native CPU kernels differ from machine to machine, and are judged by fidelity."""
+    is_base: bool = False
+    """Whether this is the unquantized base of the checkpoint whose engine settings it has."""
+    known_failure: tuple[KnownFailure, ...] = ()
 
     def __hash__(self) -> int:
         return hash((self.id, self.source))
@@ -89,12 +114,17 @@ class Checkpoint:
             scheme=UNQUANTIZED,
             engine=self.engine,
             root=self.root,
-            has_golden=False,
+            golden=False,
+            is_base=True,
         )
+
+    def known_failure_of(self, check: str) -> KnownFailure | None:
+        """Return the known failure of a check on this machine, if there is one."""
+        return next((k for k in self.known_failure if k.check == check and k.applies), None)
 
 
 # The keys of a checkpoint file: every field but those that do not come from it.
-_NOT_IN_FILE = frozenset({"id", "root", "has_golden"})
+_NOT_IN_FILE = frozenset({"id", "root", "is_base"})
 
 
 def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
@@ -120,6 +150,12 @@ def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
             f"{path}: revision '{checkpoint.revision}' is not pinned; give a 40-digit commit or "
             "'sha256:' and the identity of a local directory."
         )
+    for known in checkpoint.known_failure:
+        if known.when is not None and known.when not in CONDITIONS:
+            raise BadInput(
+                f"{path}: known_failure of '{known.check}': there is no condition '{known.when}', "
+                f"only {', '.join(CONDITIONS)}."
+            )
     return replace(checkpoint, root=root)
 
 
@@ -133,15 +169,23 @@ def _refuse_unknown_keys(
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             place = f" in [{where}]" if where else ""
             raise BadInput(f"{path}: unknown key '{key}'{place}; did you mean '{nearest}'?")
-        inner = BudgetOverride if key == "budget" else hints[key]
-        if not isinstance(value, dict):
-            continue
-        sections = (
-            {f"{key}.{name}": v for name, v in value.items()} if key == "budget" else {key: value}
-        )
-        for name, section in sections.items():
-            if is_dataclass(inner) and isinstance(inner, type) and isinstance(section, dict):
-                _refuse_unknown_keys(section, inner, path, name, frozenset())
+        for name, section, inner in _sections(key, value, hints[key]):
+            _refuse_unknown_keys(section, inner, path, name, frozenset())
+
+
+def _sections(key: str, value: Any, hint: Any) -> list[tuple[str, Mapping[str, Any], type]]:
+    """Return the tables under a key, each with its name in the file and the class that it becomes.
+
+    What is not of the expected shape is left to the conversion, which names what is wrong.
+    """
+    found: list[tuple[str, Any, type]] = []
+    if key == "budget" and isinstance(value, dict):
+        found = [(f"budget.{name}", table, BudgetOverride) for name, table in value.items()]
+    elif key == "known_failure" and isinstance(value, list):
+        found = [("known_failure", table, KnownFailure) for table in value]
+    elif is_dataclass(hint) and isinstance(hint, type):
+        found = [(key, value, hint)]
+    return [(name, table, kind) for name, table, kind in found if isinstance(table, dict)]
 
 
 def read_checkpoint_files(root: Path) -> dict[str, Checkpoint]:
@@ -174,7 +218,7 @@ def find_checkpoint(
         source=source,
         base=_absolute_if_path(base),
         root=root,
-        has_golden=False,
+        golden=False,
     )
 
 

@@ -9,13 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantgate.budget import FP32_MAX, ROUNDING_FACTOR
+from quantgate.budget import (
+    FP32_MAX,
+    REPLAY_MEAN,
+    REPLAY_MODULE,
+    REPLAY_MODULE_16_BIT,
+    ROUNDING_FACTOR,
+)
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe
+from quantgate.replay import ModuleError, Replay
 from quantgate.stats import ALPHA, FEWEST_CLUSTERS, PairedMean, paired_mean
 from quantgate.verdict import Deviation, Outcome, Verdict
 
 WORST_TOKENS = 5
+WORST_MODULES = 5
 
 
 def fidelity_fp32(
@@ -24,14 +32,11 @@ def fidelity_fp32(
     probe: Probe,
     *,
     exact_reference: Callable[[], Measurement],
-    chaotic: bool,
 ) -> Verdict:
     """Judge float32 log-probabilities token by token: both sides computed the same function.
 
     `exact_reference`, the reference in float64, is asked for only where `FP32_MAX` is exceeded, to
-    tell a fault from a model that amplifies rounding. `chaotic` formats quantize activations, where
-    a difference of 1e-7 flips a code and flips cascade, so that a large difference proves nothing
-    about them.
+    tell a fault from a model that amplifies rounding.
     """
     delta = _delta(engine, reference)
     largest = Deviation("max |Δ log-prob|", _max(np.abs(delta)), FP32_MAX)
@@ -42,10 +47,84 @@ def fidelity_fp32(
         largest = dataclasses.replace(largest, allowed=allowed)
         detail += f"; the reference itself moves by {rounding:.3g} at most in float64"
     outcome: Outcome = "fail" if largest.exceeded else "pass"
-    if outcome == "fail" and chaotic and not engine.nonfinite:
-        outcome = "inconclusive"
-        detail += ", which rounding alone can cause in a format that quantizes activations"
     return _verdict(outcome, detail, [largest], engine, reference, probe)
+
+
+def fidelity_chaotic(
+    engine: Measurement, reference: Measurement, exact_reference: Measurement, probe: Probe
+) -> Verdict:
+    """Judge float32 log-probabilities of a format that quantizes activations, by their mean |Δ|.
+
+    A difference of 1e-7 flips a code, and flips cascade. How far that goes is measured: the
+    reference in float64 against itself in float32. Replay is the sharp check of such a format.
+    """
+    delta = _delta(engine, reference)
+    chaos = _delta(exact_reference, reference)
+    floor = float(np.mean(np.abs(chaos)))
+    mean = Deviation("mean |Δ log-prob|", float(np.mean(np.abs(delta))), floor * ROUNDING_FACTOR)
+    detail = _agreement("engine", "reference", delta)
+    detail += (
+        f"; the reference itself moves by {floor:.3g} in float64, {_max(np.abs(chaos)):.3g} at "
+        "most: inputs are quantized"
+    )
+    outcome: Outcome = "fail" if mean.exceeded else "pass"
+    return _verdict(outcome, detail, [mean], engine, reference, probe)
+
+
+def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
+    """Judge every linear on the engine's own inputs, and the log-probabilities that come of it.
+
+    In a 16-bit dtype only outputs are judged: inputs carry the rounding of all layers before.
+    """
+    dtype = engine.provenance.dtype
+    output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
+    entry = max(replay.modules, key=lambda module: _nan_is_largest(module.input))
+    delta = np.abs(engine.logprob[replay.tokens].astype(np.float64) - replay.logprob)
+    if dtype == "float32":
+        deviations = [
+            Deviation("largest module error", output.output, REPLAY_MODULE, "of its rms"),
+            Deviation("largest input mismatch", entry.input, REPLAY_MODULE, "of its rms"),
+            Deviation("mean |Δ log-prob|", float(np.mean(delta)), REPLAY_MEAN),
+        ]
+    else:
+        limit = REPLAY_MODULE_16_BIT[dtype]
+        deviations = [Deviation("largest module error", output.output, limit, "of its rms")]
+    outcome: Outcome = "fail" if any(d.exceeded for d in deviations) else "pass"
+    detail = (
+        f"on the engine's own inputs {len(replay.modules)} linears are off by {output.output:.3g} "
+        f"of their rms at most ({output.name}), their inputs by {entry.input:.3g} ({entry.name}), "
+        f"log-probs by {np.mean(delta):.3g} nat per token"
+    )
+    return Verdict(
+        outcome,
+        detail,
+        tuple(deviations),
+        n=len(replay.tokens),
+        kernels=engine.provenance.kernels,
+        emulated=engine.provenance.emulated,
+        evidence=() if outcome == "pass" else tuple(worst_modules(engine, replay)),
+    )
+
+
+def worst_modules(engine: Measurement, replay: Replay) -> list[str]:
+    """Return a line for each of the modules that are furthest off, with its kernel."""
+    kernels = engine.provenance.kernels
+
+    def line(module: ModuleError) -> str:
+        kind = ".".join(module.module.split(".")[-2:])
+        return (
+            f"module     {module.name}: output {module.output:.3g}, input {module.input:.3g} of "
+            f"its rms, {kernels.get(kind, 'kernel unknown')}"
+        )
+
+    def size(module: ModuleError) -> float:
+        return _nan_is_largest(max(module.output, module.input, key=_nan_is_largest))
+
+    return [line(m) for m in sorted(replay.modules, key=size, reverse=True)[:WORST_MODULES]]
+
+
+def _nan_is_largest(value: float) -> float:
+    return float("inf") if np.isnan(value) else value
 
 
 def fidelity_serving(
@@ -89,7 +168,10 @@ def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: flo
 
 
 def drift_exact(engine: Measurement, golden: Measurement, probe: Probe) -> Verdict:
-    """Judge float32 scores against the approved ones, token by token."""
+    """Judge float32 scores against the approved ones, token by token.
+
+    For formats that do not quantize activations; `drift_mean` judges the others.
+    """
     delta = _delta(engine, golden)
     largest = Deviation("max |Δ log-prob|", _max(np.abs(delta)), FP32_MAX)
     outcome: Outcome = "fail" if largest.exceeded else "pass"
@@ -97,12 +179,11 @@ def drift_exact(engine: Measurement, golden: Measurement, probe: Probe) -> Verdi
     return _verdict(outcome, detail, [largest], engine, golden, probe)
 
 
-def drift_serving(
-    engine: Measurement, golden: Measurement, probe: Probe, *, margin: float
-) -> Verdict:
-    """Judge the serving dtype's mean NLL against the approved one: equivalence, both sides.
+def drift_mean(engine: Measurement, golden: Measurement, probe: Probe, *, margin: float) -> Verdict:
+    """Judge the mean NLL against the approved one: equivalence, both sides.
 
-    "Better than approved" is drift too.
+    For the serving dtype, and for formats that quantize activations, where a difference of 1e-7
+    between two machines moves single tokens far. "Better than approved" is drift too.
     """
     if engine.nonfinite or golden.nonfinite:
         return _verdict("fail", "a log-probability is not finite", [], engine, golden, probe)
@@ -177,6 +258,7 @@ def _verdict(
         deviations=tuple(deviations),
         n=len(a.logprob),
         mde=mde,
+        kernels=a.provenance.kernels,
         emulated=a.provenance.emulated,
         evidence=() if outcome == "pass" else tuple(_evidence(a, b, probe)),
     )

@@ -2,10 +2,16 @@
 
 vLLM's own loading, sharding and fusing of q/k/v still run, which is where most real bugs live: only
 the product is emulated. An emulated kernel never counts as evidence about the real one.
+
+An engine is asked for one of two kinds (`[engine] kernels`). "native": a kernel of vLLM's wherever
+the build has one, an emulated one elsewhere. "portable": emulated ones everywhere, so that a golden
+holds on every x86-64 machine. Only vLLM's CPU platform is touched.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +22,9 @@ if TYPE_CHECKING:
 ADDITIONAL_CONFIG_KEY = "quantgate"
 PORTABLE = "portable"
 NATIVE = "native"
+E4M3_HIGHEST = 448.0
+# Where an attention layer keeps the scales (k, v) of an emulated FP8 KV cache.
+EMULATED_KV_SCALES = "quantgate_kv_scales"
 
 
 def is_emulated(kernel: object) -> bool:
@@ -23,84 +32,140 @@ def is_emulated(kernel: object) -> bool:
     return bool(getattr(kernel, "emulated", False)) or type(kernel).__name__.startswith("Emulation")
 
 
-def register_kernels(module: ModuleType) -> None:
-    """Offer the dequantizing W4A16 / W8A16 kernel to vLLM's choice of kernels on CPU."""
-    from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        unpack_quantized_values_into_int32,
-    )
-    from vllm.platforms import PlatformEnum
+def engine_arguments(kernels: str, kv_cache_scheme: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what `vllm.LLM` is given for a kind of kernels.
 
-    class DequantizingLinearKernel(MPLinearKernel):  # type: ignore[misc]
-        """Integer weights dequantized once, after loading; then a plain product."""
-
-        emulated = True
-
-        @classmethod
-        def get_min_capability(cls) -> int:
-            return -1
-
-        @classmethod
-        def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-            if _kernels_wanted() == NATIVE and _has_native_wna16(c.act_type):
-                return False, "this build has a kernel of its own"
-            if 32 % c.weight_type.size_bits:
-                return False, f"{c.weight_type} does not divide 32 bits"
-            return True, None
-
-        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-            import torch
-
-            packed, scale, zero_point = self._get_weight_params(layer)
-            weight_type = self.config.weight_type
-            # [out, in]: the checkpoint's layout, packed along the input dimension.
-            code = unpack_quantized_values_into_int32(packed, weight_type, packed_dim=1)
-            if zero_point is None:
-                offset = torch.full_like(scale, weight_type.bias)
-            else:
-                offset = unpack_quantized_values_into_int32(zero_point, weight_type, packed_dim=0)
-            weight = dequantize_groups(code, scale, offset)
-            # The product reads `weight`; the packed form would only hold memory.
-            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-            for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
-                if name is not None and hasattr(layer, name):
-                    delattr(layer, name)
-
-        def apply_weights(
-            self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            import torch
-
-            weight = layer.get_parameter("weight")
-            return torch.nn.functional.linear(x, weight, bias)
-
-    # First, not last: vLLM's CPU kernel claims builds in which its operator does not exist.
-    module._POSSIBLE_KERNELS[PlatformEnum.CPU].insert(0, DequantizingLinearKernel)
-
-
-def dequantize_groups(
-    code: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
-) -> torch.Tensor:
-    """Return (code - offset) * scale in scale's dtype, rounded once.
-
-    `code` int [out, in]; `scale` and `offset` [out, groups], each group `in / groups` columns.
+    A quantized KV cache is emulated on CPU by quantizing keys and values on their way into an
+    unquantized one, so vLLM must not be told of it: its CPU kernel needs AVX-512 or AMX.
     """
-    out, columns = code.shape
-    groups = scale.shape[1]
-    centred = code.view(out, groups, columns // groups) - offset.int().unsqueeze(2)
-    return (centred.float() * scale.float().unsqueeze(2)).to(scale.dtype).view(out, columns)
+    wanted: dict[str, Any] = {"kernels": kernels}
+    arguments: dict[str, Any] = {"additional_config": {ADDITIONAL_CONFIG_KEY: wanted}}
+    if kernels == PORTABLE and kv_cache_scheme is not None:
+        wanted["kv_cache"] = "fp8"
+        arguments["hf_overrides"] = _without_kv_cache_scheme
+    return arguments
 
 
-def _kernels_wanted() -> str:
+def _without_kv_cache_scheme(config: Any) -> Any:
+    if getattr(config, "quantization_config", None) is None:  # vLLM parses the file twice
+        return config
+    config.quantization_config = {**config.quantization_config, "kv_cache_scheme": None}
+    return config
+
+
+def wanted() -> Mapping[str, Any]:
+    """Return what the engine that is being loaded was asked for."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
-    wanted = ((config and config.additional_config) or {}).get(ADDITIONAL_CONFIG_KEY, {})
-    return str(wanted.get("kernels", NATIVE))
+    found: Mapping[str, Any] = ((config and config.additional_config) or {}).get(
+        ADDITIONAL_CONFIG_KEY, {}
+    )
+    return found
 
 
-def _has_native_wna16(activations: torch.dtype) -> bool:
-    """Whether vLLM's own kernel runs: AVX-512 builds have it, for 16-bit activations only."""
+def portable_wanted() -> bool:
+    """Whether the engine that is being loaded was asked for portable kernels."""
+    return bool(wanted().get("kernels", NATIVE) == PORTABLE)
+
+
+def register_kernels(module: ModuleType) -> None:
+    """Offer the emulated kernels to vLLM's choice of kernels on CPU (vllm…kernels.linear)."""
+    from vllm.platforms import PlatformEnum
+
+    from quantgate.emulated_kernels import KERNELS
+
+    for table, kernels in KERNELS.items():
+        # First, not last: vLLM's CPU kernels claim builds in which their operator does not exist.
+        # An emulated one declines where it is not wanted.
+        possible = getattr(module, table).setdefault(PlatformEnum.CPU, [])
+        possible[:0] = kernels
+
+
+def patch_nvfp4_scheme(module: Any) -> None:
+    """Let NVFP4A16 load on CPU, where vLLM would insist on Marlin."""
+    from quantgate.emulated_kernels import weight_only_nvfp4
+
+    original = module.init_nvfp4_linear_kernel
+
+    def init_nvfp4_linear_kernel(use_a16: bool = False) -> Any:
+        if use_a16:
+            return weight_only_nvfp4()
+        return original(use_a16=use_a16)
+
+    module.init_nvfp4_linear_kernel = init_nvfp4_linear_kernel
+
+
+def patch_compressed_tensors(module: ModuleType) -> None:
+    """Let W4AFP8 load on CPU, and keep KV scales where the cache is emulated.
+
+    vLLM's scheme for W4AFP8 asks for SM 9.0; its loading does not.
+    """
+    config = module.CompressedTensorsConfig
+    config._is_fp8_w4a8_sm90 = classmethod(
+        lambda cls, weight_quant, input_quant: cls._is_fp8_w4a8(weight_quant, input_quant)
+    )
+    method = module.CompressedTensorsKVCacheMethod
+    original = method.process_weights_after_loading
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        original(self, layer)
+        if wanted().get("kv_cache") == "fp8":
+            setattr(layer, EMULATED_KV_SCALES, (layer._k_scale_float, layer._v_scale_float))
+
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def patch_custom_ops(module: Any) -> None:
+    """Give static FP8 quantization a body: vLLM's CPU builds have an empty stub of it."""
+    original = module.scaled_fp8_quant
+
+    def scaled_fp8_quant(input: Any, scale: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if scale is not None and (portable_wanted() or static_fp8_is_missing()):
+            return _e4m3(input.float() * scale.float().reciprocal()), scale
+        return original(input, scale, *args, **kwargs)
+
+    module.scaled_fp8_quant = scaled_fp8_quant
+
+
+@functools.cache
+def static_fp8_is_missing() -> bool:
+    """Whether this build's operator for static FP8 quantization is an empty stub."""
     import torch
 
-    return hasattr(torch.ops._C, "cpu_gemm_wna16") and activations != torch.float32
+    operator = getattr(torch.ops._C, "static_scaled_fp8_quant", None)
+    return operator is None or not operator.default._schema.arguments
+
+
+def patch_attention(module: ModuleType) -> None:
+    """Quantize keys and values on their way into the cache where a quantized cache is emulated."""
+    original = module.Attention.forward
+
+    def forward(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if (scales := getattr(self, EMULATED_KV_SCALES, None)) is not None:
+            key, value = (
+                (_e4m3(x.float() / scale).float() * scale).to(x.dtype)
+                for x, scale in zip((key, value), scales, strict=True)
+            )
+        return original(self, query, key, value, *args, **kwargs)
+
+    module.Attention.forward = forward
+
+
+def _e4m3(x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return x.clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn)
+
+
+def on_cpu(patch: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    """Return a patch that leaves its module alone where vLLM runs on anything but the CPU."""
+
+    @functools.wraps(patch)
+    def patch_on_cpu(module: ModuleType) -> None:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            patch(module)
+
+    return patch_on_cpu

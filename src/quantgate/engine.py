@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantgate.checkpoint import EngineSettings
-from quantgate.emulation import ADDITIONAL_CONFIG_KEY, is_emulated
+from quantgate.capture import EXTENSION, Capture, take_capture
+from quantgate.checkpoint import EngineSettings, read_config
+from quantgate.emulation import engine_arguments
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe
 from quantgate.scoremode.hooks import require_hooks, vllm_version
@@ -32,6 +34,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# Tokens whose inputs and outputs are captured for replay: half a GiB for a model of 8 billion
+# parameters in bfloat16, 4 GiB for one of 70.
+REPLAY_TOKENS = 512
+
 Announce = Callable[[str], None]
 
 
@@ -40,14 +46,55 @@ class EngineFailure(RuntimeError):
 
 
 def measure(
-    directory: Path, probe: Probe, *, settings: EngineSettings, dtype: str, announce: Announce
-) -> Measurement:
-    """Score `probe` with the checkpoint in `directory`, served by vLLM in `dtype`."""
+    directory: Path,
+    probe: Probe,
+    *,
+    settings: EngineSettings,
+    dtype: str,
+    announce: Announce,
+    capture_into: Path | None = None,
+) -> tuple[Measurement, Capture | None]:
+    """Score `probe` with the checkpoint in `directory`, served by vLLM in `dtype`.
+
+    With `capture_into`, also write there what every linear saw of a few windows; an engine that
+    compiles or replays graphs is started once more for that, eagerly.
+    """
     with running_engine(directory, settings=settings, dtype=dtype) as llm:
         announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
         logprob, top1 = score(llm, probe)
         kernels, emulated = kernel_fingerprint(llm)
-        return Measurement(logprob, top1, _provenance(dtype, kernels, emulated))
+        measured = Measurement(logprob, top1, _provenance(dtype, kernels, emulated))
+        if capture_into is None:
+            return measured, None
+        if settings.enforce_eager:
+            announce("capturing inputs and outputs of every linear")
+            return measured, capture(llm, probe, capture_into)
+    announce("loading again, eagerly, to capture inputs and outputs")
+    eager = replace(settings, enforce_eager=True)
+    with running_engine(directory, settings=eager, dtype=dtype) as llm:
+        return measured, capture(llm, probe, capture_into)
+
+
+def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
+    """Serve the probe's replay windows one by one, and keep what every linear saw of them."""
+    windows = {index: probe.windows[index].ids for index in replay_windows(probe)}
+    return take_capture(llm, directory, windows, lambda ids: _score(llm, [ids]))
+
+
+def replay_windows(probe: Probe) -> list[int]:
+    """Return the windows to capture: the shortest of each stratum, while they are few tokens."""
+    chosen: list[int] = []
+    tokens = 0
+    order = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
+    for index in order:
+        window = probe.windows[index]
+        if window.stratum in {probe.windows[i].stratum for i in chosen}:
+            continue
+        tokens += len(window.ids)
+        if chosen and tokens > REPLAY_TOKENS:
+            break
+        chosen.append(index)
+    return chosen
 
 
 @contextmanager
@@ -70,14 +117,18 @@ def running_engine(
         "dtype": dtype,
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
+        "worker_extension_cls": EXTENSION,
         "load_format": "safetensors",
         "enforce_eager": settings.enforce_eager,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "kv_cache_dtype": settings.kv_cache_dtype,
-        "additional_config": {ADDITIONAL_CONFIG_KEY: {"kernels": settings.kernels}},
+        **engine_arguments(settings.kernels, _kv_cache_scheme(directory)),
         **{name: value for name, value in optional.items() if value is not None},
         **extra,
     }
+    # What is there by now stays: vLLM collects garbage five times while it starts, each time over
+    # the million objects of its own modules, which took most of the start of a small model.
+    gc.freeze()
     try:
         llm = LLM(**arguments)
     except Exception as error:
@@ -93,15 +144,18 @@ def running_engine(
         # would then take the next engine's process groups with it.
         llm.llm_engine.engine_core.shutdown()
         del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # collects garbage, too
+
+
+def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:
+    scheme: dict[str, Any] | None = (read_config(directory).get("quantization_config") or {}).get(
+        "kv_cache_scheme"
+    )
+    return scheme
 
 
 def score(llm: LLM, probe: Probe) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return log-probabilities float32 [n] and most probable tokens int32 [n] of a probe."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
     longest = max(len(window.ids) for window in probe.windows)
     limit = llm.llm_engine.model_config.max_model_len
     if longest > limit:
@@ -109,13 +163,9 @@ def score(llm: LLM, probe: Probe) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
             f"probe '{probe.name}' has a window of {longest} tokens, but the engine takes prompts "
             f"of at most max_model_len={limit}; raise [engine] max_model_len."
         )
-    prompts = [TokensPrompt(prompt_token_ids=list(window.ids)) for window in probe.windows]
-    outputs = llm.generate(
-        prompts, SamplingParams(score_mode=True, max_tokens=0, temperature=0.0), use_tqdm=False
-    )
+    outputs = _score(llm, [window.ids for window in probe.windows])
     logprobs, tops = [], []
-    for window, output in zip(probe.windows, outputs, strict=True):
-        scores = output.prompt_logprobs
+    for window, scores in zip(probe.windows, outputs, strict=True):
         if len(scores) != len(window.ids):
             raise EngineFailure(
                 f"{window.document}: {len(window.ids)} tokens went in, scores for {len(scores)} "
@@ -126,45 +176,35 @@ def score(llm: LLM, probe: Probe) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
     return np.concatenate(logprobs), np.concatenate(tops)
 
 
+def _score(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[Any]:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
+        SamplingParams(score_mode=True, max_tokens=0, temperature=0.0),
+        use_tqdm=False,
+    )
+    return [output.prompt_logprobs for output in outputs]
+
+
 def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the kernel that serves each kind of layer, and those of them that are emulations.
+    """Return the kernels that serve each kind of layer, and those of them that are emulations.
 
     Read from the loaded model: `{"self_attn.qkv_proj": "MacheteLinearKernel", …}`.
     """
     # Every tensor-parallel rank answers; they run the same kernels.
-    kernels, emulated = llm.apply_model(_kernels_of_model)[0]
-    return kernels, emulated
-
-
-def _kernels_of_model(model: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+    modules: dict[str, list[str]] = llm.collective_rpc("quantgate_kernels")[0]
     kinds: dict[str, set[str]] = {}
-    emulated: set[str] = set()
-    for name, module in model.named_modules():
-        kernel = _kernel_of(module)
-        if kernel is None:
-            continue
+    for name, kernels in modules.items():
         # "model.layers.3.self_attn.qkv_proj" and its like in other layers are one kind.
         kind = ".".join(part for part in name.split(".")[-2:] if not part.isdigit())
-        kinds.setdefault(kind, set()).add(type(kernel).__name__)
-        if is_emulated(kernel):
-            emulated.add(type(kernel).__name__)
-    return {kind: " + ".join(sorted(names)) for kind, names in kinds.items()}, tuple(
-        sorted(emulated)
-    )
-
-
-def _kernel_of(module: Any) -> Any:
-    """Return the object that computes a layer: a kernel, else the scheme or method in its place."""
-    if (implementation := getattr(module, "impl", None)) is not None:
-        return implementation  # attention
-    method = getattr(module, "quant_method", None)
-    if method is None:
-        return None
-    scheme = getattr(module, "scheme", None) or method
-    for attribute in ("kernel", "fp8_linear", "linear_kernel"):
-        if (kernel := getattr(scheme, attribute, None)) is not None:
-            return kernel
-    return scheme
+        kinds.setdefault(kind, set()).update(kernels)
+    marked = sorted({kernel for kernels in kinds.values() for kernel in kernels})
+    return {
+        kind: " + ".join(sorted(kernel.removesuffix("*") for kernel in kernels))
+        for kind, kernels in kinds.items()
+    }, tuple(kernel.removesuffix("*") for kernel in marked if kernel.endswith("*"))
 
 
 def available_devices() -> dict[str, str]:

@@ -18,10 +18,11 @@ import numpy as np
 from syrupy.extensions.json import JSONSnapshotExtension
 
 from quantgate.budget import drift_margin
-from quantgate.checkpoint import BadInput, Checkpoint, identity
-from quantgate.compare import drift_exact, drift_serving
+from quantgate.checkpoint import BadInput, Checkpoint, identity, read_config
+from quantgate.compare import drift_exact, drift_mean
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe
+from quantgate.scheme import quantizes_activations
 from quantgate.verdict import Outcome, Verdict, not_run
 
 if TYPE_CHECKING:
@@ -160,11 +161,13 @@ def drift(
 ) -> Verdict:
     """Judge a fresh measurement against the checkpoint's golden for `check`.
 
-    float32 is judged token by token, any other dtype by its mean. Without a golden for this very
+    float32 is judged token by token, any other dtype and any format that quantizes activations by
+    the mean. Without a golden for this very
     key the verdict is "not-run"; if only the checkpoint's bytes are others than the approved ones,
     the scores are compared all the same, and cannot pass.
     """
     path = golden_path(checkpoint.root, checkpoint.id, check, measured.provenance.platform)
+    chaotic = quantizes_activations(read_config(checkpoint.directory).get("quantization_config"))
     key = golden_key(checkpoint, probe, measured)
     regenerate = (
         f'if intended, python tools/regen_golden.py --checkpoint {checkpoint.id} --reason "…"'
@@ -173,11 +176,11 @@ def drift(
     def judge(stored: Golden) -> Verdict:
         if dataclasses.replace(stored.key, identity=key.identity) != key:
             return not_run(f"{path} is of {_key_difference(stored.key, key)}", regenerate)
-        if measured.provenance.dtype == "float32":
+        if measured.provenance.dtype == "float32" and not chaotic:
             verdict = drift_exact(measured, stored.measurement, probe)
         else:
             margin = drift_margin(checkpoint)
-            verdict = drift_serving(measured, stored.measurement, probe, margin=margin)
+            verdict = drift_mean(measured, stored.measurement, probe, margin=margin)
         if stored.key.identity != key.identity:
             verdict = _of_other_bytes(verdict, stored.key, key)
         return dataclasses.replace(verdict, next_step=regenerate)

@@ -38,6 +38,8 @@ class Measurement:
     top1: NDArray[np.int32]
     """Most probable token at each position [n]."""
     provenance: Provenance
+    hidden: NDArray[np.float32] | None = None
+    """What the head was given for each scored token [n, H]; of a float32 reference only."""
 
     @property
     def nonfinite(self) -> int:

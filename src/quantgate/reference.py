@@ -1,89 +1,374 @@
-"""The reference source: HF modules over decompressed weights."""
+"""The reference source: HF modules over dequantized weights, a decoder layer in memory at a time.
+
+Inputs are quantized as vLLM quantizes them, and scales fused as vLLM fuses them
+(formats/linear.py), so that engine and reference compute the same function of the same bytes.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from quantgate.checkpoint import BadInput, read_config
-from quantgate.engine import Announce, library_versions
+from quantgate.engine import Announce, first_line, library_versions
+from quantgate.formats.groups import Group, group_of
+from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
+from quantgate.formats.stored import StoredTensors
+from quantgate.formats.weights import dequantize_weight
 from quantgate.measurement import Measurement, Provenance
-from quantgate.probe import Probe
+from quantgate.probe import Probe, Window
 
 if TYPE_CHECKING:
     import torch
 
 # Rows of full-vocabulary float32 logits held at once: 128 MiB at a vocabulary of 128k.
 LOGIT_ROWS = 256
+PROGRESS_SECONDS = 5.0
+
+DequantizerName = Literal["own", "library"]
+# Called for every linear with the window (its place among those that run), the linear's name, the
+# input [rows, in] and the product as a function of an input; returns the output [rows, out] that
+# the model goes on with.
+Observer = Callable[[int, str, "torch.Tensor", "Product"], "torch.Tensor"]
+Product = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
-def measure(directory: Path, probe: Probe, *, dtype: str, announce: Announce) -> Measurement:
-    """Score `probe` with HF modules in `dtype` over the checkpoint's decompressed weights.
+def measure(
+    directory: Path,
+    probe: Probe,
+    *,
+    dtype: str,
+    announce: Announce,
+    dequantizer: DequantizerName = "own",
+) -> Measurement:
+    """Score `probe` with HF modules in `dtype` over the checkpoint's dequantized weights.
 
-    Only weights are dequantized; inputs stay as they are. The head's product and the log-softmax
-    are in float32, or in float64 where `dtype` is that.
+    The head's product and the log-softmax are in float32, or in float64 where `dtype` is that.
     """
-    import torch
-
-    model = load_decompressed(directory, dtype)
+    model = StreamedModel(directory, dtype, dequantizer)
+    hidden = model.last_hidden(probe.windows, announce)
     announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
-    logprobs, tops = [], []
-    with torch.inference_mode():
-        for window in probe.windows:
-            ids = torch.tensor(window.ids)
-            hidden = model.base_model(ids[None]).last_hidden_state[0]
-            logprob, top1 = _score(
-                model, hidden[window.score_from - 1 : -1], ids[window.score_from :]
-            )
-            logprobs.append(logprob)
-            tops.append(top1)
+    logprob, top1 = model.scores(probe.windows, hidden)
     provenance = Provenance("reference", "cpu", "cpu", dtype, versions=library_versions())
-    return Measurement(np.concatenate(logprobs), np.concatenate(tops), provenance)
+    kept = None
+    if dtype == "float32":
+        scored = zip(probe.windows, hidden, strict=True)
+        kept = np.concatenate([rows[w.score_from - 1 :].numpy() for w, rows in scored])
+    return Measurement(logprob, top1, provenance, kept)
 
 
-def load_decompressed(directory: Path, dtype: str) -> Any:
-    """Return the checkpoint as an HF causal LM in `dtype`, its weights dequantized."""
-    import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+class StreamedModel:
+    """An HF causal LM whose decoder layers are read from disk when their turn comes."""
 
-    quantized = "quantization_config" in read_config(directory)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            **(
-                {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-                if quantized
-                else {}
-            ),
+    def __init__(self, directory: Path, dtype: str, dequantizer: DequantizerName = "own") -> None:
+        import torch
+
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.stored = StoredTensors(directory)
+        self.quantization: Mapping[str, Any] | None = read_config(directory).get(
+            "quantization_config"
         )
+        self._dequantize = _dequantizer(dequantizer)
+        self.model = _empty_model(directory, self.dtype)
+        self._names = {module: name for name, module in self.model.named_modules()}
+        self.layers: torch.nn.ModuleList = self.model.base_model.layers
+        inside = {id(module) for module in self.layers.modules()}
+        self._window = 0
+        self._outside = [m for m in self.model.modules() if id(m) not in inside]
+
+    def last_hidden(
+        self,
+        windows: tuple[Window, ...],
+        announce: Announce,
+        observe: Observer | None = None,
+    ) -> list[torch.Tensor]:
+        """Return what the head is given for each window, [tokens - 1, H].
+
+        A window's last token predicts nothing that is scored, so it is not computed.
+        """
+        import torch
+
+        told = time.monotonic()
+        with torch.inference_mode():
+            self._fill(self._outside, None)
+            self.model.tie_weights()
+            steps = [self._record(window) for window in windows]
+            for index, layer in enumerate(self.layers):
+                if time.monotonic() - told > PROGRESS_SECONDS:
+                    announce(f"layer {index + 1} of {len(self.layers)}")
+                    told = time.monotonic()
+                self._fill(layer.modules(), observe)
+                for self._window, step in enumerate(steps):
+                    step.run(index, layer)
+                _empty(layer)
+            return [self.model.base_model.norm(step.hidden)[0] for step in steps]
+
+    def scores(
+        self, windows: tuple[Window, ...], hidden: list[torch.Tensor]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return log-probabilities [n] and most probable tokens int32 [n] of the scored tokens."""
+        import torch
+
+        exact = torch.promote_types(self.dtype, torch.float32)
+        head = self.model.get_output_embeddings()
+        for part, parameter in head.named_parameters():
+            _set(head, part, parameter.to(exact))
+        logprobs, tops = [], []
+        with torch.inference_mode():
+            for window, rows in zip(windows, hidden, strict=True):
+                targets = torch.tensor(window.ids[window.score_from :])
+                scored = rows[window.score_from - 1 :].to(exact)
+                for start in range(0, len(targets), LOGIT_ROWS):
+                    part = slice(start, start + LOGIT_ROWS)
+                    logits = self._logits(scored[part])
+                    own = logits.log_softmax(dim=-1).gather(1, targets[part, None])[:, 0]
+                    logprobs.append(own)
+                    tops.append(logits.argmax(dim=-1))
+        return torch.cat(logprobs).numpy(), torch.cat(tops).numpy().astype(np.int32)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [rows, vocabulary] by HF's own code, soft-capping and scales included."""
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # has all that heads read
+
+        body = self.model.base_model
+        body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        try:
+            logits: torch.Tensor = self.model(input_ids=hidden.new_zeros((1, 1)).long()).logits[0]
+        finally:
+            del body.forward
+        return logits
+
+    def _record(self, window: Window) -> _Step:
+        """Run the model around its layers, and note what each of them would be called with."""
+        import torch
+
+        layers, calls = self.layers, []
+
+        class Recorder(torch.nn.Module):
+            def __init__(self, layer: torch.nn.Module) -> None:
+                super().__init__()
+                # What HF's models look at in a layer before they call it.
+                for name in ("attention_type", "layer_type", "is_sliding"):
+                    if hasattr(layer, name):
+                        setattr(self, name, getattr(layer, name))
+
+            def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+                calls.append((hidden_states, kwargs))
+                return hidden_states
+
+        body = self.model.base_model
+        body.layers = torch.nn.ModuleList(Recorder(layer) for layer in layers)
+        try:
+            body(torch.tensor([window.ids[:-1]]), use_cache=False)
+        finally:
+            body.layers = layers
+        kv_cache = self._kv_cache()
+        arguments = [{**kwargs, **kv_cache} for _, kwargs in calls]
+        return _Step(calls[0][0], arguments)
+
+    def _kv_cache(self) -> dict[str, Any]:
+        """Return what makes attention see keys and values as an FP8 cache gives them back."""
+        if not (self.quantization or {}).get("kv_cache_scheme"):
+            return {}
+        return {"past_key_values": _Fp8KVCache(self._kv_scales)}
+
+    def _kv_scales(self, layer: int) -> tuple[float, float]:
+        attention = next(
+            name for m, name in self._names.items() if name.endswith(f"layers.{layer}.self_attn")
+        )
+        key, value = (float(self.stored.read(f"{attention}.{part}_scale")) for part in "kv")
+        return key, value
+
+    def _fill(self, modules: Any, observe: Observer | None) -> None:
+        """Give modules their parameters from disk, and quantized linears what they compute."""
+        for module in modules:
+            name = self._names[module]
+            group = self._group_of(module, name)
+            if group is not None:
+                linear = read_linear(self.stored, name, group, self._dequantize)
+                self._fill_linear(module, name, linear, observe)
+                continue
+            for part, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    values = self._parameter(name, part).to(self.dtype)
+                    _set(module, part, values.reshape(parameter.shape))
+            if observe is not None and type(module).__name__ == "Linear":
+                self._observe(module, name, observe, None)
+
+    def _group_of(self, module: torch.nn.Module, name: str) -> Group | None:
+        import torch
+
+        if not isinstance(module, torch.nn.Linear):
+            return None
+        group = group_of(name, "Linear", self.quantization)
+        if group is not None and module is self.model.get_output_embeddings():
+            raise BadInput(f"{self.stored.directory}: its head is quantized; see docs/formats.md.")
+        return group
+
+    def _fill_linear(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        linear: QuantizedLinear,
+        observe: Observer | None,
+    ) -> None:
+        import torch
+
+        quantize = linear.quantize_input
+        # Kernels that quantize inputs multiply codes, which float32 holds exactly; the others read
+        # weights that were rounded to the dtype they are served in.
+        exact = torch.promote_types(self.dtype, torch.float32)
+        _set(module, "weight", linear.weight.to(self.dtype if quantize is None else exact))
+        if module.bias is not None:
+            _set(module, "bias", self._parameter(name, "bias").to(self.dtype))
+        if quantize is not None or observe is not None:
+            self._observe(module, name, observe, quantize)
+
+    def _observe(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        observe: Observer | None,
+        quantize: Quantizer | None,
+    ) -> None:
+        """Replace a linear's forward by one that quantizes its input, and lets it be watched."""
+        import torch
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            weight = module.get_parameter("weight")
+            values = x if quantize is None else quantize(x).to(weight.dtype)
+            bias = None if module.bias is None else module.get_parameter("bias").to(weight.dtype)
+            return torch.nn.functional.linear(values, weight, bias).to(x.dtype)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            rows = x.reshape(-1, x.shape[-1])
+            if observe is None:
+                output = product(rows)
+            else:
+                output = observe(self._window, name, rows, product)
+            return output.reshape(*x.shape[:-1], -1)
+
+        module.forward = forward
+
+    def _parameter(self, name: str, part: str) -> torch.Tensor:
+        full = f"{name}.{part}"
+        if full in self.stored:
+            return self.stored.read(full)
+        if name.endswith(".experts") and part in ("gate_up_proj", "down_proj"):
+            return _stacked_experts(self.stored, name, part)
+        head = self.model.get_output_embeddings()
+        if self._names.get(head) == name and part == "weight":
+            embedding = self.model.get_input_embeddings()
+            return self.stored.read(f"{self._names[embedding]}.weight")  # a tied head
+        return self.stored.read(full)
+
+
+@dataclass
+class _Step:
+    """One window on its way through the layers."""
+
+    hidden: torch.Tensor
+    """[1, tokens, H]."""
+    arguments: list[dict[str, Any]]
+    """What each layer is called with besides."""
+
+    def run(self, index: int, layer: torch.nn.Module) -> None:
+        output = layer(self.hidden, **self.arguments[index])
+        self.hidden = output[0] if isinstance(output, tuple) else output
+
+
+class _Fp8KVCache:
+    """Gives keys and values back as an FP8 (E4M3) cache would: divided, rounded, multiplied."""
+
+    def __init__(self, scales: Callable[[int], tuple[float, float]]) -> None:
+        self.scales = scales
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from quantgate.formats.activations import fp8_cached
+
+        key_scale, value_scale = self.scales(layer_idx)
+        return fp8_cached(key, key_scale), fp8_cached(value, value_scale)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+def _dequantizer(name: DequantizerName) -> Dequantizer:
+    if name == "own":
+        return lambda tensors, group: dequantize_weight(tensors, group["weights"])
+    from quantgate.library_weights import library_dequantize
+
+    return library_dequantize
+
+
+def _empty_model(directory: Path, dtype: torch.dtype) -> Any:
+    """Return the HF model of a checkpoint's config, without weights: everything is on `meta`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
+            )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{directory}: transformers cannot load it ({reason}).") from None
-    for module in model.modules():
-        # HF would go on quantizing inputs, by compressed-tensors' rules, which are not vLLM's.
-        if hasattr(module, "quantization_enabled"):
-            module.quantization_enabled = False
-    return model.to(getattr(torch, dtype)).eval()
+        raise BadInput(
+            f"{directory}: transformers cannot build it ({first_line(error)})."
+        ) from None
+    _compute_buffers(model)
+    return model.eval()
 
 
-def _score(
-    model: Any, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _compute_buffers(model: Any) -> None:
+    """Compute the buffers that no checkpoint stores, e.g. rotary frequencies, as HF does."""
     import torch
 
-    head = model.get_output_embeddings()
-    exact = torch.promote_types(head.weight.dtype, torch.float32)
-    weight = head.weight.to(exact)
-    bias = None if head.bias is None else head.bias.to(exact)
-    logprob, top1 = [], []
-    for start in range(0, len(targets), LOGIT_ROWS):
-        rows = slice(start, start + LOGIT_ROWS)
-        logits = torch.nn.functional.linear(hidden[rows].to(exact), weight, bias)
-        logprob.append(logits.log_softmax(dim=-1).gather(1, targets[rows, None])[:, 0])
-        top1.append(logits.argmax(dim=-1))
-    return torch.cat(logprob).numpy(), torch.cat(top1).numpy().astype(np.int32)
+    for module in model.modules():
+        missing = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
+        for name in missing:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if missing:
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def _set(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    import torch
+
+    setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+
+
+def _empty(layer: torch.nn.Module) -> None:
+    """Free a layer's parameters, and forget how its linears were told to compute."""
+    for module in layer.modules():
+        module.__dict__.pop("forward", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            _set(module, name, parameter.to("meta"))
+
+
+def _stacked_experts(stored: StoredTensors, name: str, part: str) -> torch.Tensor:
+    """Return the experts' weights [experts, out, in], which checkpoints store one by one."""
+    import torch
+
+    def experts() -> Iterator[torch.Tensor]:
+        index = 0
+        sources = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        while f"{name}.{index}.{sources[0]}.weight" in stored:
+            own = [stored.read(f"{name}.{index}.{source}.weight") for source in sources]
+            yield torch.cat(own)
+            index += 1
+
+    found = list(experts())
+    if not found:
+        raise BadInput(f"{stored.directory}: there are no weights for '{name}.{part}'.")
+    return torch.stack(found)

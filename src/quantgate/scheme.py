@@ -50,6 +50,16 @@ def _float_name(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
 
 
 def quantizes_activations(quantization_config: Mapping[str, Any] | None) -> bool:
-    """Whether any layer's inputs are quantized, which makes free-running scores chaotic."""
-    groups = ((quantization_config or {}).get("config_groups") or {}).values()
-    return any(group.get("input_activations") for group in groups)
+    """Whether inputs or the KV cache are quantized, which makes free-running scores chaotic.
+
+    By vLLM, that is: its emulation and its Marlin kernels keep the inputs of MXFP8 and MXFP4.
+    """
+    config = quantization_config or {}
+    groups = (config.get("config_groups") or {}).values()
+    inputs = [group["input_activations"] for group in groups if group.get("input_activations")]
+    return any(not is_mx(args) for args in inputs) or bool(config.get("kv_cache_scheme"))
+
+
+def is_mx(args: Mapping[str, Any]) -> bool:
+    """Whether quantization arguments are one of the MX formats: floats in groups of 32."""
+    return args.get("type") == "float" and args.get("group_size") == 32

@@ -2,86 +2,205 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
 
 from quantgate import engine, reference
-from quantgate.checkpoint import Checkpoint, read_config
-from quantgate.engine import Announce
-from quantgate.measurement import Measurement
+from quantgate.cache import DamagedEntry, DiskCache, code_version
+from quantgate.capture import Capture
+from quantgate.checkpoint import Checkpoint, identity, read_config
+from quantgate.engine import Announce, library_versions
+from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, probe_for
+from quantgate.reference import DequantizerName
+from quantgate.replay import Replay, replay
 
 SERVING = "serving"
+# Settings from outside that change how a CPU computes: a measurement under others is another.
+_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 @dataclass
 class Sources:
-    """Measures checkpoints on the device at hand and remembers the results."""
+    """Measures checkpoints on the device at hand and remembers the results.
+
+    References and unquantized bases are remembered on disk too, if there is a cache. Checkpoints
+    under test are always served anew.
+    """
 
     probe: Probe
     announce: Announce
+    cache: DiskCache | None = None
     notes: list[str] = field(default_factory=list)
     """What the run's reader must know, e.g. that a probe was tokenized anew."""
-    _taken: dict[tuple[object, ...], Measurement] = field(default_factory=dict)
+    _taken: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    _captures: dict[tuple[object, ...], Capture | None] = field(default_factory=dict)
     _probes: dict[str, Probe] = field(default_factory=dict)
+    _scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def engine(self, checkpoint: Checkpoint, dtype: str) -> Measurement:
         """Measure with vLLM; `dtype` is a torch name or "serving"."""
         dtype = resolve_dtype(checkpoint, dtype)
-        return self._once(
-            "vLLM",
-            checkpoint,
-            dtype,
-            lambda announce: engine.measure(
+        key = self._key("vLLM", checkpoint, dtype)
+        # What is compared with another engine's result need not be captured.
+        capture_into = None if checkpoint.is_base else self._capture_directory(len(self._captures))
+
+        def measure(announce: Announce) -> Measurement:
+            measured, self._captures[key] = engine.measure(
                 checkpoint.directory,
                 self.probe_of(checkpoint),
                 settings=checkpoint.engine,
                 dtype=dtype,
                 announce=announce,
-            ),
-        )
+                capture_into=capture_into,
+            )
+            return measured
 
-    def reference(self, checkpoint: Checkpoint, dtype: str) -> Measurement:
-        """Measure with HF modules over decompressed weights."""
+        stored_as = None
+        if checkpoint.is_base:
+            settings = {"settings": asdict(checkpoint.engine), "arithmetic": _arithmetic()}
+            stored_as = self._disk_key("engine", checkpoint, dtype, **settings)
+        found: Measurement = self._once(key, checkpoint, measure, stored_as)
+        return found
+
+    def reference(
+        self, checkpoint: Checkpoint, dtype: str, dequantizer: DequantizerName = "own"
+    ) -> Measurement:
+        """Measure with HF modules over weights from our dequantizer or the library's."""
         dtype = resolve_dtype(checkpoint, dtype)
-        return self._once(
-            "HF reference",
+        source = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
+        found: Measurement = self._once(
+            self._key(source, checkpoint, dtype),
             checkpoint,
-            dtype,
             lambda announce: reference.measure(
-                checkpoint.directory, self.probe_of(checkpoint), dtype=dtype, announce=announce
+                checkpoint.directory,
+                self.probe_of(checkpoint),
+                dtype=dtype,
+                announce=announce,
+                dequantizer=dequantizer,
             ),
+            self._disk_key("reference", checkpoint, dtype, dequantizer=dequantizer),
         )
+        return found
+
+    def replay(self, checkpoint: Checkpoint, dtype: str) -> Replay:
+        """Replay what the engine of `engine(checkpoint, dtype)` did to a few windows."""
+        dtype = resolve_dtype(checkpoint, dtype)
+        self.engine(checkpoint, dtype)
+        capture = self._captures[self._key("vLLM", checkpoint, dtype)]
+        assert capture is not None
+        found: Replay = self._once(
+            self._key("replay", checkpoint, dtype),
+            checkpoint,
+            lambda announce: replay(
+                checkpoint.directory, self.probe_of(checkpoint), capture, announce=announce
+            ),
+            None,
+        )
+        return found
 
     def probe_of(self, checkpoint: Checkpoint) -> Probe:
         """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""
-        key = checkpoint.id.removesuffix("-base")
+        key = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
         if key not in self._probes:
             self._probes[key], note = probe_for(self.probe, checkpoint.directory)
             self.notes += [note] if note else []
         return self._probes[key]
 
-    def _once(
-        self,
-        source: str,
-        checkpoint: Checkpoint,
-        dtype: str,
-        measure: Callable[[Announce], Measurement],
-    ) -> Measurement:
+    def _capture_directory(self, number: int) -> Path:
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="quantgate-")
+        directory = Path(self._scratch.name) / str(number)
+        directory.mkdir(exist_ok=True)
+        return directory
+
+    def _key(self, source: str, checkpoint: Checkpoint, dtype: str) -> tuple[object, ...]:
         # Not by id: checkpoints with one base and one engine setting share its measurements.
         probe = self.probe_of(checkpoint).sha256
-        key = (source, checkpoint.directory, checkpoint.engine, dtype, probe)
-        if key not in self._taken:
-            started = time.monotonic()
+        return (source, dtype, checkpoint.directory, checkpoint.engine, checkpoint.is_base, probe)
 
-            def announce(what: str) -> None:
-                self.announce(f"{checkpoint.id} · {source} · {dtype}: {what}")
+    def _disk_key(
+        self, source: str, checkpoint: Checkpoint, dtype: str, **more: Any
+    ) -> dict[str, Any]:
+        return {
+            "source": source,
+            "identity": identity(checkpoint.directory),
+            "probe": self.probe_of(checkpoint).sha256,
+            "dtype": dtype,
+            "code": code_version(),
+            "versions": library_versions(),
+            **more,
+        }
 
+    def _once(
+        self,
+        key: tuple[object, ...],
+        checkpoint: Checkpoint,
+        measure: Callable[[Announce], Any],
+        stored_as: Mapping[str, Any] | None,
+    ) -> Any:
+        if key in self._taken:
+            return self._taken[key]
+        started = time.monotonic()
+
+        def announce(what: str) -> None:
+            self.announce(f"{checkpoint.id} · {key[0]} · {key[1]}: {what}")
+
+        if (found := self._recall(stored_as)) is not None:
+            announce("from the cache")
+        else:
             announce("loading")
-            self._taken[key] = measure(announce)
+            found = measure(announce)
+            if self.cache is not None and stored_as is not None:
+                self.cache.write(stored_as, _to_arrays(found))
             announce(f"done in {time.monotonic() - started:.1f} s")
-        return self._taken[key]
+        self._taken[key] = found
+        return found
+
+    def _recall(self, key: Mapping[str, Any] | None) -> Measurement | None:
+        if self.cache is None or key is None:
+            return None
+        try:
+            arrays = self.cache.read(key)
+        except DamagedEntry as error:
+            self.notes.append(f"{error}; it was computed anew")
+            return None
+        return None if arrays is None else _from_arrays(arrays)
+
+
+def _to_arrays(measured: Measurement) -> dict[str, np.ndarray[Any, Any]]:
+    provenance = msgspec.json.encode(measured.provenance)
+    arrays = {
+        "logprob": measured.logprob,
+        "top1": measured.top1,
+        "provenance": np.frombuffer(provenance, np.uint8),
+    }
+    return arrays if measured.hidden is None else {**arrays, "hidden": measured.hidden}
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Measurement:
+    provenance = json.loads(arrays["provenance"].tobytes())
+    return Measurement(
+        arrays["logprob"],
+        arrays["top1"],
+        msgspec.convert(provenance, Provenance),
+        arrays.get("hidden"),
+    )
+
+
+def _arithmetic() -> dict[str, str]:
+    import torch
+
+    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    return found | {name: os.environ[name] for name in _ARITHMETIC if name in os.environ}
 
 
 def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
@@ -47,14 +48,28 @@ class Verdict:
     deviations: tuple[Deviation, ...] = ()
     n: int | None = None
     mde: float | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    """Kernel that served each kind of layer, read from the loaded model."""
     emulated: tuple[str, ...] = ()
+    """The kernels among them that are emulations."""
     evidence: tuple[str, ...] = ()
     next_step: str = ""
+    attribution: str = ""
+    """Whose fault a failure is, and what shows it: "ENGINE: …"."""
+    known_failure: str = ""
+    """Why a failure was expected, and where that is followed up; it does not count."""
+
+    @property
+    def counted(self) -> Outcome:
+        """What this verdict adds to the one on a whole run."""
+        return "pass" if self.known_failure else self.outcome
 
     def message(self, subject: str) -> str:
         """Return the text of a failure: cause, evidence, next step."""
         lines = [f"{subject}: {self.outcome.upper()}: {self.detail}"]
         lines += [f"  {deviation}" for deviation in self.deviations]
+        if self.attribution:
+            lines.append(f"  fault      {self.attribution}")
         lines += [f"  {line}" for line in self.evidence]
         if self.emulated:
             lines.append(

@@ -125,3 +125,8 @@ def _reciprocal_or_zero(x: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.where(x == 0, torch.zeros_like(x), x.reciprocal())
+
+
+def fp8_cached(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """What an FP8 (E4M3) KV cache gives back of x, in x's dtype: vLLM divides by the scale."""
+    return (_e4m3(x.float() / scale) * scale).to(x.dtype)

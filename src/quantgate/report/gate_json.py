@@ -34,7 +34,7 @@ def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
     return {
         "id": results[0].checkpoint,
         "scheme": results[0].scheme,
-        "verdict": worst([result.verdict.outcome for result in results]),
+        "verdict": worst([result.verdict.counted for result in results]),
         "emulated": sorted({name for result in results for name in result.verdict.emulated}),
         "checks": [_check(result) for result in results],
     }
@@ -52,6 +52,9 @@ def _check(result: CheckResult) -> dict[str, Any]:
         "n": verdict.n,
         "mde": verdict.mde,
         "detail": verdict.detail,
+        "kernels": dict(verdict.kernels),
+        "attribution": verdict.attribution or None,
+        "known_failure": verdict.known_failure or None,
     }
 
 

@@ -34,4 +34,4 @@ class CheckResult:
 
 def overall(results: list[CheckResult]) -> Outcome:
     """Return the verdict on a whole run; a run without a check is "not-run"."""
-    return worst([result.verdict.outcome for result in results])
+    return worst([result.verdict.counted for result in results])

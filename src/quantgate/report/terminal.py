@@ -20,18 +20,19 @@ STYLE: dict[Outcome, str] = {
 
 
 def table(results: list[CheckResult], *, width: int, color: bool) -> str:
-    """Return the results, one row a check, and the verdict on all of them."""
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("checkpoint", "scheme", "check", "verdict"):
-        rows.add_column(heading, no_wrap=True)
-    for heading in ("measured, nat", "allowed", "tokens", "MDE"):
-        rows.add_column(heading, justify="right", no_wrap=True)
-    rows.add_column("kernels", no_wrap=True)
-    for result in results:
-        rows.add_row(*_cells(result))
+    """Return the results and the verdict on all of them.
+
+    One checkpoint has a row for each check. Several have one row each, and below it the checks
+    that are not a pass.
+    """
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=color, highlight=False)
-    console.print(rows)
+    ids = list(dict.fromkeys(result.checkpoint for result in results))
+    if len(ids) > 1:
+        console.print(_overview(results, ids))
+    detailed = [r for r in results if len(ids) == 1 or r.verdict.outcome != "pass"]
+    if detailed:
+        console.print(*([""] if len(ids) > 1 else []), _checks(detailed), sep="\n")
     for checkpoint, names in _emulated(results).items():
         console.print(
             Text(f"\nemulated in {checkpoint}: {names}; no evidence about a real kernel"), end=""
@@ -41,8 +42,58 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     return stream.getvalue()
 
 
+def _overview(results: list[CheckResult], ids: list[str]) -> Table:
+    checks = list(dict.fromkeys(result.check for result in results))
+    rows = _table("checkpoint", "scheme", "verdict")
+    for check in checks:
+        rows.add_column(check.replace("-", "\n", 1), justify="right", no_wrap=True)
+    rows.add_column("kernels", no_wrap=True)
+    for name in ids:
+        own = {result.check: result for result in results if result.checkpoint == name}
+        outcome = overall(list(own.values()))
+        figures = [_figure(own[check]) if check in own else Text("") for check in checks]
+        kernels = "emulated" if any(r.verdict.emulated for r in own.values()) else "native"
+        scheme = Text(next(iter(own.values())).scheme)
+        verdict = Text(outcome.upper(), style=STYLE[outcome])
+        rows.add_row(Text(name), scheme, verdict, *figures, Text(kernels))
+    return rows
+
+
+def _figure(result: CheckResult) -> Text:
+    verdict = result.verdict
+    if verdict.outcome != "pass":
+        return Text(_outcome(verdict), style=STYLE[verdict.outcome])
+    return Text(f"{verdict.deviations[0].measured:.2g}" if verdict.deviations else "")
+
+
+def _outcome(verdict: Verdict) -> str:
+    return (
+        f"{verdict.outcome.upper()} (known)" if verdict.known_failure else verdict.outcome.upper()
+    )
+
+
+def _checks(results: list[CheckResult]) -> Table:
+    rows = _table("checkpoint", "scheme", "check", "verdict")
+    for heading in ("measured, nat", "allowed", "tokens", "MDE"):
+        rows.add_column(heading, justify="right", no_wrap=True)
+    rows.add_column("kernels", no_wrap=True)
+    for result in results:
+        rows.add_row(*_cells(result))
+    return rows
+
+
+def _table(*headings: str) -> Table:
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        rows.add_column(heading, no_wrap=True)
+    return rows
+
+
 def _emulated(results: list[CheckResult]) -> dict[str, str]:
-    return {r.checkpoint: ", ".join(r.verdict.emulated) for r in results if r.verdict.emulated}
+    names: dict[str, dict[str, None]] = {}
+    for result in results:
+        names.setdefault(result.checkpoint, {}).update(dict.fromkeys(result.verdict.emulated))
+    return {checkpoint: ", ".join(found) for checkpoint, found in names.items() if found}
 
 
 def _kernels(verdict: Verdict) -> str:
@@ -58,12 +109,13 @@ def _cells(result: CheckResult) -> list[Text]:
     figures = ["", ""]
     if headline:
         sign = "±" if headline.two_sided else ""
-        figures = [f"{headline.measured:.3g}", f"{sign}{headline.allowed:.3g}"]
+        unit = "" if headline.unit.startswith("nat") else f" {headline.unit}"
+        figures = [f"{headline.measured:.3g}{unit}", f"{sign}{headline.allowed:.3g}"]
     cells: list[str | Text] = [
         result.checkpoint,
         result.scheme,
         result.check,
-        Text(verdict.outcome.upper(), style=STYLE[verdict.outcome]),
+        Text(_outcome(verdict), style=STYLE[verdict.outcome]),
         *figures,
         "" if verdict.n is None else f"{verdict.n:,}",
         "" if verdict.mde is None else f"{verdict.mde:.2g}",

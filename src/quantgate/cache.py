@@ -1,0 +1,96 @@
+"""The disk cache: arrays under a key that says all they depend on; verified, never trusted."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class DiskCache:
+    """Entries of named arrays in a directory, one file each."""
+
+    directory: Path
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Return where the entry for a key lies: the key's hash is its name."""
+        digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
+        return self.directory / f"{digest}.safetensors"
+
+    def read(self, key: Mapping[str, Any]) -> Arrays | None:
+        """Return an entry; None where there is none.
+
+        `DamagedEntry` where a byte of it, or its key, is not what was written.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as stream:
+                arrays = {name: stream.get_tensor(name) for name in stream.keys()}
+                metadata = stream.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise DamagedEntry(f"{path}: damaged ({error})") from None
+        if metadata.get("key") != _canonical(key) or metadata.get("sha256") != _digest(arrays):
+            raise DamagedEntry(f"{path}: not what was written")
+        return arrays
+
+    def write(self, key: Mapping[str, Any], arrays: Arrays) -> None:
+        """Store an entry, which appears whole or not at all."""
+        from safetensors.numpy import save
+
+        metadata = {"key": _canonical(key), "sha256": _digest(arrays)}
+        content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=self.directory, prefix=".", suffix=".partial")
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(self.path(key))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class DamagedEntry(ValueError):
+    """A cache entry that is not what was written; it is computed anew."""
+
+
+def _canonical(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.data.cast("B"))
+    return digest.hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """Return the sha256 over this package's sources: any change of them makes entries stale."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()

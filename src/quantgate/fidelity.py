@@ -1,0 +1,72 @@
+"""Fidelity: does the engine compute what the checkpoint's weights say? With the fault, where not.
+
+Takes what a check needs from the sources and hands it to the comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quantgate import compare
+from quantgate.attribution import Suspects, attribute
+from quantgate.checkpoint import Checkpoint, read_config
+from quantgate.library_weights import largest_disagreement
+from quantgate.scheme import quantizes_activations
+from quantgate.sources import Sources
+from quantgate.verdict import Verdict
+
+Check = Callable[[Sources, Checkpoint], Verdict]
+
+
+def float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge float32 scores of a free-running engine."""
+    engine = sources.engine(checkpoint, "float32")
+    reference = sources.reference(checkpoint, "float32")
+    probe = sources.probe_of(checkpoint)
+    config = read_config(checkpoint.directory)
+    if quantizes_activations(config.get("quantization_config")):
+        exact = sources.reference(checkpoint, "float64")
+        verdict = compare.fidelity_chaotic(engine, reference, exact, probe)
+    else:
+        verdict = compare.fidelity_fp32(
+            engine,
+            reference,
+            probe,
+            exact_reference=lambda: sources.reference(checkpoint, "float64"),
+        )
+    return attribute(verdict, _suspects(sources, checkpoint, "float32", float32))
+
+
+def serving(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge the scores of a free-running engine in the dtype that is served."""
+    engine = sources.engine(checkpoint, "serving")
+    reference = sources.reference(checkpoint, "float32")
+    rounded = sources.reference(checkpoint, "serving")
+    base_noise = None
+    if (base := checkpoint.base_checkpoint) is not None:
+        base_noise = compare.mean_absolute_difference(
+            sources.engine(base, "serving"), sources.reference(base, "float32")
+        )
+    probe = sources.probe_of(checkpoint)
+    verdict = compare.fidelity_serving(engine, reference, rounded, probe, base_noise=base_noise)
+    return attribute(verdict, _suspects(sources, checkpoint, "serving", serving))
+
+
+def replay(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge every linear on the engine's own inputs."""
+    engine, found = sources.engine(checkpoint, dtype), sources.replay(checkpoint, dtype)
+    verdict = compare.replayed(engine, found, sources.probe_of(checkpoint))
+    free_running = float32 if dtype == "float32" else serving
+    return attribute(verdict, _suspects(sources, checkpoint, dtype, free_running))
+
+
+def _suspects(sources: Sources, checkpoint: Checkpoint, dtype: str, check: Check) -> Suspects:
+    base = checkpoint.base_checkpoint
+    return Suspects(
+        engine=sources.engine(checkpoint, dtype),
+        own=sources.reference(checkpoint, "float32"),
+        library=lambda: sources.reference(checkpoint, "float32", "library"),
+        disagreement=lambda: largest_disagreement(checkpoint.directory),
+        base=None if base is None else lambda: check(sources, base),
+        replay=lambda: sources.replay(checkpoint, dtype),
+    )

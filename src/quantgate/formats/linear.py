@@ -1,0 +1,132 @@
+"""A quantized linear layer as vLLM computes it: its weight, and what is done to its input.
+
+vLLM loads q/k/v and gate/up into one layer each and fuses their scales: FP8 weights of one scale a
+tensor are quantized again to the largest of them (`requantize_with_max_scale`), NVFP4 takes the
+largest global scale of weights and of inputs, static FP8 inputs the largest scale. (vLLM 0.32.0,
+layers/quantization/compressed_tensors/schemes.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantgate.checkpoint import BadInput
+from quantgate.formats import activations
+from quantgate.formats.groups import Group, fused_with
+from quantgate.formats.stored import StoredTensors
+from quantgate.formats.weights import Tensors
+from quantgate.scheme import is_mx
+
+if TYPE_CHECKING:
+    import torch
+
+Dequantizer = Callable[[Tensors, Group], "torch.Tensor"]
+Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """What stands for one linear of a checkpoint."""
+
+    weight: torch.Tensor
+    """float32 [out, in]."""
+    quantize_input: Quantizer | None
+    """x [rows, in] to what its codes stand for, float32; None where inputs stay as they are."""
+
+
+def read_linear(
+    stored: StoredTensors, name: str, group: Group, dequantize: Dequantizer
+) -> QuantizedLinear:
+    """Read one linear as vLLM fuses and serves it; `BadInput` says what does not fit."""
+    try:
+        return QuantizedLinear(
+            _weight(stored, name, group, dequantize), _input_quantizer(stored, name, group)
+        )
+    except ValueError as error:
+        raise BadInput(f"{stored.directory}: {name}: {error}") from None
+
+
+def _weight(
+    stored: StoredTensors, name: str, group: Group, dequantize: Dequantizer
+) -> torch.Tensor:
+    tensors, weights = stored.of_module(name), group["weights"]
+    if "weight_global_scale" in tensors:
+        tensors["weight_global_scale"] = _largest(stored, name, "weight_global_scale")
+    weight = dequantize(tensors, group)
+    per_tensor = weights.get("type") == "float" and weights.get("strategy") == "tensor"
+    if per_tensor and group.get("input_activations"):
+        return _requantized(weight, _largest(stored, name, "weight_scale"))
+    return weight
+
+
+def _requantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Quantize FP8 weights again to the scale of their fused layer, by way of float16 as vLLM."""
+    import torch
+
+    return activations.fp8_per_tensor(weight.to(torch.float16), scale)
+
+
+def _largest(stored: StoredTensors, name: str, part: str) -> torch.Tensor:
+    """Return the largest of a scale over the linears that vLLM fuses with one, float32 [1]."""
+    import torch
+
+    scales = [
+        stored.read(f"{shard}.{part}").float().reshape(-1)
+        for shard in fused_with(name)
+        if f"{shard}.{part}" in stored
+    ]
+    if not scales:
+        raise ValueError(f"the checkpoint has no {part} for this layer.")
+    return torch.cat(scales).max().reshape(1)
+
+
+def _input_quantizer(stored: StoredTensors, name: str, group: Group) -> Quantizer | None:
+    inputs = group.get("input_activations")
+    if not inputs:
+        return None
+    if inputs.get("type") == "int":
+        return _int8_quantizer(stored, name, inputs)
+    if is_mx(inputs):
+        return None  # vLLM's emulation and its Marlin kernels keep inputs; see docs/formats.md
+    if inputs["num_bits"] == 4:
+        global_scale = _largest(stored, name, "input_global_scale")
+        return lambda x: activations.nvfp4(x, global_scale)
+    return _fp8_quantizer(stored, name, inputs)
+
+
+def _int8_quantizer(stored: StoredTensors, name: str, inputs: dict[str, Any]) -> Quantizer:
+    symmetric = bool(inputs.get("symmetric", True))
+    if inputs.get("dynamic"):
+        return lambda x: activations.int8_per_token(x, symmetric=symmetric)
+    scale = _the_one(stored, name, "input_scale")
+    zero_point = None if symmetric else _the_one(stored, name, "input_zero_point")
+    return lambda x: activations.int8_per_tensor(x, scale, zero_point)
+
+
+def _the_one(stored: StoredTensors, name: str, part: str) -> torch.Tensor:
+    """Return a static int8 input's scale or zero point, one for all that vLLM fuses.
+
+    vLLM keeps whichever of several it loads last, so a checkpoint must not hold different ones.
+    """
+    values = {
+        float(stored.read(f"{shard}.{part}"))
+        for shard in fused_with(name)
+        if f"{shard}.{part}" in stored
+    }
+    if len(values) > 1:
+        raise ValueError(
+            f"{part} is not the same for the layers that vLLM fuses ({sorted(values)}); vLLM keeps "
+            "whichever it loads last."
+        )
+    return stored.read(f"{name}.{part}").reshape(1)
+
+
+def _fp8_quantizer(stored: StoredTensors, name: str, inputs: dict[str, Any]) -> Quantizer:
+    if not inputs.get("dynamic"):
+        scale = _largest(stored, name, "input_scale")
+        return lambda x: activations.fp8_per_tensor(x, scale)
+    if inputs.get("strategy") == "token":
+        return activations.fp8_per_token
+    return lambda x: activations.fp8_per_group(x, inputs["group_size"])

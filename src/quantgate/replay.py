@@ -1,0 +1,121 @@
+"""Replay: every linear of the reference is given what the engine's was, and gives what it should.
+
+A difference of 1e-7 in an input flips a code where inputs are quantized, and flips cascade, so no
+free-running comparison of such a format can be tight. On the engine's own inputs every module must
+agree to rounding, in every format; one that does not is named, with its kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.capture import Capture
+from quantgate.engine import Announce, EngineFailure
+from quantgate.probe import Probe
+from quantgate.reference import Product, StreamedModel
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """How far one linear of the engine is off, relative to the rms of what it should be."""
+
+    name: str
+    """As in the checkpoint."""
+    module: str
+    """vLLM's module that holds it."""
+    output: float
+    """Of its output, on the input that it was given."""
+    input: float
+    """Of that input, on what the modules before it gave."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A few windows, replayed."""
+
+    modules: tuple[ModuleError, ...]
+    """In the order of the model."""
+    logprob: NDArray[np.floating[Any]]
+    """Natural-log probabilities of the replayed windows' scored tokens [m]."""
+    tokens: NDArray[np.int64]
+    """Which of the probe's n scored tokens these are [m]."""
+
+
+def replay(
+    directory: Path, probe: Probe, capture: Capture, *, announce: Announce, dtype: str = "float32"
+) -> Replay:
+    """Run the reference on a capture's windows, each linear on the engine's input."""
+    windows = tuple(probe.windows[index] for index in capture.windows)
+    model = StreamedModel(directory, dtype)
+    errors: dict[str, _Errors] = {}
+
+    def observe(window: int, name: str, own: torch.Tensor, product: Product) -> torch.Tensor:
+        if name not in capture:
+            return product(own)
+        seen = capture.seen(name, capture.windows[window])
+        if seen.input.shape != own.shape:
+            raise EngineFailure(
+                f"{name}: the engine's input is {list(seen.input.shape)}, the reference's "
+                f"{list(own.shape)}: they do not serve the same tokens or layers."
+            )
+        given = seen.input.to(own.dtype)
+        output = product(given)
+        errors.setdefault(name, _Errors()).add(own, given, output, seen.output)
+        return output
+
+    hidden = model.last_hidden(windows, announce, observe)
+    logprob, _ = model.scores(windows, hidden)
+    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
+    tokens = [np.arange(starts[i], starts[i + 1]) for i in capture.windows]
+    return Replay(
+        tuple(
+            ModuleError(name, capture.module_of(name), *found.relative())
+            for name, found in errors.items()
+        ),
+        logprob,
+        np.concatenate(tokens),
+    )
+
+
+@dataclass
+class _Errors:
+    """Sums of squares over all windows of one module."""
+
+    sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("input", "input_error", "output", "output_error"), 0)
+    )
+
+    def add(
+        self,
+        own: torch.Tensor,
+        given: torch.Tensor,
+        output: torch.Tensor,
+        engine_output: torch.Tensor,
+    ) -> None:
+        parts: Mapping[str, torch.Tensor] = {
+            "input": own,
+            "input_error": given.double() - own.double(),
+            "output": output,
+            "output_error": engine_output.double() - output.double(),
+        }
+        for name, tensor in parts.items():
+            self.sums[name] += tensor.double().square().sum().item()
+
+    def relative(self) -> tuple[float, float]:
+        """Return the errors of output and input; infinite where something should be nothing."""
+        return self._ratio("output"), self._ratio("input")
+
+    def _ratio(self, kind: str) -> float:
+        error, size = self.sums[f"{kind}_error"], self.sums[kind]
+        if size > 0 or np.isnan(size):
+            return float((error / size) ** 0.5)
+        return 0.0 if error == 0 else float("inf")

@@ -1,0 +1,294 @@
+"""The reference: streamed, and right for what models differ in; its cache, verified."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantgate import reference
+from quantgate.cache import DamagedEntry, DiskCache
+from quantgate.checkpoint import Checkpoint
+from quantgate.probe import Probe, Window
+from quantgate.sources import Sources
+
+IDS = tuple(int(i) for i in np.random.default_rng(0).integers(3, 500, 60))
+SHORT = Probe(
+    "short",
+    512,
+    (Window("a", "s", 1, IDS[:40], ""), Window("b", "s", 5, IDS[20:], "")),
+)
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
+
+def small_models() -> dict[str, Any]:
+    """What models differ in: biases, tied heads, norms of queries and keys, soft caps, experts."""
+    import transformers as hf
+
+    return {
+        "llama-biases": hf.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+        "qwen2": hf.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+        "qwen3-tied": hf.Qwen3Config(**SMALL, tie_word_embeddings=True),
+        "gemma2-soft-caps": hf.Gemma2Config(
+            **SMALL,
+            final_logit_softcapping=5.0,
+            attn_logit_softcapping=20.0,
+            sliding_window=16,
+            query_pre_attn_scalar=16,
+        ),
+        "gemma3-sliding": hf.Gemma3TextConfig(**SMALL, sliding_window=16, query_pre_attn_scalar=16),
+        "granite-multipliers": hf.GraniteConfig(
+            **{k: v for k, v in SMALL.items() if k != "head_dim"},
+            embedding_multiplier=3.0,
+            logits_scaling=2.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.2,
+        ),
+        "qwen3-moe": hf.Qwen3MoeConfig(
+            **SMALL,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            norm_topk_prob=True,
+        ),
+    }
+
+
+def save_random(config: Any, directory: Path) -> Any:
+    """Save a random model in float32 and return it; no parameter keeps an initial 0 or 1."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    return model
+
+
+@torch.inference_mode()
+def unstreamed(model: Any, probe: Probe) -> np.ndarray[Any, Any]:
+    parts = []
+    for window in probe.windows:
+        ids = torch.tensor(window.ids)
+        logprobs = model(ids[None]).logits[0].float().log_softmax(-1)
+        own = logprobs[:-1].gather(1, ids[1:, None])[window.score_from - 1 :, 0]
+        parts.append(own.numpy())
+    return np.concatenate(parts)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", sorted(small_models()))
+def test_a_streamed_model_is_the_unstreamed_one(name: str, tmp_path: Path) -> None:
+    model = save_random(small_models()[name], tmp_path)
+    scores = reference.measure(tmp_path, SHORT, dtype="float32", announce=quiet).logprob
+    expected = unstreamed(model, SHORT)
+    assert np.abs(expected).max() > 1  # not a model that says the same of everything
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_moe_models_engine_agrees(tmp_path: Path) -> None:
+    """vLLM fuses the experts too, from the same files, and computes the same."""
+    from quantgate import engine
+    from quantgate.checkpoint import EngineSettings
+
+    save_random(small_models()["qwen3-moe"], tmp_path)
+    served, _ = engine.measure(
+        tmp_path,
+        SHORT,
+        settings=EngineSettings(enforce_eager=True),
+        dtype="float32",
+        announce=quiet,
+    )
+    scores = reference.measure(tmp_path, SHORT, dtype="float32", announce=quiet).logprob
+    np.testing.assert_allclose(served.logprob, scores, rtol=0, atol=1e-5)
+
+
+def test_an_fp8_cache_in_the_reference_is_quantized_keys_and_values(root: Path) -> None:
+    build = root / "build"
+    with_cache, without = (
+        reference.measure(build / name, SHORT, dtype="float32", announce=quiet).logprob
+        for name in ("tiny-llama-fp8-kv", "tiny-llama-fp8")
+    )
+    assert 1e-4 < np.abs(with_cache - without).mean() < 0.1
+
+
+LAYERS = 24
+
+
+def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None:
+    """On a random model of 24 layers, in a process of its own, above what an empty model takes."""
+    import transformers as hf
+
+    config = hf.LlamaConfig(
+        **{**SMALL, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": LAYERS}
+    )
+    model = save_random(config, tmp_path)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    rest = sum(p.nbytes for p in model.parameters()) - LAYERS * layer
+    expected = unstreamed(model, SHORT)
+    del model
+    script = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from test_reference import SHORT, quiet\n"
+        "from quantgate import reference\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "directory = Path(sys.argv[1])\n"
+        "def resident(what):\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(what))\n"
+        "torch.randn(64, 64) @ torch.randn(64, 64)\n"
+        "model = reference.StreamedModel(directory, 'float32')\n"
+        "before = resident('VmRSS')\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"  # the high-water mark starts anew
+        "hidden = model.last_hidden(SHORT.windows, quiet)\n"
+        "scores, _ = model.scores(SHORT.windows, hidden)\n"
+        "print(json.dumps([resident('VmHWM') - before, scores.tolist()]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, scores = json.loads(run.stdout.splitlines()[-1])
+    activations = 20 * max(len(w.ids) for w in SHORT.windows) * 3072 * 4
+    print(
+        f"peak {peak / 2**20:.0f} MiB above an empty model; a layer is {layer / 2**20:.0f} MiB, "
+        f"embeddings and head {rest / 2**20:.0f}, the model {LAYERS * layer / 2**20:.0f}"
+    )
+    assert peak <= 2 * layer + rest + activations
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+# The cache ---------------------------------------------------------------------------------------
+
+KEY = {"identity": "abc", "dtype": "float32"}
+ARRAYS = {
+    "logprob": np.linspace(-9, 0, 50, dtype=np.float32),
+    "top1": np.arange(50, dtype=np.int32),
+}
+
+
+@pytest.fixture(scope="module")
+def two(probe: Probe) -> Probe:
+    """Two windows in the embedded checkpoint's own token ids."""
+    return replace(probe, windows=probe.windows[:2])
+
+
+def test_a_warm_cache_does_no_forward_pass(
+    quantized: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(id="x", source=str(quantized))
+    cold = Sources(two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    monkeypatch.setattr(reference.StreamedModel, "__init__", None)
+    warm = Sources(two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    assert warm.logprob.tobytes() == cold.logprob.tobytes()
+    assert warm.top1.tobytes() == cold.top1.tobytes()
+    assert warm.hidden is not None
+    assert cold.hidden is not None
+    assert warm.hidden.tobytes() == cold.hidden.tobytes()
+    assert warm.provenance == cold.provenance
+    with pytest.raises(TypeError):  # another dtype is another entry
+        Sources(two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float64")
+
+
+def test_a_damaged_entry_is_said_to_be_and_computed_anew(
+    quantized: Path, two: Probe, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(id="x", source=str(quantized))
+    cold = Sources(two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    (entry,) = tmp_path.iterdir()
+    content = bytearray(entry.read_bytes())
+    content[-5] ^= 1
+    entry.write_bytes(content)
+    again = Sources(two, quiet, DiskCache(tmp_path))
+    assert again.reference(checkpoint, "float32").logprob.tobytes() == cold.logprob.tobytes()
+    assert again.notes == [f"{entry}: not what was written; it was computed anew"]
+    assert DiskCache(tmp_path).read(json.loads(_key_of(entry))) is not None
+
+
+def _key_of(entry: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(entry, framework="numpy") as stream:
+        key: str = stream.metadata()["key"]
+        return key
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=300)
+def test_a_flipped_bit_anywhere_is_noticed(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    cache = DiskCache(tmp_path_factory.mktemp("cache"))
+    cache.write(KEY, ARRAYS)
+    content = bytearray(cache.path(KEY).read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] ^= 1 << data.draw(st.integers(0, 7))
+    cache.path(KEY).write_bytes(content)
+    try:
+        found = cache.read(KEY)
+    except DamagedEntry:
+        return
+    # What may still be read is what was written: a bit of the padding, e.g.
+    assert found is not None
+    assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in ARRAYS.items()}
+
+
+@pytest.mark.parametrize("length", [0, 1, 100])
+def test_a_cut_off_entry_is_noticed(tmp_path: Path, length: int) -> None:
+    cache = DiskCache(tmp_path)
+    cache.write(KEY, ARRAYS)
+    cache.path(KEY).write_bytes(cache.path(KEY).read_bytes()[:length])
+    with pytest.raises(DamagedEntry):
+        cache.read(KEY)
+
+
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        DiskCache(tmp_path).write(KEY, ARRAYS)
+    assert list(tmp_path.iterdir()) == []
+    assert DiskCache(tmp_path).read(KEY) is None
+
+
+def test_an_entry_under_anothers_name_is_not_its(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path)
+    cache.write(KEY, ARRAYS)
+    other = {**KEY, "dtype": "float64"}
+    cache.path(KEY).rename(cache.path(other))
+    with pytest.raises(DamagedEntry, match="not what was written"):
+        cache.read(other)

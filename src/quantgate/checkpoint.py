@@ -36,6 +36,7 @@ class EngineSettings:
     enforce_eager: bool = False
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float | None = None
+    kv_cache_memory_bytes: int | None = None
     kernels: Literal["native", "portable"] = "native"
     """On CPU, "portable" dequantizes weights everywhere, even where the build has a kernel of its
     own, so that a golden holds on every machine; native kernels are judged by fidelity."""

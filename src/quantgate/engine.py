@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 # Set before vLLM is imported, unless the user has: one process, so that several engines can follow
-# one another without another import each; a KV cache that fits a small machine; no telemetry.
+# one another without another import each; no telemetry.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -37,6 +37,9 @@ ENVIRONMENT = {
 # Tokens whose inputs and outputs are captured for replay: half a GiB for a model of 8 billion
 # parameters in bfloat16, 4 GiB for one of 70.
 REPLAY_TOKENS = 512
+
+# vLLM's default on CPU is a part of all memory; `VLLM_CPU_KVCACHE_SPACE` still goes before it.
+CPU_KV_CACHE = 1 << 30
 
 Announce = Callable[[str], None]
 
@@ -111,6 +114,7 @@ def running_engine(
         "max_model_len": settings.max_model_len,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": settings.kv_cache_memory_bytes,
     }
     arguments: dict[str, Any] = {
         "model": str(directory),
@@ -126,11 +130,15 @@ def running_engine(
         **{name: value for name, value in optional.items() if value is not None},
         **extra,
     }
-    # What is there by now stays: vLLM collects garbage five times while it starts, each time over
-    # the million objects of its own modules, which took most of the start of a small model.
-    gc.freeze()
+    on_cpu = "cpu" in available_devices()
+    if on_cpu:
+        arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE)
+        gc.collect()
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # what is frozen at exit looks leaked to its libraries
     try:
-        llm = LLM(**arguments)
+        with _collection_suspended() if on_cpu else nullcontext():
+            llm = LLM(**arguments)
     except Exception as error:
         raise EngineFailure(
             f"{directory}: vLLM {vllm_version()} cannot load it in {dtype} "
@@ -142,9 +150,30 @@ def running_engine(
     finally:
         # Now, not when it is collected: the frames of an error may keep it for long, and its end
         # would then take the next engine's process groups with it.
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()  # collects garbage, too
+        with _collection_suspended() if on_cpu else nullcontext():
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@contextmanager
+def _collection_suspended() -> Iterator[None]:
+    """Collect no garbage meanwhile, whatever vLLM asks for: the caller does, before and after.
+
+    On its way in and out vLLM collects eight times over the million objects of its own modules,
+    which were frozen for that reason, and unfreezes them: two thirds of the life of a small engine.
+    Not for GPUs, where an engine measures its free memory in between.
+    """
+    names = ("collect", "freeze", "unfreeze")
+    originals = {name: getattr(gc, name) for name in names}
+    try:
+        for name in names:
+            setattr(gc, name, lambda *_: 0)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gc, name, original)
 
 
 def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantgate.engine import ENVIRONMENT
+
+# What a test's engine runs in, in a process of its own. vLLM's default is most of the memory.
+ENGINE_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
+
 
 @dataclass(frozen=True)
 class RunGate:

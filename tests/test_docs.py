@@ -1,6 +1,5 @@
 """The README is true: its commands exist, its options are real, its code runs."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -10,8 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from quantgate.engine import ENVIRONMENT
+from harness import ENGINE_ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def test_ci_calls_what_the_readme_calls(readme: str, root: Path) -> None:
 def test_its_checkpoint_file_is_one(readme: str, tmp_path: Path) -> None:
     from quantgate.checkpoint import read_checkpoint_file
 
-    (block,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    block = "\n".join(re.findall(r"```toml\n(.*?)```", readme, re.DOTALL))
     path = tmp_path / "fixtures" / "checkpoints" / "example.toml"
     path.parent.mkdir(parents=True)
     path.write_text(block)
@@ -68,7 +66,7 @@ def test_its_python_runs(readme: str, root: Path) -> None:
         cwd=root,
         capture_output=True,
         text=True,
-        env={**os.environ, **ENVIRONMENT},
+        env=ENGINE_ENVIRONMENT,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(r"^\d+\.\d+ nat per token$", result.stdout, re.MULTILINE)

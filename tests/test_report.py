@@ -1,6 +1,7 @@
 """Reports: gate.json's contract, JUnit's outcomes, and strings from a checkpoint kept harmless."""
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -34,7 +35,8 @@ def test_gate_json_keeps_its_contract() -> None:
     assert (x["id"], x["scheme"], x["emulated"]) == ("x", "W4A16", ["K"])
     assert x["checks"][0] == {
         "name": "quality", "verdict": "pass", "measured": 0.5, "allowed": 1.0, "unit": "nat",
-        "n": 7, "mde": 0.25, "detail": HOSTILE,
+        "n": 7, "mde": 0.25, "detail": HOSTILE, "attribution": None, "known_failure": None,
+        "figures": {}, "kernels": {}, "emulated": ["K"],
     }  # fmt: skip
     assert x["checks"][1]["measured"] == "nan"
 
@@ -53,10 +55,35 @@ def test_junit_shows_what_did_not_happen_as_an_error() -> None:
 
 def test_the_table_shows_every_check_and_takes_no_markup_from_a_checkpoint() -> None:
     rows = [*RESULTS, result("inconclusive", HOSTILE, "[bold]z")]
-    text = table(rows, width=110, color=False)
-    for word in ("PASS", "FAIL", "NOT-RUN", "INCONCLUSIVE", "[bold]z", "verdict: FAIL"):
+    text = table(rows, width=160, color=False)
+    for word in ("5.0e-01", "FAIL", "NOT-RUN", "INCONCLUSIVE", "[bold]z", "verdict: FAIL"):
         assert word in text
-    assert "emulated in x: K; no evidence about a real kernel" in text
+    assert "emulated, no evidence about a real kernel: K in x, y, [bold]z" in text
+
+
+def test_several_checkpoints_have_one_row_each_and_what_is_no_pass_is_detailed() -> None:
+    rows = [result("pass"), result("pass", "drift"), result("pass", "drift", "y")]
+    text = table(rows, width=160, color=False)
+    first_words = [line.split()[0] for line in text.splitlines() if line.strip()]
+    assert [word for word in first_words if word in "xy"] == ["x", "y"]
+    assert text.count("PASS") == 3  # each checkpoint's, and the run's
+    assert "allowed" not in text
+    assert "allowed" in table([*rows, result("fail", "quality", "y")], width=160, color=False)
+    assert "allowed" in table(rows[:2], width=160, color=False)
+
+
+def test_a_known_failure_is_shown_and_does_not_count() -> None:
+    failed = result("fail", "replay")
+    known = replace(failed, verdict=replace(failed.verdict, known_failure=f"{HOSTILE} (issue 7)"))
+    assert "FAIL (known)" in table([known], width=160, color=False)
+    assert table([known], width=160, color=False).rstrip().endswith("verdict: PASS")
+    content = json.loads(gate_json([known], started="", duration_s=0, environment={}))
+    (check,) = content["checkpoints"][0]["checks"]
+    assert (content["verdict"], check["verdict"]) == ("pass", "fail")
+    assert check["known_failure"].endswith("(issue 7)")
+    (suite,) = ElementTree.fromstring(junit_xml([known]))
+    assert suite.get("failures") == "0"
+    assert suite.find("testcase/skipped[@type='known-failure']") is not None
 
 
 def test_a_check_that_did_not_happen_claims_no_kernel() -> None:

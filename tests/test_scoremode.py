@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import ENGINE_ENVIRONMENT
 
 from quantgate.checkpoint import EngineSettings
-from quantgate.engine import ENVIRONMENT, running_engine
+from quantgate.engine import running_engine
 
 # The basic usage of the score-mode document, with the model's name and the text left to fill in.
 BASIC_USAGE = """
@@ -80,17 +81,11 @@ def test_the_documented_usage_runs_as_written(quantized: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        env={**ENGINE_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("Perplexity: ")]
     assert 1.0 < float(line.split()[1]) < 1e5
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, **ENVIRONMENT}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import re
 import socket
@@ -17,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import ENGINE_ENVIRONMENT
 
-from quantgate.engine import ENVIRONMENT
 from quantgate.scoremode.request import SCORE_KEY
 
 IDS = [0, 7, 8, 9, 100, 7, 8]
@@ -129,7 +128,7 @@ asyncio.run(main())
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        env={**ENGINE_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     whole, rest, error = json.loads(result.stdout.splitlines()[-1])
@@ -172,7 +171,7 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
             [*command, *arguments, "--enforce-eager"],
             stdout=out,
             stderr=out,
-            env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            env={**ENGINE_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         )
     address = f"http://127.0.0.1:{port}"
     try:

@@ -1,15 +1,16 @@
-"""Tensor parallelism: each rank reduces its own vocabulary shard, in worker processes."""
+"""Tensor parallelism, in worker processes: scores, and captures of what every rank saw."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from harness import ENGINE_ENVIRONMENT
 
 from quantgate import reference
-from quantgate.engine import ENVIRONMENT
-from quantgate.probe import read_probe
+from quantgate.capture import Capture
+from quantgate.probe import Probe
+from quantgate.replay import replay
 
 SCRIPT = """
 import sys
@@ -17,35 +18,51 @@ from pathlib import Path
 import numpy as np
 import quantgate
 from quantgate.checkpoint import EngineSettings
-from quantgate.engine import running_engine, score
+from quantgate.engine import measure
 from quantgate.probe import read_probe
 
-model, probe, out = map(Path, sys.argv[1:])
-settings = EngineSettings(enforce_eager=True, max_model_len=1024, tensor_parallel_size=2)
-with running_engine(model, settings=settings, dtype="float32") as llm:
-    logprob, top1 = score(llm, read_probe(probe))
-np.savez(out, logprob=logprob, top1=top1)
+model, probe, out, captured = map(Path, sys.argv[1:])
+settings = EngineSettings(
+    enforce_eager=True, max_model_len=1024, tensor_parallel_size=2, kernels="portable"
+)
+measured, capture = measure(
+    model, read_probe(probe), settings=settings, dtype="float32", announce=print,
+    capture_into=captured,
+)
+np.savez(out, logprob=measured.logprob, windows=capture.windows)
+print(measured.provenance.kernels)
 """
 
 
-def test_two_ranks_give_the_references_scores(root: Path, tmp_path: Path) -> None:
-    model, probe = root / "fixtures/tiny/llama", root / "fixtures/probes/tiny.jsonl"
+def test_two_ranks_give_the_references_scores_and_modules(
+    root: Path, quantized: Path, probe: Probe, tmp_path: Path
+) -> None:
+    """Each rank reduces its own vocabulary shard, and saw its own part of every linear."""
     environment = {
-        **os.environ,
-        **ENVIRONMENT,
+        **ENGINE_ENVIRONMENT,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two workers on a machine without NUMA nodes
     }
+    captured, scores = tmp_path / "captured", tmp_path / "scores.npz"
+    captured.mkdir()
+    probe_file = root / "fixtures" / "probes" / "tiny.jsonl"
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, model, probe, tmp_path / "scores.npz"],
+        [sys.executable, "-c", SCRIPT, quantized, probe_file, scores, captured],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    found = np.load(tmp_path / "scores.npz")
-    expected = reference.measure(model, read_probe(probe), dtype="float32", announce=lambda _: None)
+    assert "'self_attn.qkv_proj': 'DequantizingLinearKernel'" in result.stdout
+    found = np.load(scores)
+    expected = reference.measure(quantized, probe, dtype="float32", announce=lambda _: None)
     difference = np.abs(found["logprob"].astype(np.float64) - expected.logprob)
     assert difference.max() <= 1e-5
-    assert (found["top1"] == expected.top1).mean() > 0.9999
+
+    capture = Capture(captured, tuple(found["windows"].tolist()))
+    assert len(list(captured.iterdir())) == 2 * len(capture.windows)
+    replayed = replay(quantized, probe, capture, announce=lambda _: None)
+    assert len(replayed.modules) == 4 * 7
+    assert max(module.output for module in replayed.modules) <= 1e-5
+    assert max(module.input for module in replayed.modules) <= 1e-5

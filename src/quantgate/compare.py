@@ -99,6 +99,7 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
         outcome,
         detail,
         tuple(deviations),
+        figures=_figures(delta),
         n=len(replay.tokens),
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,
@@ -215,6 +216,10 @@ def _max(values: NDArray[np.float64]) -> float:
     return float(values.max())  # NaN wins, and exceeds every allowance
 
 
+def _figures(size: NDArray[np.float64]) -> dict[str, float]:
+    return {"mean |Δ log-prob|": float(np.mean(size)), "max |Δ log-prob|": _max(size)}
+
+
 def _agreement(one: str, other: str, delta: NDArray[np.float64]) -> str:
     size = np.abs(delta)
     return f"{one} and {other} differ by {size.mean():.3g} nat per token, {size.max():.3g} at most"
@@ -256,6 +261,7 @@ def _verdict(
         outcome=outcome,
         detail=detail,
         deviations=tuple(deviations),
+        figures=_figures(np.abs(_delta(a, b))),
         n=len(a.logprob),
         mde=mde,
         kernels=a.provenance.kernels,

@@ -177,9 +177,11 @@ def _collection_suspended() -> Iterator[None]:
 
 
 def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:
-    scheme: dict[str, Any] | None = (read_config(directory).get("quantization_config") or {}).get(
-        "kv_cache_scheme"
-    )
+    if not Path(directory).is_dir():
+        return None  # a hub id, which only tools give
+    scheme: dict[str, Any] | None = (
+        read_config(Path(directory)).get("quantization_config") or {}
+    ).get("kv_cache_scheme")
     return scheme
 
 
@@ -263,5 +265,10 @@ def library_versions() -> dict[str, str]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; empty where it has none."""
+    """Return the first line of an error's message; empty where it has none.
+
+    A pydantic error's first line only counts its parts, so that is the first part's.
+    """
+    if callable(parts := getattr(error, "errors", None)):
+        return str(parts()[0].get("msg", ""))
     return (str(error).strip().splitlines() or [""])[0]

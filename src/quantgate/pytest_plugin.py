@@ -36,6 +36,8 @@ from quantgate.verdict import Verdict, not_run
 DEVICES = ("cpu", "cuda")
 DEFAULT_PROBE = Path("fixtures") / "probes" / "tiny.jsonl"
 DEFAULT_CACHE = Path(".gate-cache")
+# What the widest table needs; a narrower terminal wraps its lines, which loses nothing.
+TABLE_WIDTH = 160
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -390,7 +392,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("quantgate")
     results = _in_order(run)
-    width = max(terminalreporter._tw.fullwidth, 110)
+    width = max(terminalreporter._tw.fullwidth, TABLE_WIDTH)
     terminalreporter.write(table(results, width=width, color=terminalreporter._tw.hasmarkup))
     for reason, count in Counter(reason for _, reason in run.left_out).items():
         first = next(subject for subject, why in run.left_out if why == reason)

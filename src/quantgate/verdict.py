@@ -46,6 +46,8 @@ class Verdict:
     outcome: Outcome
     detail: str
     deviations: tuple[Deviation, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What was measured besides, by name, in nat: for tables."""
     n: int | None = None
     mde: float | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)

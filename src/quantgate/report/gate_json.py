@@ -52,7 +52,9 @@ def _check(result: CheckResult) -> dict[str, Any]:
         "n": verdict.n,
         "mde": verdict.mde,
         "detail": verdict.detail,
+        "figures": {name: _number(value) for name, value in verdict.figures.items()},
         "kernels": dict(verdict.kernels),
+        "emulated": list(verdict.emulated),
         "attribution": verdict.attribution or None,
         "known_failure": verdict.known_failure or None,
     }

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 from quantgate.report.results import CheckResult
 
 # What JUnit calls each outcome that is not a pass. A check that did not happen is an error, never
-# a skip: CI pages show skips as green.
+# a skip: CI pages show skips as green. Only a known failure is one, as pytest's expected ones are.
 ELEMENT = {"fail": "failure", "inconclusive": "failure", "not-run": "error"}
 
 
@@ -16,7 +16,7 @@ def junit_xml(results: list[CheckResult]) -> str:
     document = ElementTree.Element("testsuites", name="quantgate")
     for checkpoint in dict.fromkeys(result.checkpoint for result in results):
         own = [result for result in results if result.checkpoint == checkpoint]
-        outcomes = [ELEMENT.get(result.verdict.outcome) for result in own]
+        outcomes = [ELEMENT.get(result.verdict.counted) for result in own]
         attributes = {
             "name": checkpoint,
             "tests": str(len(own)),
@@ -39,7 +39,12 @@ def _add_case(suite: ElementTree.Element, result: CheckResult) -> None:
         name=result.check,
         time=f"{result.seconds:.3f}",
     )
-    if element := ELEMENT.get(verdict.outcome):
+    if verdict.known_failure:
+        skipped = ElementTree.SubElement(
+            case, "skipped", type="known-failure", message=_printable(verdict.known_failure)
+        )
+        skipped.text = _printable(verdict.message(f"{result.checkpoint} {result.check}"))
+    elif element := ELEMENT.get(verdict.outcome):
         found = ElementTree.SubElement(
             case, element, type=verdict.outcome, message=_printable(verdict.detail)
         )

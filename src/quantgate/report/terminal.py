@@ -33,10 +33,9 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     detailed = [r for r in results if len(ids) == 1 or r.verdict.outcome != "pass"]
     if detailed:
         console.print(*([""] if len(ids) > 1 else []), _checks(detailed), sep="\n")
-    for checkpoint, names in _emulated(results).items():
-        console.print(
-            Text(f"\nemulated in {checkpoint}: {names}; no evidence about a real kernel"), end=""
-        )
+    for kernel, checkpoints in _emulated(results).items():
+        line = f"\nemulated, no evidence about a real kernel: {kernel} in {', '.join(checkpoints)}"
+        console.print(Text(line), end="")
     outcome = overall(results)
     console.print(Text.assemble("\n\nverdict: ", (outcome.upper(), STYLE[outcome])))
     return stream.getvalue()
@@ -63,7 +62,7 @@ def _figure(result: CheckResult) -> Text:
     verdict = result.verdict
     if verdict.outcome != "pass":
         return Text(_outcome(verdict), style=STYLE[verdict.outcome])
-    return Text(f"{verdict.deviations[0].measured:.2g}" if verdict.deviations else "")
+    return Text(f"{verdict.deviations[0].measured:.1e}" if verdict.deviations else "")
 
 
 def _outcome(verdict: Verdict) -> str:
@@ -89,11 +88,13 @@ def _table(*headings: str) -> Table:
     return rows
 
 
-def _emulated(results: list[CheckResult]) -> dict[str, str]:
-    names: dict[str, dict[str, None]] = {}
+def _emulated(results: list[CheckResult]) -> dict[str, list[str]]:
+    """Return the checkpoints that each emulated kernel served."""
+    served: dict[str, dict[str, None]] = {}
     for result in results:
-        names.setdefault(result.checkpoint, {}).update(dict.fromkeys(result.verdict.emulated))
-    return {checkpoint: ", ".join(found) for checkpoint, found in names.items() if found}
+        for kernel in result.verdict.emulated:
+            served.setdefault(kernel, {})[result.checkpoint] = None
+    return {kernel: list(checkpoints) for kernel, checkpoints in sorted(served.items())}
 
 
 def _kernels(verdict: Verdict) -> str:

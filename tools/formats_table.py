@@ -1,0 +1,132 @@
+"""Write the README's table of formats from a gate run, and what vLLM has for each by itself.
+
+    make gate
+    python tools/formats_table.py
+
+A row says which kernel serves a format in the gate, which one of its own vLLM's CPU build would
+take on this machine, and how far the engine is from its reference.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantgate.atomic import write_atomically
+from quantgate.checkpoint import (
+    BadInput,
+    Checkpoint,
+    EngineSettings,
+    actual_scheme,
+    read_checkpoint_files,
+)
+from quantgate.engine import EngineFailure
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- formats: tools/formats_table.py writes this -->\n", "<!-- end of formats -->\n"
+HEADINGS = (
+    "format",
+    "checkpoint",
+    "kernel",
+    "vLLM's own",
+    "fp32, max",
+    "replay, mean",
+    "bf16, mean",
+)
+# Built by tools/quantize_tiny.py and refused by vLLM, so that there is nothing to gate.
+NOT_LOADABLE = ("tiny-llama-w4a16-actorder",)
+UNQUANTIZED_KERNEL = "Unquantized"
+
+
+def linear_kernels(directory: Path, settings: EngineSettings) -> tuple[list[str], bool]:
+    """Load a checkpoint and return what serves its linears, and whether any of it is emulated."""
+    from quantgate.engine import kernel_fingerprint, running_engine
+
+    with running_engine(directory, settings=settings, dtype="bfloat16") as llm:
+        kernels, emulated = kernel_fingerprint(llm)
+    linears = (joined for kind, joined in kernels.items() if kind.endswith("_proj"))
+    names = dict.fromkeys(name for joined in linears for name in joined.split(" + "))
+    quantized = [name for name in names if not name.startswith(UNQUANTIZED_KERNEL)]
+    return quantized or list(names), bool(emulated)
+
+
+def native_kernel(checkpoint: Checkpoint) -> str:
+    """Return the kernel that vLLM itself has for a checkpoint on this machine, or "none"."""
+    settings = replace(checkpoint.engine, kernels="native")
+    names, emulated = linear_kernels(checkpoint.directory, settings)
+    return "none" if emulated else _code(names)
+
+
+def refusal(directory: Path) -> str:
+    """Return why vLLM does not load a checkpoint; an error where it does after all."""
+    try:
+        linear_kernels(directory, EngineSettings(enforce_eager=True, kernels="portable"))
+    except EngineFailure as error:
+        return str(error).partition(": ")[2].replace("|", "\\|")
+    raise BadInput(f"{directory}: vLLM loads it by now; give it a file in fixtures/checkpoints.")
+
+
+def rows(report: dict[str, Any], checkpoints: dict[str, Checkpoint]) -> list[list[str]]:
+    """Return the table's cells, a row for each checkpoint of the report with portable kernels."""
+    found = []
+    for entry in report["checkpoints"]:
+        checkpoint = checkpoints[entry["id"]]
+        if checkpoint.engine.kernels != "portable":
+            continue
+        checks = {check["name"]: check for check in entry["checks"]}
+        found.append(
+            [
+                entry["scheme"],
+                entry["id"],
+                "emulated" if entry["emulated"] else "native",
+                native_kernel(checkpoint),
+                figure(checks["fidelity-float32"], "max"),
+                figure(checks["replay-float32"], "mean"),
+                figure(checks["fidelity-serving"], "mean"),
+            ]
+        )
+    for name in NOT_LOADABLE:
+        directory = ROOT / "build" / name
+        found.append([actual_scheme(directory), name, "not loadable", refusal(directory), *"–––"])
+    return found
+
+
+def figure(check: dict[str, Any], kind: str) -> str:
+    """Return a check's mean or largest |Δ log-prob|, in nat; with its verdict unless a pass."""
+    value = f"{check['figures'][f'{kind} |Δ log-prob|']:.1e}"
+    return value if check["verdict"] == "pass" else f"{value} ({check['verdict']})"
+
+
+def _code(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> int:
+    """Write the table between its two marks in the README."""
+    parser = argparse.ArgumentParser(description="Write the README's table of formats.")
+    parser.add_argument("--report", type=Path, default=ROOT / "report" / "gate.json")
+    path = parser.parse_args().report
+    try:
+        if not path.exists():
+            raise BadInput(f"{path}: no such report; run `make gate` first.")
+        table = markdown(rows(json.loads(path.read_text()), read_checkpoint_files(ROOT)))
+    except (BadInput, EngineFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_atomically(README, f"{before}{BEGIN}\n{table}\n{END}{after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -46,4 +46,13 @@ def test_drift(
     """What is served is what a person approved."""
     measured = gate.sources.engine(checkpoint, dtype)
     probe = gate.sources.probe_of(checkpoint)
-    gate.judge(drift(snapshot, checkpoint, probe, measured, check=gate.check))
+    gate.judge(
+        drift(
+            snapshot,
+            checkpoint,
+            probe,
+            measured,
+            check=gate.check,
+            rounding=lambda: fidelity.rounding(gate.sources, checkpoint),
+        )
+    )

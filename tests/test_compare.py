@@ -27,7 +27,7 @@ def test_fp32_fidelity_is_a_limit_on_the_worst_token() -> None:
     same = measured(SCORES, "reference")
 
     def judge(engine: Measurement) -> Verdict:
-        return compare.fidelity_fp32(engine, same, PROBE, exact_reference=lambda: same)
+        return compare.fidelity_fp32(engine, same, PROBE, rounding=lambda: 0.0)
 
     assert judge(measured(SCORES)).outcome == "pass"
     failed = judge(measured(off))
@@ -55,7 +55,9 @@ def test_a_model_that_amplifies_rounding_is_allowed_twice_its_references_own() -
         measured(off),
         measured(SCORES, "reference"),
         PROBE,
-        exact_reference=lambda: measured(exact, "reference"),
+        rounding=lambda: compare.largest_difference(
+            measured(exact, "reference"), measured(SCORES, "reference")
+        ),
     )
     assert verdict.outcome == "pass"
     assert verdict.deviations[0].allowed == pytest.approx(4e-5, rel=0.01)
@@ -99,7 +101,7 @@ def test_too_few_documents_cannot_pass() -> None:
 def test_what_differs_from_when_the_golden_was_taken_is_listed() -> None:
     then = measured(SCORES, "golden", versions={"vllm": "0.31"}, kernels={"lm_head": "A"})
     now = measured(SCORES + 1, versions={"vllm": "0.32"}, kernels={"lm_head": "B"})
-    verdict = compare.drift_exact(now, then, PROBE)
+    verdict = compare.drift_exact(now, then, PROBE, rounding=lambda: 0.0)
     assert "since then vllm 0.31 → 0.32, lm_head A → B" in verdict.evidence
 
 

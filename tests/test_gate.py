@@ -47,7 +47,12 @@ def measure_reference(directory: Path, probe: Probe, dtype: str = "float32") -> 
 def fidelity_fp32(
     engine_side: Measurement, reference_side: Measurement, exact: Measurement, probe: Probe
 ) -> Verdict:
-    return compare.fidelity_fp32(engine_side, reference_side, probe, exact_reference=lambda: exact)
+    return compare.fidelity_fp32(
+        engine_side,
+        reference_side,
+        probe,
+        rounding=lambda: compare.largest_difference(exact, reference_side),
+    )
 
 
 def test_a_fault_on_the_engines_side_alone_fails_fidelity(
@@ -147,7 +152,7 @@ def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, pr
         fidelity_fp32(broken, honest, honest, probe),
         compare.fidelity_serving(broken, honest, honest, probe, base_noise=None),
         compare.quality(broken, honest, probe, margin=1.0),
-        compare.drift_exact(broken, honest, probe),
+        compare.drift_exact(broken, honest, probe, rounding=lambda: 0.0),
         compare.drift_mean(broken, honest, probe, margin=1.0),
     ):
         assert verdict.outcome == "fail"

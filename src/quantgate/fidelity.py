@@ -20,25 +20,45 @@ Check = Callable[[Sources, Checkpoint], Verdict]
 
 def float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge float32 scores of a free-running engine."""
+    verdict = _float32(sources, checkpoint)
+    return attribute(verdict, _suspects(sources, checkpoint, "float32", _float32))
+
+
+def serving(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge the scores of a free-running engine in the dtype that is served."""
+    verdict = _serving(sources, checkpoint)
+    return attribute(verdict, _suspects(sources, checkpoint, "serving", _serving))
+
+
+def replay(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge every linear on the engine's own inputs."""
+    engine, found = sources.engine(checkpoint, dtype), sources.replay(checkpoint, dtype)
+    verdict = compare.replayed(engine, found, sources.probe_of(checkpoint))
+    free_running = _float32 if dtype == "float32" else _serving
+    return attribute(verdict, _suspects(sources, checkpoint, dtype, free_running))
+
+
+def rounding(sources: Sources, checkpoint: Checkpoint) -> float:
+    """Return how far float32 moves the reference's log-probs from float64's, at most, in nat."""
+    return compare.largest_difference(
+        sources.reference(checkpoint, "float64"), sources.reference(checkpoint, "float32")
+    )
+
+
+def _float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     engine = sources.engine(checkpoint, "float32")
     reference = sources.reference(checkpoint, "float32")
     probe = sources.probe_of(checkpoint)
     config = read_config(checkpoint.directory)
     if quantizes_activations(config.get("quantization_config")):
         exact = sources.reference(checkpoint, "float64")
-        verdict = compare.fidelity_chaotic(engine, reference, exact, probe)
-    else:
-        verdict = compare.fidelity_fp32(
-            engine,
-            reference,
-            probe,
-            exact_reference=lambda: sources.reference(checkpoint, "float64"),
-        )
-    return attribute(verdict, _suspects(sources, checkpoint, "float32", float32))
+        return compare.fidelity_chaotic(engine, reference, exact, probe)
+    return compare.fidelity_fp32(
+        engine, reference, probe, rounding=lambda: rounding(sources, checkpoint)
+    )
 
 
-def serving(sources: Sources, checkpoint: Checkpoint) -> Verdict:
-    """Judge the scores of a free-running engine in the dtype that is served."""
+def _serving(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     engine = sources.engine(checkpoint, "serving")
     reference = sources.reference(checkpoint, "float32")
     rounded = sources.reference(checkpoint, "serving")
@@ -48,16 +68,7 @@ def serving(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             sources.engine(base, "serving"), sources.reference(base, "float32")
         )
     probe = sources.probe_of(checkpoint)
-    verdict = compare.fidelity_serving(engine, reference, rounded, probe, base_noise=base_noise)
-    return attribute(verdict, _suspects(sources, checkpoint, "serving", serving))
-
-
-def replay(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
-    """Judge every linear on the engine's own inputs."""
-    engine, found = sources.engine(checkpoint, dtype), sources.replay(checkpoint, dtype)
-    verdict = compare.replayed(engine, found, sources.probe_of(checkpoint))
-    free_running = float32 if dtype == "float32" else serving
-    return attribute(verdict, _suspects(sources, checkpoint, dtype, free_running))
+    return compare.fidelity_serving(engine, reference, rounded, probe, base_noise=base_noise)
 
 
 def _suspects(sources: Sources, checkpoint: Checkpoint, dtype: str, check: Check) -> Suspects:

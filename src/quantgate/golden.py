@@ -158,13 +158,14 @@ def drift(
     measured: Measurement,
     *,
     check: str,
+    rounding: Callable[[], float],
 ) -> Verdict:
     """Judge a fresh measurement against the checkpoint's golden for `check`.
 
     float32 is judged token by token, any other dtype and any format that quantizes activations by
     the mean. Without a golden for this very
     key the verdict is "not-run"; if only the checkpoint's bytes are others than the approved ones,
-    the scores are compared all the same, and cannot pass.
+    the scores are compared all the same, and cannot pass. `rounding` is `drift_exact`'s.
     """
     path = golden_path(checkpoint.root, checkpoint.id, check, measured.provenance.platform)
     chaotic = quantizes_activations(read_config(checkpoint.directory).get("quantization_config"))
@@ -177,7 +178,7 @@ def drift(
         if dataclasses.replace(stored.key, identity=key.identity) != key:
             return not_run(f"{path} is of {_key_difference(stored.key, key)}", regenerate)
         if measured.provenance.dtype == "float32" and not chaotic:
-            verdict = drift_exact(measured, stored.measurement, probe)
+            verdict = drift_exact(measured, stored.measurement, probe, rounding=rounding)
         else:
             margin = drift_margin(checkpoint)
             verdict = drift_mean(measured, stored.measurement, probe, margin=margin)

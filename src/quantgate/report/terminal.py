@@ -51,7 +51,7 @@ def _overview(results: list[CheckResult], ids: list[str]) -> Table:
         own = {result.check: result for result in results if result.checkpoint == name}
         outcome = overall(list(own.values()))
         figures = [_figure(own[check]) if check in own else Text("") for check in checks]
-        kernels = "emulated" if any(r.verdict.emulated for r in own.values()) else "native"
+        kernels = " + ".join(sorted({kind for r in own.values() if (kind := _kernels(r.verdict))}))
         scheme = Text(next(iter(own.values())).scheme)
         verdict = Text(outcome.upper(), style=STYLE[outcome])
         rows.add_row(Text(name), scheme, verdict, *figures, Text(kernels))

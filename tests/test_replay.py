@@ -48,6 +48,8 @@ def test_a_fault_of_one_kernel_is_found_where_it_is(
     quantized: Path, probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A millionth of one module's weights is off: no log-probability shows it, replay does."""
+    import vllm.model_executor.kernels.linear  # noqa: F401  first: it brings the emulated ones
+
     from quantgate import emulated_kernels
 
     honest = emulated_kernels.dequantize_groups

@@ -109,7 +109,10 @@ def test_a_streamed_model_is_the_unstreamed_one(name: str, tmp_path: Path) -> No
     scores = reference.measure(tmp_path, SHORT, dtype="float32", announce=quiet).logprob
     expected = unstreamed(model, SHORT)
     assert np.abs(expected).max() > 1  # not a model that says the same of everything
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    # Experts are multiplied by as many rows as chose them, one fewer here: two units in the last
+    # place of the largest log-probability.
+    limit = 2 * np.spacing(np.abs(expected).max()) if "moe" in name else 1e-6
+    assert np.abs(scores - expected).max() <= limit
 
 
 def test_a_moe_models_engine_agrees(tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None
         f"embeddings and head {rest / 2**20:.0f}, the model {LAYERS * layer / 2**20:.0f}"
     )
     assert peak <= 2 * layer + rest + activations
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert np.abs(np.array(scores) - expected).max() <= 1e-6
 
 
 # The cache ---------------------------------------------------------------------------------------

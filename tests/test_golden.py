@@ -143,6 +143,14 @@ def test_the_tool_refuses_what_nobody_could_review(
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_golden_holds_on_a_processor_without_vector_instructions(run_gate: RunGate) -> None:
+    """Taken with AVX-512, compared with what torch and oneDNN do where they may use SSE4.1 only."""
+    result = run_gate(
+        "suites", "-k", "drift", ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41"
+    )
+    assert result.returncode == 0, result.stdout
+
+
 def test_a_golden_of_another_probe_is_not_run(run_gate: RunGate) -> None:
     path = run_gate.project / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
     content = json.loads(path.read_text())

@@ -13,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from quantgate import reference
 from quantgate.cache import DamagedEntry, DiskCache
-from quantgate.checkpoint import Checkpoint
+from quantgate.checkpoint import BadInput, Checkpoint
 from quantgate.probe import Probe, Window
 from quantgate.sources import Sources
 
@@ -139,6 +140,48 @@ def test_an_fp8_cache_in_the_reference_is_quantized_keys_and_values(root: Path) 
         for name in ("tiny-llama-fp8-kv", "tiny-llama-fp8")
     )
     assert 1e-4 < np.abs(with_cache - without).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method is 'gptq', not 'compressed-tensors'"),
+        ({"transform_config": {"a": 1}}, "transform_config rotates weights and inputs"),
+        ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config stores weights sparsely"),
+        (
+            {"kv_cache_scheme": {"type": "int", "strategy": "tensor"}},
+            "kv_cache_scheme is not FP8",
+        ),
+        ({"config_groups": {"g": {"targets": ["Linear"]}}}, "config group 'g' has no weights"),
+        ({"ignore": ["re:("]}, r"'re:\(' is not a regular expression"),
+        ({"ignore": []}, "its head, 'lm_head', is quantized"),
+    ],
+)
+def test_what_the_reference_has_no_rule_for_is_refused(
+    quantized_copy: Path, change: dict[str, Any], message: str
+) -> None:
+    path = quantized_copy / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=message):
+        reference.measure(quantized_copy, SHORT, dtype="float32", announce=quiet)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("weight_scale", "q_proj: the checkpoint has no weight_scale for this layer, only"),
+        ("weight_shape", "q_proj: the checkpoint has no weight_shape for this layer, only"),
+    ],
+)
+def test_a_tensor_that_is_missing_is_named(quantized_copy: Path, damage: str, message: str) -> None:
+    path = quantized_copy / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[f"model.layers.2.self_attn.q_proj.{damage}"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(BadInput, match=message):
+        reference.measure(quantized_copy, SHORT, dtype="float32", announce=quiet)
 
 
 LAYERS = 24

@@ -86,6 +86,13 @@ def test_a_known_failure_is_shown_and_does_not_count() -> None:
     assert suite.find("testcase/skipped[@type='known-failure']") is not None
 
 
+def test_a_failures_message_holds_nothing_that_a_terminal_obeys() -> None:
+    verdict = Verdict("fail", HOSTILE, evidence=(HOSTILE,), attribution=HOSTILE)
+    message = verdict.message("x")
+    assert all(character.isprintable() for line in message.split("\n") for character in line)
+    assert len(message.split("\n")) == 3
+
+
 def test_a_check_that_did_not_happen_claims_no_kernel() -> None:
     missing = CheckResult("x", "W4A16", "drift", not_run("no golden"))
     assert "native" not in table([missing], width=110, color=False)

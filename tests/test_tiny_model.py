@@ -32,9 +32,14 @@ def corpus() -> ModuleType:
     return load_script("tiny_corpus")
 
 
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request: pytest.FixtureRequest) -> Path:
+    return ROOT / "fixtures/tiny" / str(request.param)
+
+
 @pytest.fixture(scope="module")
-def record() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((MODEL / "training.json").read_text())
+def record(model: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((model / "training.json").read_text())
     return loaded
 
 
@@ -143,19 +148,19 @@ def test_the_chat_template_renders_what_the_corpus_writes(windows: list[Window])
         assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == window["ids"]
 
 
-def test_the_record_is_of_the_shipped_file(record: dict[str, Any]) -> None:
-    weights = MODEL / "model.safetensors"
+def test_the_record_is_of_the_shipped_file(model: Path, record: dict[str, Any]) -> None:
+    weights = model / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == record["sha256"]
     assert weights.stat().st_size <= 6_000_000
 
 
 def test_the_weights_have_the_recorded_perplexity(
-    record: dict[str, Any], windows: list[Window]
+    model: Path, record: dict[str, Any], windows: list[Window]
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    scorer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
     # Small matrices: a second thread costs more than it brings when the machine is busy.
     torch.set_num_threads(1)
@@ -163,7 +168,7 @@ def test_the_weights_have_the_recorded_perplexity(
     for window in windows:
         ids = torch.tensor([window["ids"]])
         with torch.inference_mode():
-            predicted = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            predicted = scorer(input_ids=ids).logits[0, :-1].log_softmax(-1)
         losses.setdefault(window["stratum"], []).extend(
             (-predicted.gather(1, ids[0, 1:, None])).flatten().tolist()
         )

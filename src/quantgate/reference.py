@@ -73,6 +73,10 @@ class StreamedModel:
         self.quantization: Mapping[str, Any] | None = read_config(directory).get(
             "quantization_config"
         )
+        if (reason := _why_not_understood(self.quantization or {})) is not None:
+            raise BadInput(
+                f"{directory / 'config.json'}: {reason}; the reference has no rule for it."
+            )
         self._dequantize = _dequantizer(dequantizer)
         self.model = _empty_model(directory, self.dtype)
         self._names = {module: name for name, module in self.model.named_modules()}
@@ -205,9 +209,15 @@ class StreamedModel:
 
         if not isinstance(module, torch.nn.Linear):
             return None
-        group = group_of(name, "Linear", self.quantization)
+        try:
+            group = group_of(name, "Linear", self.quantization)
+        except ValueError as error:
+            raise BadInput(f"{self.stored.directory / 'config.json'}: {error}.") from None
         if group is not None and module is self.model.get_output_embeddings():
-            raise BadInput(f"{self.stored.directory}: its head is quantized; see docs/formats.md.")
+            raise BadInput(
+                f"{self.stored.directory}: its head, '{name}', is quantized, and scores are exact "
+                "for a head in floating point only; leave it out with `ignore`."
+            )
         return group
 
     def _fill_linear(
@@ -298,6 +308,26 @@ class _Fp8KVCache:
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
+
+
+def _why_not_understood(quantization: Mapping[str, Any]) -> str | None:
+    """Return what in a quantization_config would make a reference without it a wrong one."""
+    method = quantization.get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        return f"quant_method is '{method}', not 'compressed-tensors'"
+    if quantization.get("transform_config"):
+        return "transform_config rotates weights and inputs"
+    if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        return "sparsity_config stores weights sparsely"
+    cache = quantization.get("kv_cache_scheme") or {}
+    if cache and (cache.get("type"), cache.get("strategy")) != ("float", "tensor"):
+        return "kv_cache_scheme is not FP8 with a scale for each tensor"
+    for name, group in (quantization.get("config_groups") or {}).items():
+        if not group.get("weights"):
+            return f"config group '{name}' has no weights"
+        if group.get("output_activations"):
+            return f"config group '{name}' quantizes outputs"
+    return None
 
 
 def _dequantizer(name: DequantizerName) -> Dequantizer:

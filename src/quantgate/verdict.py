@@ -79,7 +79,8 @@ class Verdict:
             )
         if self.next_step:
             lines.append(f"  next       {self.next_step}")
-        return "\n".join(lines)
+        # Names of modules come from a checkpoint, and may hold what a terminal would obey.
+        return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
 
 def not_run(detail: str, next_step: str = "") -> Verdict:

@@ -16,7 +16,7 @@ def group_of(name: str, kind: str, quantization_config: Mapping[str, Any] | None
     """Return the config group of the module `name`, of class `kind`; None where it has none.
 
     A target or an ignored name is a module's name, the name of its class, or `re:` and a regular
-    expression that its name begins with.
+    expression that its name begins with. A `ValueError` names an expression that is none.
     """
     config = quantization_config or {}
     if _is_named(name, kind, config.get("ignore") or ()):
@@ -33,11 +33,18 @@ def _given(group: Group) -> dict[str, Any]:
 
 def _is_named(name: str, kind: str, patterns: Iterable[str]) -> bool:
     return any(
-        re.match(pattern.removeprefix("re:"), name) is not None
+        _matches(pattern.removeprefix("re:"), name)
         if pattern.startswith("re:")
         else pattern in (name, kind)
         for pattern in patterns
     )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"'re:{pattern}' is not a regular expression ({error})") from None
 
 
 def fused_with(name: str) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantgate import reference
+from quantgate import engine, reference
 from quantgate.cache import DamagedEntry, DiskCache
-from quantgate.checkpoint import BadInput, Checkpoint
+from quantgate.checkpoint import BadInput, Checkpoint, EngineSettings
+from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, Window
 from quantgate.sources import Sources
 
@@ -118,9 +119,6 @@ def test_a_streamed_model_is_the_unstreamed_one(name: str, tmp_path: Path) -> No
 
 def test_a_moe_models_engine_agrees(tmp_path: Path) -> None:
     """vLLM fuses the experts too, from the same files, and computes the same."""
-    from quantgate import engine
-    from quantgate.checkpoint import EngineSettings
-
     save_random(small_models()["qwen3-moe"], tmp_path)
     served, _ = engine.measure(
         tmp_path,
@@ -338,3 +336,37 @@ def test_an_entry_under_anothers_name_is_not_its(tmp_path: Path) -> None:
     cache.path(KEY).rename(cache.path(other))
     with pytest.raises(DamagedEntry, match="not what was written"):
         cache.read(other)
+
+
+def test_a_base_is_served_once_for_all_runs(
+    root: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base's engine is remembered on disk, a checkpoint's own never is."""
+    served: list[str] = []
+
+    def measure(directory: Path, probe: Probe, *, dtype: str, **_: Any) -> tuple[Measurement, None]:
+        served.append(directory.name)
+        provenance = Provenance("engine", "cpu", "cpu", dtype, {"mlp": "K"}, ("K",))
+        scores = np.linspace(-3, -1, probe.scored, dtype=np.float32)
+        return Measurement(scores, np.zeros(probe.scored, np.int32), provenance), None
+
+    monkeypatch.setattr(engine, "measure", measure)
+    checkpoint = Checkpoint(
+        id="x",
+        source=str(root / "build" / "tiny-llama-w4a16"),
+        base=str(root / "fixtures" / "tiny" / "llama"),
+    )
+    base = checkpoint.base_checkpoint
+    assert base is not None
+    taken = []
+    for _ in range(2):
+        sources = Sources(two, quiet, DiskCache(tmp_path))
+        sources.engine(checkpoint, "float32")
+        taken.append(sources.engine(base, "float32"))
+    assert served == ["tiny-llama-w4a16", "llama", "tiny-llama-w4a16"]
+    assert taken[0].provenance == taken[1].provenance
+    assert taken[0].logprob.tobytes() == taken[1].logprob.tobytes()
+    # Under other settings it is another measurement.
+    other = replace(base, engine=EngineSettings(max_num_batched_tokens=64))
+    Sources(two, quiet, DiskCache(tmp_path)).engine(other, "float32")
+    assert served[-1] == "llama"

@@ -1,6 +1,7 @@
 """Replay: what it sees of real engines that are wrong in one place, and whose fault it says."""
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from quantgate.capture import Capture
 from quantgate.checkpoint import EngineSettings
 from quantgate.compare import replayed
 from quantgate.measurement import Measurement, Provenance
-from quantgate.probe import Probe
+from quantgate.probe import Probe, Window
 from quantgate.replay import ModuleError, Replay, replay
 from quantgate.verdict import Deviation, Verdict
 
@@ -284,3 +285,29 @@ def test_the_ranks_of_a_capture_are_put_together(
         assert torch.equal(found.output, given_out)
     assert capture.module_of("k") == "qk"
     assert "v" not in capture
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(2, 900)), min_size=1, max_size=9),
+)
+def test_few_tokens_of_every_stratum_are_captured(shapes: list[tuple[str, int]]) -> None:
+    windows = tuple(Window(f"{i}", s, 1, (3,) * n, "") for i, (s, n) in enumerate(shapes))
+    chosen = engine.replay_windows(Probe("p", 5, windows))
+    strata = [windows[i].stratum for i in chosen]
+    assert len(set(strata)) == len(strata) >= 1
+    assert len(windows[chosen[0]].ids) == min(n for _, n in shapes)
+    tokens = sum(len(windows[i].ids) for i in chosen)
+    assert len(chosen) == 1 or tokens <= engine.REPLAY_TOKENS
+
+
+def test_garbage_is_collected_again_after_an_engine_that_failed() -> None:
+    collect, freeze, unfreeze = gc.collect, gc.freeze, gc.unfreeze
+
+    def fail() -> None:
+        with engine._collection_suspended():
+            assert gc.collect is not collect
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (gc.collect, gc.freeze, gc.unfreeze) == (collect, freeze, unfreeze)

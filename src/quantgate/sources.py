@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +31,7 @@ SERVING = "serving"
 _ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
-@dataclass
+@dataclass(eq=False)
 class Sources:
     """Measures checkpoints on the device at hand and remembers the results.
 
@@ -45,7 +47,8 @@ class Sources:
     _taken: dict[tuple[object, ...], Any] = field(default_factory=dict)
     _captures: dict[tuple[object, ...], Capture | None] = field(default_factory=dict)
     _probes: dict[str, Probe] = field(default_factory=dict)
-    _scratch: tempfile.TemporaryDirectory[str] | None = None
+    _scratch: Path | None = None
+    """Where captures lie; gone with this object, or with the process."""
 
     def engine(self, checkpoint: Checkpoint, dtype: str) -> Measurement:
         """Measure with vLLM; `dtype` is a torch name or "serving"."""
@@ -117,8 +120,10 @@ class Sources:
         return self._probes[key]
 
     def _capture_directory(self, number: int) -> Path:
-        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="quantgate-")
-        directory = Path(self._scratch.name) / str(number)
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="quantgate-"))
+            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        directory = self._scratch / str(number)
         directory.mkdir(exist_ok=True)
         return directory
 

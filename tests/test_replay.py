@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantgate import engine
+from quantgate import engine, fidelity, library_weights, reference
 from quantgate.attribution import Suspects, attribute
 from quantgate.capture import Capture
-from quantgate.checkpoint import EngineSettings
+from quantgate.checkpoint import Checkpoint, EngineSettings
 from quantgate.compare import replayed
+from quantgate.formats.weights import dequantize_weight
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, Window
 from quantgate.replay import ModuleError, Replay, replay
+from quantgate.sources import Sources
 from quantgate.verdict import Deviation, Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
@@ -230,6 +232,39 @@ def test_a_failure_is_attributed(change: dict[str, Any], fault: str) -> None:
 
 def test_what_does_not_fail_is_nobodys_fault() -> None:
     assert attribute(Verdict("pass", "fine"), SUSPECTS).attribution == ""
+
+
+def fidelity_of(directory: Path, probe: Probe) -> Verdict:
+    few = dataclasses.replace(probe, windows=probe.windows[:3])
+    return fidelity.float32(
+        Sources(few, quiet), Checkpoint(id="x", source=str(directory), engine=SETTINGS)
+    )
+
+
+def test_a_damaged_scale_is_the_checkpoints_fault(quantized_copy: Path, probe: Probe) -> None:
+    path = quantized_copy / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight_scale"][3, 1] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    verdict = fidelity_of(quantized_copy, probe)
+    assert verdict.outcome == "fail"
+    assert verdict.attribution.startswith("CHECKPOINT: ")
+
+
+def test_a_wrong_dequantizer_is_the_references_fault(
+    quantized: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours forgets a zero point of one; the engine sides with the library's."""
+
+    def wrong(tensors: Any, weights: Any) -> torch.Tensor:
+        return dequantize_weight(tensors, weights) + 1e-3
+
+    monkeypatch.setattr(reference, "dequantize_weight", wrong)
+    monkeypatch.setattr(library_weights, "dequantize_weight", wrong)
+    verdict = fidelity_of(quantized, probe)
+    assert verdict.outcome == "fail"
+    assert verdict.attribution.startswith("REFERENCE: the two dequantizers differ by")
+    assert "e-07 from the one over compressed-tensors'" in verdict.attribution
 
 
 # Captures ----------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ class Gate:
         known = _params(self.item)["checkpoint"].known_failure_of(result.check)
         if known is not None and verdict.outcome == "fail":
             verdict = replace(verdict, known_failure=f"{known.reason} ({known.issue})")
-        elif known is not None and verdict.outcome == "pass":
+        elif known is not None and known.strict and verdict.outcome == "pass":
             verdict = replace(
                 verdict,
                 outcome="fail",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput, identity, read_checkpoint_files
+from quantgate.formats.groups import fused_with, group_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +40,6 @@ COPIED = (
 )
 # Training documents of each stratum that the ranges are taken over.
 CALIBRATION_DOCUMENTS = 20
-# Projections that vLLM fuses into one. NVFP4's global scale must be one for all of them: vLLM
-# takes the largest, and codes that were taken against a smaller one would no longer fit.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
 STATIC_INT8 = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}
 DYNAMIC_INT8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 FP8_KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
@@ -173,7 +170,10 @@ def column_order(weight: "torch.Tensor") -> "torch.Tensor":
 
 
 def global_scales(linears: Mapping[str, "torch.Tensor"], scheme: Any) -> dict[str, "torch.Tensor"]:
-    """Return NVFP4's global scale of each linear, one for all that vLLM fuses; {} for others."""
+    """Return NVFP4's global scale of each linear, one for all that vLLM fuses; {} for others.
+
+    vLLM takes the largest, and codes that were taken against a smaller one would no longer fit.
+    """
     import torch
     from compressed_tensors.quantization.utils import generate_gparam
 
@@ -181,17 +181,10 @@ def global_scales(linears: Mapping[str, "torch.Tensor"], scheme: Any) -> dict[st
         return {}
     scales = {}
     for name in linears:
-        fused = [linears[other] for other in shards_of(name) if other in linears]
+        fused = [linears[other] for other in fused_with(name) if other in linears]
         largest = torch.stack([weight.float().abs().max() for weight in fused]).max()
         scales[name] = generate_gparam(-largest, largest)
     return scales
-
-
-def shards_of(linear: str) -> list[str]:
-    """Return the linears that vLLM fuses with one, itself included."""
-    parent, _, own = linear.rpartition(".")
-    shards = next((shards for shards in FUSED if own in shards), (own,))
-    return [f"{parent}.{shard}" for shard in shards]
 
 
 def static_inputs(scheme: Any, lowest: float, highest: float) -> dict[str, "torch.Tensor"]:
@@ -270,14 +263,9 @@ def quantize_model(base: Path, recipe: Recipe) -> tuple[dict[str, "torch.Tensor"
 
 def is_target(linear: str, scheme: Any, recipe: Recipe) -> bool:
     """Whether a scheme is a linear's: named by a target, and not ignored."""
-    return _named(linear, scheme.targets) and not _named(linear, recipe.ignore)
-
-
-def _named(linear: str, patterns: Any) -> bool:
-    return any(
-        pattern in ("Linear", linear)
-        or (pattern.startswith("re:") and re.match(pattern.removeprefix("re:"), linear))
-        for pattern in patterns
+    groups = {"group": {"targets": scheme.targets}}
+    return (
+        group_of(linear, "Linear", {"config_groups": groups, "ignore": recipe.ignore}) is not None
     )
 
 

@@ -5,15 +5,15 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: whoever is killed on the way damages nothing."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` in one step: whoever is killed on the way damages nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        "wb", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as stream:
         temporary = Path(stream.name)
         try:
-            stream.write(text)
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         except BaseException:

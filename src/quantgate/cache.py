@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quantgate.atomic import write_atomically
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -55,18 +55,7 @@ class DiskCache:
 
         metadata = {"key": _canonical(key), "sha256": _digest(arrays)}
         content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self.directory, prefix=".", suffix=".partial")
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(self.path(key))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(self.path(key), content)
 
 
 class DamagedEntry(ValueError):

@@ -13,16 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 # The key in vLLM's `additional_config`, which reaches every process of an engine.
 ADDITIONAL_CONFIG_KEY = "quantgate"
 PORTABLE = "portable"
 NATIVE = "native"
-E4M3_HIGHEST = 448.0
 # Where an attention layer keeps the scales (k, v) of an emulated FP8 KV cache.
 EMULATED_KV_SCALES = "quantgate_kv_scales"
 
@@ -118,11 +114,14 @@ def patch_compressed_tensors(module: ModuleType) -> None:
 
 def patch_custom_ops(module: Any) -> None:
     """Give static FP8 quantization a body: vLLM's CPU builds have an empty stub of it."""
+    from quantgate.formats.activations import to_e4m3
+
     original = module.scaled_fp8_quant
 
     def scaled_fp8_quant(input: Any, scale: Any = None, *args: Any, **kwargs: Any) -> Any:
         if scale is not None and (portable_wanted() or static_fp8_is_missing()):
-            return _e4m3(input.float() * scale.float().reciprocal()), scale
+            scaled = input.float() * scale.float().reciprocal()
+            return to_e4m3(scaled), scale
         return original(input, scale, *args, **kwargs)
 
     module.scaled_fp8_quant = scaled_fp8_quant
@@ -139,23 +138,18 @@ def static_fp8_is_missing() -> bool:
 
 def patch_attention(module: ModuleType) -> None:
     """Quantize keys and values on their way into the cache where a quantized cache is emulated."""
+    from quantgate.formats.activations import fp8_cached
+
     original = module.Attention.forward
 
     def forward(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         if (scales := getattr(self, EMULATED_KV_SCALES, None)) is not None:
             key, value = (
-                (_e4m3(x.float() / scale).float() * scale).to(x.dtype)
-                for x, scale in zip((key, value), scales, strict=True)
+                fp8_cached(x, scale) for x, scale in zip((key, value), scales, strict=True)
             )
         return original(self, query, key, value, *args, **kwargs)
 
     module.Attention.forward = forward
-
-
-def _e4m3(x: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return x.clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn)
 
 
 def on_cpu(patch: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:

@@ -85,9 +85,14 @@ def fp8_per_group(x: torch.Tensor, group_size: int = 128) -> torch.Tensor:
 
 def _e4m3(x: torch.Tensor) -> torch.Tensor:
     """Round to E4M3, saturating, and back."""
+    return to_e4m3(x).float()
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Return E4M3 codes: rounded to nearest, saturating."""
     import torch
 
-    return x.clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn).float()
+    return x.clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn)
 
 
 def nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

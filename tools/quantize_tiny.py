@@ -95,6 +95,24 @@ RECIPES: dict[str, Recipe] = {
     "tiny-qwen3-w4a16": Recipe((Group("W4A16"),), base="qwen3"),
     "tiny-qwen3-w8a8": Recipe((Group("W8A8"),), base="qwen3"),
 }
+# Each of the models with heads, in three formats; heads stay as they are.
+HEADS = {
+    "ner-qwen2": "score",
+    "ner-bert": "classifier",
+    "prm-qwen2": "score",
+    "prm-native": "re:score.*",
+    "reward-qwen2": "score",
+    "colbert-bert": "linear",
+}
+RECIPES |= {
+    f"tiny-{base}-{preset.lower().replace('_', '-')}": Recipe(
+        (Group(preset),), base=base, ignore=(head,)
+    )
+    for base, head in HEADS.items()
+    for preset in ("W4A16", "W8A8", "FP8_DYNAMIC")
+}
+# The linears of decoders, and those of a BERT.
+LINEAR = re.compile(r".*(_proj|\.(query|key|value|dense))\.weight")
 
 
 def scheme_of(group: Group) -> Any:
@@ -188,13 +206,11 @@ def global_scales(linears: Mapping[str, "torch.Tensor"], scheme: Any) -> dict[st
 
 
 def static_inputs(scheme: Any, lowest: float, highest: float) -> dict[str, "torch.Tensor"]:
-    """Return the tensors of a linear's static input scale; {} where inputs have none."""
+    """Return the tensors of a linear's static input scale."""
     import torch
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     args = scheme.input_activations
-    if args is None or args.dynamic is True:
-        return {}
     bounds = torch.tensor(lowest), torch.tensor(highest)
     if args.strategy == "tensor_group":
         return {"input_global_scale": generate_gparam(*bounds)}
@@ -237,14 +253,14 @@ def quantize_model(base: Path, recipe: Recipe) -> tuple[dict[str, "torch.Tensor"
         linears = {
             name.removesuffix(".weight"): tensor
             for name, tensor in tensors.items()
-            if name.endswith("_proj.weight")
-            and is_target(name.removesuffix(".weight"), scheme, recipe)
+            if LINEAR.fullmatch(name) and is_target(name.removesuffix(".weight"), scheme, recipe)
         }
         scales = global_scales(linears, scheme)
         for linear, weight in linears.items():
             del tensors[f"{linear}.weight"]
             parts = quantize_linear(weight, scheme, scales.get(linear))
-            parts |= static_inputs(scheme, *_ranges(base)["inputs"][linear])
+            if (inputs := scheme.input_activations) and inputs.dynamic is not True:
+                parts |= static_inputs(scheme, *_ranges(base)["inputs"][linear])
             tensors |= {f"{linear}.{part}": value for part, value in parts.items()}
     if recipe.fp8_kv_cache:
         layers = [name for name in _ranges(base)["outputs"] if name.endswith(".k_proj")]
@@ -356,7 +372,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.calibrate:
-        for base in sorted({recipe.base for recipe in RECIPES.values()}):
+        for base in sorted({recipe.base for recipe in RECIPES.values()} - set(HEADS)):
             calibrate(TINY / base)
     checkpoints = read_checkpoint_files(ROOT)
     for name, recipe in RECIPES.items():

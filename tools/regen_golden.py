@@ -8,6 +8,7 @@ Shows old → new for every golden before it is written. Each file is replaced i
 import argparse
 import datetime
 import sys
+from functools import partial
 from pathlib import Path
 
 from quantgate.atomic import write_atomically
@@ -20,7 +21,7 @@ from quantgate.golden import (
     golden_path,
     to_json,
 )
-from quantgate.probe import Probe, read_probe
+from quantgate.probe import Probe, embedded_probe
 from quantgate.sources import Sources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,7 @@ def main() -> int:
             raise BadInput("--reason is empty; say why the golden changes.")
         known = read_checkpoint_files(ROOT)
         sources = Sources(
-            read_probe(ROOT / "fixtures" / "probes" / "tiny.jsonl"),
+            partial(embedded_probe, ROOT),
             lambda text: print(f"  {text}", file=sys.stderr),
         )
         unknown = sorted(set(arguments.checkpoint) - set(known))

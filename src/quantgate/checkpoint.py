@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 from quantgate.processor import CONDITIONS
 from quantgate.scheme import UNQUANTIZED, scheme_name
+from quantgate.task import GENERATE, Task
 
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -87,7 +88,9 @@ class Checkpoint:
     """The unquantized model, like `source`."""
     revision: str | None = None
     """What `source` is pinned to: a 40-digit hub commit, or "sha256:" and the identity."""
-    task: Literal["generate"] = "generate"
+    task: Task = GENERATE
+    step_tag_id: int | None = None
+    """The token that ends a step, of a model that rewards steps."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     budget: Mapping[str, BudgetOverride] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd, compare=False)
@@ -116,6 +119,8 @@ class Checkpoint:
             id=f"{self.id}-base",
             source=self.base,
             scheme=UNQUANTIZED,
+            task=self.task,
+            step_tag_id=self.step_tag_id,
             engine=self.engine,
             root=self.root,
             golden=False,

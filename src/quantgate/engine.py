@@ -17,9 +17,11 @@ import numpy as np
 from quantgate.capture import EXTENSION, Capture, take_capture
 from quantgate.checkpoint import EngineSettings, read_config
 from quantgate.emulation import engine_arguments
-from quantgate.measurement import Measurement, Provenance
+from quantgate.measurement import Measurement, Provenance, pooled
+from quantgate.pooling import encode, outputs, pooling_arguments
 from quantgate.probe import Probe
 from quantgate.scoremode.hooks import require_hooks, vllm_version
+from quantgate.task import GENERATE
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -62,11 +64,10 @@ def measure(
     With `capture_into`, also write there what every linear saw of a few windows; an engine that
     compiles or replays graphs is started once more for that, eagerly.
     """
-    with running_engine(directory, settings=settings, dtype=dtype) as llm:
+    pooling = pooling_arguments(directory, probe.task)
+    with running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
         announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
-        logprob, top1 = score(llm, probe)
-        kernels, emulated = kernel_fingerprint(llm)
-        measured = Measurement(logprob, top1, _provenance(dtype, kernels, emulated))
+        measured = _measured(llm, probe, dtype)
         if capture_into is None:
             return measured, None
         if settings.enforce_eager:
@@ -74,14 +75,32 @@ def measure(
             return measured, capture(llm, probe, capture_into)
     announce("loading again, eagerly, to capture inputs and outputs")
     eager = replace(settings, enforce_eager=True)
-    with running_engine(directory, settings=eager, dtype=dtype) as llm:
+    with running_engine(directory, settings=eager, dtype=dtype, **pooling) as llm:
         return measured, capture(llm, probe, capture_into)
+
+
+def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
+    kernels, emulated = kernel_fingerprint(llm)
+    provenance = _provenance(dtype, kernels, emulated)
+    if probe.task == GENERATE:
+        logprob, top1 = score(llm, probe)
+        return Measurement(logprob, top1, provenance)
+    require_length(llm, probe)
+    raw, activated = outputs(llm, probe)
+    return pooled(raw, provenance, activated)
 
 
 def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
     """Serve the probe's replay windows one by one, and keep what every linear saw of them."""
+    from vllm import PoolingParams
+
+    def serve(ids: tuple[int, ...]) -> object:
+        if probe.task == GENERATE:
+            return _score(llm, [ids])
+        return encode(llm, probe.task, [ids], PoolingParams())
+
     windows = {index: probe.windows[index].ids for index in replay_windows(probe)}
-    return take_capture(llm, directory, windows, lambda ids: _score(llm, [ids]))
+    return take_capture(llm, directory, windows, serve)
 
 
 def replay_windows(probe: Probe) -> list[int]:
@@ -187,16 +206,10 @@ def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:
 
 def score(llm: LLM, probe: Probe) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return log-probabilities float32 [n] and most probable tokens int32 [n] of a probe."""
-    longest = max(len(window.ids) for window in probe.windows)
-    limit = llm.llm_engine.model_config.max_model_len
-    if longest > limit:
-        raise EngineFailure(
-            f"probe '{probe.name}' has a window of {longest} tokens, but the engine takes prompts "
-            f"of at most max_model_len={limit}; raise [engine] max_model_len."
-        )
-    outputs = _score(llm, [window.ids for window in probe.windows])
+    require_length(llm, probe)
+    found = _score(llm, [window.ids for window in probe.windows])
     logprobs, tops = [], []
-    for window, scores in zip(probe.windows, outputs, strict=True):
+    for window, scores in zip(probe.windows, found, strict=True):
         if len(scores) != len(window.ids):
             raise EngineFailure(
                 f"{window.document}: {len(window.ids)} tokens went in, scores for {len(scores)} "
@@ -207,16 +220,27 @@ def score(llm: LLM, probe: Probe) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
     return np.concatenate(logprobs), np.concatenate(tops)
 
 
+def require_length(llm: LLM, probe: Probe) -> None:
+    """Raise `EngineFailure` where the engine does not take the probe's longest window."""
+    longest = max(len(window.ids) for window in probe.windows)
+    limit = llm.llm_engine.model_config.max_model_len
+    if longest > limit:
+        raise EngineFailure(
+            f"probe '{probe.name}' has a window of {longest} tokens, but the engine takes prompts "
+            f"of at most max_model_len={limit}; raise [engine] max_model_len."
+        )
+
+
 def _score(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[Any]:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    outputs = llm.generate(
+    found = llm.generate(
         [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
         SamplingParams(score_mode=True, max_tokens=0, temperature=0.0),
         use_tqdm=False,
     )
-    return [output.prompt_logprobs for output in outputs]
+    return [output.prompt_logprobs for output in found]
 
 
 def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:

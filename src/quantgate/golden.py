@@ -114,7 +114,7 @@ def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
         key = GoldenKey(**content["key"])
         measured, provenance = content["measured"], content["provenance"]
         measurement = Measurement(
-            logprob=_decode_documents(measured["documents"], probe, key, "logprob", "<f4"),
+            values=_decode_documents(measured["documents"], probe, key, "logprob", "<f4"),
             top1=_decode_documents(measured["documents"], probe, key, "top1", "<i4"),
             provenance=Provenance(
                 **{**provenance, "source": "golden", "emulated": tuple(provenance["emulated"])}

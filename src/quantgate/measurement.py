@@ -31,20 +31,32 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores of a probe's n scored tokens, in its order."""
+    """What a model gives for a probe's n scored tokens, in its order.
 
-    logprob: NDArray[np.floating[Any]]
-    """Natural-log probability of each scored token [n]; float64 from a float64 reference only."""
+    Of a model that generates, log-probabilities; of one that pools, the raw outputs of each token,
+    or of each text where that has one output.
+    """
+
+    values: NDArray[np.floating[Any]]
+    """Natural-log probability of each scored token [n]; or logits before their activation, or
+    embeddings before they are normalized [n, D]. float64 from a float64 reference only."""
     top1: NDArray[np.int32]
-    """Most probable token at each position [n]."""
+    """Most probable token, or label, at each position [n]."""
     provenance: Provenance
     hidden: NDArray[np.float32] | None = None
     """What the head was given for each scored token [n, H]; of a float32 reference only."""
+    activated: NDArray[np.float32] | None = None
+    """What a pooling request that asks for nothing gets [n, D]; of an engine only."""
 
     @property
     def nonfinite(self) -> int:
-        """How many log-probabilities are NaN or infinite."""
-        return int(np.count_nonzero(~np.isfinite(self.logprob)))
+        """How many values are NaN or infinite."""
+        return int(np.count_nonzero(~np.isfinite(self.values)))
+
+    @property
+    def logprob(self) -> NDArray[np.floating[Any]]:
+        """The values of a model that generates."""
+        return self.values
 
     @property
     def mean_nll(self) -> float:
@@ -55,3 +67,13 @@ class Measurement:
     def perplexity(self) -> float:
         """exp of `mean_nll`."""
         return float(np.exp(self.mean_nll))
+
+
+def pooled(
+    values: NDArray[np.floating[Any]],
+    provenance: Provenance,
+    activated: NDArray[np.float32] | None = None,
+) -> Measurement:
+    """Return the measurement of raw pooling outputs [n, D]."""
+    best = values.argmax(axis=-1).astype(np.int32)
+    return Measurement(values, best, provenance, activated=activated)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.checkpoint import BadInput
+from quantgate.task import GENERATE, Task
 
 
 @dataclass(frozen=True)
 class Window:
-    """One prompt: tokens `score_from` … end are scored, each from all tokens before it."""
+    """One prompt: tokens `score_from` … end are scored, each from all tokens before it.
+
+    Of a pooling model these are the tokens whose outputs are taken, its last one where a whole text
+    has one output.
+    """
 
     document: str
     stratum: str
     score_from: int
     ids: tuple[int, ...]
     text: str
+    labels: tuple[int | None, ...] = ()
+    """Of each scored token: an index into the probe's labels, or a grade; None where there is none.
+    () where the probe says nothing of what is right."""
 
     @property
     def scored(self) -> int:
@@ -38,11 +46,17 @@ class Probe:
     name: str
     vocab_size: int
     windows: tuple[Window, ...]
+    task: Task = GENERATE
+    labels: tuple[str, ...] = ()
+    """The names of its labels."""
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Identity of what is scored: ids, scored regions, documents and strata."""
-        content = [[w.document, w.stratum, w.score_from, list(w.ids)] for w in self.windows]
+        """Identity of what is scored: ids, scored regions, documents, strata and labels."""
+        content = [
+            [w.document, w.stratum, w.score_from, list(w.ids), *([w.labels] if w.labels else [])]
+            for w in self.windows
+        ]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -65,6 +79,12 @@ class Probe:
         """Position in its window of each scored token [n]."""
         return np.concatenate([np.arange(w.score_from, len(w.ids)) for w in self.windows])
 
+    @functools.cached_property
+    def expected(self) -> NDArray[np.float64]:
+        """The label or grade of each scored token [n], NaN where there is none."""
+        labels = [w.labels or (None,) * w.scored for w in self.windows]
+        return np.array([np.nan if x is None else x for row in labels for x in row], np.float64)
+
     def _per_token(self, labels: Sequence[str]) -> NDArray[np.str_]:
         return np.repeat(np.array(labels), [window.scored for window in self.windows])
 
@@ -76,17 +96,37 @@ def read_probe(path: Path) -> Probe:
             json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
         ]
         windows = tuple(
-            Window(w["document"], w["stratum"], w["score_from"], tuple(w["ids"]), w["text"])
+            Window(
+                w["document"],
+                w["stratum"],
+                w["score_from"],
+                tuple(w["ids"]),
+                w["text"],
+                tuple(w.get("labels", ())),
+            )
             for w in lines
         )
-        probe = Probe(header["probe"], header["vocab_size"], windows)
+        probe = Probe(
+            header["probe"],
+            header["vocab_size"],
+            windows,
+            header.get("task", GENERATE),
+            tuple(header.get("labels", ())),
+        )
     except FileNotFoundError:
         raise BadInput(f"{path}: no such probe.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a probe file ({type(error).__name__}: {error}).") from None
+    first = 1 if probe.task == GENERATE else 0
     for number, window in enumerate(windows, start=2):
-        if not 1 <= window.score_from < len(window.ids):
-            raise BadInput(f"{path}:{number}: score_from must be in 1 … {len(window.ids) - 1}.")
+        if not first <= window.score_from < len(window.ids):
+            raise BadInput(
+                f"{path}:{number}: score_from must be in {first} … {len(window.ids) - 1}."
+            )
+        if window.labels and len(window.labels) != window.scored:
+            raise BadInput(
+                f"{path}:{number}: {len(window.labels)} labels for {window.scored} scored tokens."
+            )
         if not 0 <= min(window.ids) <= max(window.ids) < probe.vocab_size:
             raise BadInput(f"{path}:{number}: a token id is outside 0 … {probe.vocab_size - 1}.")
     if not windows:
@@ -121,3 +161,18 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
         f"{sum(w.scored for w in windows)} scored tokens"
     )
     return Probe(f"{probe.name}-retokenized", len(tokenizer), windows), note
+
+
+# The embedded probe of each task.
+EMBEDDED_PROBES: Mapping[Task, str] = {
+    GENERATE: "tiny",
+    "token_classify": "entities",
+    "token_reward": "steps",
+    "sequence_reward": "graded",
+    "token_embed": "retrieval",
+}
+
+
+def embedded_probe(root: Path, task: Task) -> Probe:
+    """Return the probe in a project's `fixtures/probes` for a task."""
+    return read_probe(root / "fixtures" / "probes" / f"{EMBEDDED_PROBES[task]}.jsonl")

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from quantgate.checkpoint import (
     verify,
 )
 from quantgate.engine import EngineFailure, available_devices, library_versions
-from quantgate.probe import read_probe
+from quantgate.probe import embedded_probe
 from quantgate.report.gate_json import gate_json
 from quantgate.report.junit import junit_xml
 from quantgate.report.results import CheckResult, overall
@@ -34,7 +35,6 @@ from quantgate.sources import Sources
 from quantgate.verdict import Verdict, not_run
 
 DEVICES = ("cpu", "cuda")
-DEFAULT_PROBE = Path("fixtures") / "probes" / "tiny.jsonl"
 DEFAULT_CACHE = Path(".gate-cache")
 # What the widest table needs; a narrower terminal wraps its lines, which loses nothing.
 TABLE_WIDTH = 160
@@ -299,7 +299,7 @@ def gate(request: pytest.FixtureRequest) -> Gate:
     if run.sources is None:
         cache = DiskCache(request.config.getoption("gate_cache") or run.root / DEFAULT_CACHE)
         announce = _announcer(request.config)
-        run.sources = Sources(read_probe(run.root / DEFAULT_PROBE), announce, cache)
+        run.sources = Sources(partial(embedded_probe, run.root), announce, cache)
     return Gate(run, run.sources, request.node)
 
 

@@ -20,8 +20,10 @@ from quantgate.formats.groups import Group, group_of
 from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import dequantize_weight
-from quantgate.measurement import Measurement, Provenance
+from quantgate.heads import COLBERT, head_classes
+from quantgate.measurement import Measurement, Provenance, pooled
 from quantgate.probe import Probe, Window
+from quantgate.task import EMBED, GENERATE, SEQUENCE_REWARD, Task
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +52,13 @@ def measure(
 
     The head's product and the log-softmax are in float32, or in float64 where `dtype` is that.
     """
-    model = StreamedModel(directory, dtype, dequantizer)
+    model = StreamedModel(directory, dtype, dequantizer, probe.task)
     hidden = model.last_hidden(probe.windows, announce)
     announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
-    logprob, top1 = model.scores(probe.windows, hidden)
     provenance = Provenance("reference", "cpu", "cpu", dtype, versions=library_versions())
+    if probe.task != GENERATE:
+        return pooled(model.outputs(probe.windows, hidden), provenance)
+    logprob, top1 = model.scores(probe.windows, hidden)
     kept = None
     if dtype == "float32":
         scored = zip(probe.windows, hidden, strict=True)
@@ -63,10 +67,18 @@ def measure(
 
 
 class StreamedModel:
-    """An HF causal LM whose decoder layers are read from disk when their turn comes."""
+    """An HF model whose layers are read from disk when their turn comes."""
 
-    def __init__(self, directory: Path, dtype: str, dequantizer: DequantizerName = "own") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        dtype: str,
+        dequantizer: DequantizerName = "own",
+        task: Task = GENERATE,
+    ) -> None:
         import torch
+
+        self.task = task
 
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.stored = StoredTensors(directory)
@@ -78,9 +90,18 @@ class StreamedModel:
                 f"{directory / 'config.json'}: {reason}; the reference has no rule for it."
             )
         self._dequantize = _dequantizer(dequantizer)
-        self.model = _empty_model(directory, self.dtype)
+        self.model = _empty_model(directory, self.dtype, task, self.stored)
         self._names = {module: name for name, module in self.model.named_modules()}
-        self.layers: torch.nn.ModuleList = self.model.base_model.layers
+        # An encoder's layers are one module further in.
+        body = self.model.base_model
+        self._stack, self._stacked_as = (
+            (body, "layers") if hasattr(body, "layers") else (body.encoder, "layer")
+        )
+        self.layers: torch.nn.ModuleList = getattr(self._stack, self._stacked_as)
+        in_body = {id(module) for module in body.modules()}
+        self._head = [
+            m for m in self.model.modules() if id(m) not in in_body and m is not self.model
+        ]
         inside = {id(module) for module in self.layers.modules()}
         self._window = 0
         self._outside = [m for m in self.model.modules() if id(m) not in inside]
@@ -91,9 +112,10 @@ class StreamedModel:
         announce: Announce,
         observe: Observer | None = None,
     ) -> list[torch.Tensor]:
-        """Return what the head is given for each window, [tokens - 1, H].
+        """Return what the head is given for each window, [tokens, H].
 
-        A window's last token predicts nothing that is scored, so it is not computed.
+        Of a model that generates, [tokens - 1, H]: a window's last token predicts nothing that is
+        scored, so it is not computed.
         """
         import torch
 
@@ -110,7 +132,9 @@ class StreamedModel:
                 for self._window, step in enumerate(steps):
                     step.run(index, layer)
                 _empty(layer)
-            return [self.model.base_model.norm(step.hidden)[0] for step in steps]
+            body = self.model.base_model
+            norm = getattr(body, "norm", None) or getattr(body, "final_norm", None)
+            return [(norm(step.hidden) if norm else step.hidden)[0] for step in steps]
 
     def scores(
         self, windows: tuple[Window, ...], hidden: list[torch.Tensor]
@@ -118,10 +142,7 @@ class StreamedModel:
         """Return log-probabilities [n] and most probable tokens int32 [n] of the scored tokens."""
         import torch
 
-        exact = torch.promote_types(self.dtype, torch.float32)
-        head = self.model.get_output_embeddings()
-        for part, parameter in head.named_parameters():
-            _set(head, part, parameter.to(exact))
+        exact = self._promote_head()
         logprobs, tops = [], []
         with torch.inference_mode():
             for window, rows in zip(windows, hidden, strict=True):
@@ -135,17 +156,49 @@ class StreamedModel:
                     tops.append(logits.argmax(dim=-1))
         return torch.cat(logprobs).numpy(), torch.cat(tops).numpy().astype(np.int32)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits [rows, vocabulary] by HF's own code, soft-capping and scales included."""
+    def outputs(
+        self, windows: tuple[Window, ...], hidden: list[torch.Tensor]
+    ) -> np.ndarray[Any, Any]:
+        """Return logits, rewards or embeddings [n, D] of the scored tokens, not activated."""
+        import torch
+
+        exact = self._promote_head()
+        found = []
+        with torch.inference_mode():
+            for window, rows in zip(windows, hidden, strict=True):
+                if self.task == EMBED and self.model.get_output_embeddings() is not None:
+                    values = rows.to(exact)  # a model that generates: its last hidden states
+                else:
+                    values = self._logits(rows.to(exact), torch.tensor(window.ids))
+                found.append(values[-window.scored :])
+        return torch.cat(found).numpy()
+
+    def _promote_head(self) -> torch.dtype:
+        """Give the head float32 parameters, or float64 ones where the model has those."""
+        import torch
+
+        exact = torch.promote_types(self.dtype, torch.float32)
+        for module in self._head:
+            for part, parameter in module.named_parameters(recurse=False):
+                _set(module, part, parameter.to(exact))
+        return exact
+
+    def _logits(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits [rows, labels] by HF's own code, soft-capping and scales included.
+
+        A model with one output for a whole text looks for its last token in `ids`: one row.
+        """
         from transformers.modeling_outputs import MoeModelOutputWithPast  # has all that heads read
 
         body = self.model.base_model
         body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        if ids is None:
+            ids = hidden.new_zeros(len(hidden)).long()
         try:
-            logits: torch.Tensor = self.model(input_ids=hidden.new_zeros((1, 1)).long()).logits[0]
+            logits: torch.Tensor = self.model(input_ids=ids[None]).logits
         finally:
             del body.forward
-        return logits
+        return logits if self.task == SEQUENCE_REWARD else logits[0]
 
     def _record(self, window: Window) -> _Step:
         """Run the model around its layers, and note what each of them would be called with."""
@@ -161,19 +214,19 @@ class StreamedModel:
                     if hasattr(layer, name):
                         setattr(self, name, getattr(layer, name))
 
-            def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-                calls.append((hidden_states, kwargs))
-                return hidden_states
+            def forward(self, states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+                calls.append((states, more, named))
+                return states
 
-        body = self.model.base_model
-        body.layers = torch.nn.ModuleList(Recorder(layer) for layer in layers)
+        ids = window.ids[:-1] if self.task == GENERATE else window.ids
+        recorders = torch.nn.ModuleList(Recorder(layer) for layer in layers)
+        setattr(self._stack, self._stacked_as, recorders)
         try:
-            body(torch.tensor([window.ids[:-1]]), use_cache=False)
+            self.model.base_model(torch.tensor([ids]), use_cache=False)
         finally:
-            body.layers = layers
+            setattr(self._stack, self._stacked_as, layers)
         kv_cache = self._kv_cache()
-        arguments = [{**kwargs, **kv_cache} for _, kwargs in calls]
-        return _Step(calls[0][0], arguments)
+        return _Step(calls[0][0], [(more, {**named, **kv_cache}) for _, more, named in calls])
 
     def _kv_cache(self) -> dict[str, Any]:
         """Return what makes attention see keys and values as an FP8 cache gives them back."""
@@ -213,7 +266,7 @@ class StreamedModel:
             group = group_of(name, "Linear", self.quantization)
         except ValueError as error:
             raise BadInput(f"{self.stored.directory / 'config.json'}: {error}.") from None
-        if group is not None and module is self.model.get_output_embeddings():
+        if group is not None and module in self._head:
             raise BadInput(
                 f"{self.stored.directory}: its head, '{name}', is quantized, and scores are exact "
                 "for a head in floating point only; leave it out with `ignore`."
@@ -284,11 +337,12 @@ class _Step:
 
     hidden: torch.Tensor
     """[1, tokens, H]."""
-    arguments: list[dict[str, Any]]
-    """What each layer is called with besides."""
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    """What each layer is called with besides: in order, and by name."""
 
     def run(self, index: int, layer: torch.nn.Module) -> None:
-        output = layer(self.hidden, **self.arguments[index])
+        more, named = self.arguments[index]
+        output = layer(self.hidden, *more, **named)
         self.hidden = output[0] if isinstance(output, tuple) else output
 
 
@@ -338,17 +392,17 @@ def _dequantizer(name: DequantizerName) -> Dequantizer:
     return library_dequantize
 
 
-def _empty_model(directory: Path, dtype: torch.dtype) -> Any:
+def _empty_model(directory: Path, dtype: torch.dtype, task: Task, stored: StoredTensors) -> Any:
     """Return the HF model of a checkpoint's config, without weights: everything is on `meta`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = _model_class(config, task, stored)(
                 config, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
             )
     except (OSError, ValueError) as error:
@@ -357,6 +411,24 @@ def _empty_model(directory: Path, dtype: torch.dtype) -> Any:
         ) from None
     _compute_buffers(model)
     return model.eval()
+
+
+def _model_class(config: Any, task: Task, stored: StoredTensors) -> Callable[..., Any]:
+    """Return what builds the HF model of a config that does a task."""
+    import transformers
+
+    architecture = next(iter(config.architectures or ()), "")
+    if (own := head_classes().get(architecture)) is not None:
+        if architecture == COLBERT:
+            config.colbert_dim = len(stored.read("linear.weight"))
+        return lambda config, trust_remote_code, **options: own._from_config(config, **options)
+    kind = {
+        "token_classify": transformers.AutoModelForTokenClassification,
+        "token_reward": transformers.AutoModelForTokenClassification,
+        "sequence_reward": transformers.AutoModelForSequenceClassification,
+    }.get(task, transformers.AutoModelForCausalLM)
+    build: Callable[..., Any] = kind.from_config
+    return build
 
 
 def _compute_buffers(model: Any) -> None:

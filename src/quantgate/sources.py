@@ -9,7 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, probe_for
 from quantgate.reference import DequantizerName
 from quantgate.replay import Replay, replay
+from quantgate.task import Task
 
 SERVING = "serving"
 # Settings from outside that change how a CPU computes: a measurement under others is another.
@@ -39,7 +40,8 @@ class Sources:
     under test are always served anew.
     """
 
-    probe: Probe
+    probes: Callable[[Task], Probe]
+    """The probe of a task, in the ids of the tokenizer that it was made with."""
     announce: Announce
     cache: DiskCache | None = None
     notes: list[str] = field(default_factory=list)
@@ -115,7 +117,7 @@ class Sources:
         """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""
         key = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
         if key not in self._probes:
-            self._probes[key], note = probe_for(self.probe, checkpoint.directory)
+            self._probes[key], note = probe_for(self.probes(checkpoint.task), checkpoint.directory)
             self.notes += [note] if note else []
         return self._probes[key]
 
@@ -182,23 +184,16 @@ class Sources:
 
 
 def _to_arrays(measured: Measurement) -> dict[str, np.ndarray[Any, Any]]:
+    held = ((field.name, getattr(measured, field.name)) for field in fields(measured))
+    arrays = {name: value for name, value in held if isinstance(value, np.ndarray)}
     provenance = msgspec.json.encode(measured.provenance)
-    arrays = {
-        "logprob": measured.logprob,
-        "top1": measured.top1,
-        "provenance": np.frombuffer(provenance, np.uint8),
-    }
-    return arrays if measured.hidden is None else {**arrays, "hidden": measured.hidden}
+    return {**arrays, "provenance": np.frombuffer(provenance, np.uint8)}
 
 
 def _from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Measurement:
-    provenance = json.loads(arrays["provenance"].tobytes())
-    return Measurement(
-        arrays["logprob"],
-        arrays["top1"],
-        msgspec.convert(provenance, Provenance),
-        arrays.get("hidden"),
-    )
+    provenance = msgspec.convert(json.loads(arrays["provenance"].tobytes()), Provenance)
+    found: dict[str, Any] = {**arrays, "provenance": provenance}
+    return Measurement(**found)
 
 
 def _arithmetic() -> dict[str, str]:

@@ -9,7 +9,11 @@ from typing import Any
 Group = Mapping[str, Any]
 
 # Projections that vLLM loads into one linear. Their scales are fused with them.
-FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),  # a BERT's
+)
 
 
 def group_of(name: str, kind: str, quantization_config: Mapping[str, Any] | None) -> Group | None:

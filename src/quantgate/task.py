@@ -1,0 +1,68 @@
+"""What a checkpoint does: generate, or pool its hidden states into labels, rewards, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Task = Literal["generate", "token_classify", "token_reward", "sequence_reward", "token_embed"]
+GENERATE: Task = "generate"
+SEQUENCE_REWARD: Task = "sequence_reward"
+EMBED: Task = "token_embed"
+
+# Parts of the names of the architectures that do nothing else, the longest of several first.
+_TASK_OF_ARCHITECTURE: Mapping[str, Task] = {
+    "ProcessRewardModel": "token_reward",
+    "RewardModel": "token_reward",
+    "ForTokenClassification": "token_classify",
+    "ForSequenceClassification": "sequence_reward",
+    "ColBERT": "token_embed",
+}
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What a task is for vLLM."""
+
+    task: str
+    """vLLM's pooling task."""
+    quantity: str
+    """What its raw output is made of."""
+
+
+POOLING: Mapping[Task, Pooling] = {
+    "token_classify": Pooling("token_classify", "logit"),
+    "token_reward": Pooling("token_classify", "logit"),
+    "sequence_reward": Pooling("classify", "logit"),
+    "token_embed": Pooling("token_embed", "embedding"),
+}
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """Return what a checkpoint's config.json says that it does, by its architecture."""
+    for architecture in config.get("architectures") or ():
+        for part, task in _TASK_OF_ARCHITECTURE.items():
+            if part in architecture:
+                return task
+    return GENERATE
+
+
+def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the labels of a config's `id2label`, in the order of their ids; () without one."""
+    labels = config.get("id2label") or {}
+    return tuple(str(labels[key]) for key in sorted(labels, key=int))
+
+
+def activation_of(config: Mapping[str, Any], labels: int) -> Literal["softmax", "sigmoid", "none"]:
+    """Return the function that makes probabilities of a classifier's logits, by its config.
+
+    As transformers' losses take `problem_type`: a regression has none, several labels at once are
+    independent; otherwise one of the labels holds, and of a single one, whether it does.
+    """
+    kind = config.get("problem_type")
+    if kind == "regression":
+        return "none"
+    if kind == "multi_label_classification" or (kind is None and labels == 1):
+        return "sigmoid"
+    return "softmax"

@@ -7,8 +7,10 @@ from syrupy.assertion import SnapshotAssertion
 from quantgate import compare, fidelity
 from quantgate.budget import quality_margin
 from quantgate.checkpoint import Checkpoint
-from quantgate.golden import drift
+from quantgate.drift import drift
 from quantgate.pytest_plugin import Gate
+
+pytestmark = pytest.mark.tasks("generate")
 
 
 def test_fidelity_float32(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
@@ -44,15 +46,4 @@ def test_drift(
     gate: Gate, checkpoint: Checkpoint, device: str, dtype: str, snapshot: SnapshotAssertion
 ) -> None:
     """What is served is what a person approved."""
-    measured = gate.sources.engine(checkpoint, dtype)
-    probe = gate.sources.probe_of(checkpoint)
-    gate.judge(
-        drift(
-            snapshot,
-            checkpoint,
-            probe,
-            measured,
-            check=gate.check,
-            rounding=lambda: fidelity.rounding(gate.sources, checkpoint),
-        )
-    )
+    gate.judge(drift(gate.sources, checkpoint, dtype, snapshot, gate.check))

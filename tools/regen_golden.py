@@ -13,9 +13,12 @@ from pathlib import Path
 
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
+from quantgate.compare import largest_difference
 from quantgate.engine import EngineFailure
 from quantgate.golden import (
     Golden,
+    as_stored,
+    figures_of,
     from_json,
     golden_key,
     golden_path,
@@ -23,6 +26,7 @@ from quantgate.golden import (
 )
 from quantgate.probe import Probe, embedded_probe
 from quantgate.sources import Sources
+from quantgate.task import quantity_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", "serving")
@@ -39,22 +43,19 @@ def previous(path: Path, probe: Probe) -> Golden | None:
         return None
 
 
-def describe(old: Golden | None, new: Golden) -> str:
+def describe(old: Golden | None, new: Golden, probe: Probe) -> str:
     """Return one line: old → new."""
-    after = new.measurement
+    after = figures_of(new.measurement, probe)
     if old is None:
-        return f"none → mean NLL {after.mean_nll:.9f}, perplexity {after.perplexity:.6f}"
-    before = old.measurement
-    line = (
-        f"mean NLL {before.mean_nll:.9f} → {after.mean_nll:.9f}, "
-        f"perplexity {before.perplexity:.6f} → {after.perplexity:.6f}"
-    )
-    if old.key.probe == new.key.probe:
-        largest = abs(after.logprob.astype(float) - before.logprob.astype(float)).max()
-        line += f", max |Δ log-prob| {largest:.3g} nat"
+        return "none → " + ", ".join(f"{name} {value:.9g}" for name, value in after.items())
     changed = [
         field for field in vars(new.key) if getattr(old.key, field) != getattr(new.key, field)
     ]
+    before = figures_of(old.measurement, probe)
+    line = ", ".join(f"{name} {before[name]:.9g} → {value:.9g}" for name, value in after.items())
+    if old.key.probe == new.key.probe:
+        largest = largest_difference(new.measurement, old.measurement)
+        line += f", max |Δ {quantity_of(probe.task)}| {largest:.3g}"
     return line + (f"; another {', '.join(changed)}" if changed else "")
 
 
@@ -65,24 +66,25 @@ def regenerate(checkpoint: Checkpoint, sources: Sources, reason: str) -> None:
         measured = sources.engine(checkpoint, dtype)
         if measured.nonfinite:
             raise BadInput(
-                f"{checkpoint.id}: {measured.nonfinite} log-probabilities in {dtype} are not "
-                "finite; no golden is made of that."
+                f"{checkpoint.id}: {measured.nonfinite} values in {dtype} are not finite; no "
+                "golden is made of that."
             )
+        kept = as_stored(measured)
         check = f"drift-{dtype}"
         path = golden_path(ROOT, checkpoint.id, check, measured.provenance.platform)
         old = previous(path, probe)
         entry = {
             "date": datetime.date.today().isoformat(),
-            "mean_nll": measured.mean_nll,
+            **figures_of(kept, probe),
             "reason": reason,
             "versions": dict(measured.provenance.versions),
         }
         new = Golden(
             golden_key(checkpoint, probe, measured),
-            measured,
+            kept,
             ((*old.history, entry) if old else (entry,)),
         )
-        print(f"{path.relative_to(ROOT)}: {describe(old, new)}")
+        print(f"{path.relative_to(ROOT)}: {describe(old, new, probe)}")
         write_atomically(path, to_json(new, probe))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantgate.checkpoint import BadInput, Checkpoint
+from quantgate.task import GENERATE, Task
 
 # The largest |Δ log-probability| between vLLM in float32 and HF in float32 over the same weights.
 # float32 sums of a few thousand terms carry relative errors of 1e-7 to 1e-6 (Higham, "Accuracy and
@@ -10,6 +11,10 @@ from quantgate.checkpoint import BadInput, Checkpoint
 # amplifies rounding more than that is allowed what float32 costs its reference, measured against
 # float64, times ROUNDING_FACTOR.
 FP32_MAX = 1e-5
+
+# The same for raw logits, rewards and embeddings, which no log-softmax keeps small: values
+# of up to 20 with relative errors of 1e-6.
+FP32_MAX_RAW = 2e-5
 
 # What the reference's own error in a dtype is multiplied by. The engine and the reference
 # round the same computation independently, so their errors have the same size, and by the triangle
@@ -52,6 +57,26 @@ QUALITY_MARGIN = {
     "MXFP8": EIGHT_BITS,
     "KV_FP8": EIGHT_BITS,
 }
+
+
+# What quantization may cost of a task's own metric (entity F1, step accuracy, ranking accuracy,
+# retrieval), as a part of the base's: MLPerf Inference asks of a quantized model 99 % of the
+# float32 reference's (inference rules, "Model Quality").
+METRIC_LOSS = 0.01
+
+# How far probabilities or unit vectors in float32 may be from float64's of the same raw outputs:
+# exponentials, a sum and a quotient, each to a unit in the last place of a number up to 1 (2^-23).
+ACTIVATION_MAX = 8 * 2.0**-23
+
+
+# How far a row in float32 may move with the batch that it is served in: sums of the same terms in
+# another order, as FP32_MAX.
+BATCHING_MAX = FP32_MAX
+
+
+def fp32_max(task: Task) -> float:
+    """Return the largest |Δ| between engine and reference in float32."""
+    return FP32_MAX if task == GENERATE else FP32_MAX_RAW
 
 
 def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:

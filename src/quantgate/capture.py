@@ -150,7 +150,7 @@ class Capture:
         """Return what the engine's linear `name` saw in a window."""
         import torch
 
-        module, offset, size, layout = self._places[name]
+        module, offset, size, layout = self._places[_inside(name)]
         inputs = [_read(path, f"{module}.input") for path in self._ranks(window)]
         outputs = [
             _read(path, f"{module}.output")[:, offset : offset + size]
@@ -159,7 +159,8 @@ class Capture:
         if layout["ranks_split"] == "input":
             return Seen(torch.cat(inputs, dim=1), outputs[0])
         if layout["ranks_split"] == "output":
-            replicas = layout["replicas"][list(layout["shards"]).index(name)]
+            shards = [_inside(shard) for shard in layout["shards"]]
+            replicas = layout["replicas"][shards.index(_inside(name))]
             return Seen(inputs[0], torch.cat(outputs[::replicas], dim=1))
         return Seen(inputs[0], outputs[0])
 
@@ -168,11 +169,11 @@ class Capture:
         return sorted(files, key=lambda path: int(path.name.split(".")[1]))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return _inside(name) in self._places
 
     def module_of(self, name: str) -> str:
         """Return the module of vLLM's that holds the linear `name`."""
-        return self._places[name][0]
+        return self._places[_inside(name)][0]
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[str, int, int, dict[str, Any]]]:
@@ -185,9 +186,14 @@ class Capture:
         for module, layout in layouts.items():
             offset = 0
             for shard, size in layout["shards"].items():
-                places[shard] = (module, offset, size, layout)
+                places[_inside(shard)] = (module, offset, size, layout)
                 offset += size
         return places
+
+
+def _inside(name: str) -> str:
+    """Return a module's name inside the body: a BERT is `model` in vLLM, and `bert` to others."""
+    return name.partition(".")[2] or name
 
 
 def _read(path: Path, name: str) -> torch.Tensor:

@@ -8,14 +8,14 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from quantgate.processor import CONDITIONS
 from quantgate.scheme import UNQUANTIZED, scheme_name
-from quantgate.task import GENERATE, Task
+from quantgate.task import EMBED, GENERATE, HEADS, Task, task_of
 
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -231,6 +231,11 @@ def find_checkpoint(
     )
 
 
+def with_own_task(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that does what its config.json says, for one that has no file."""
+    return replace(checkpoint, task=task_of(read_config(checkpoint.directory)))
+
+
 def _absolute_if_path(base: str | None) -> str | None:
     if base is None or not (base.startswith((".", "/", "~")) or Path(base).is_dir()):
         return base
@@ -309,7 +314,8 @@ def verify(checkpoint: Checkpoint) -> None:
             f"fixtures/checkpoints/{checkpoint.id}.toml: scheme is '{checkpoint.scheme}', but "
             f"{config_path} says '{scheme}'; correct whichever is wrong."
         )
-    verify_weights(directory)
+    refuse_another_task(directory, checkpoint.task)
+    refuse_quantized_head(directory, verify_weights(directory), checkpoint.task)
     pinned = (checkpoint.revision or "").removeprefix("sha256:")
     if len(pinned) == 64 and pinned != identity(directory):
         raise BadInput(
@@ -333,8 +339,38 @@ def weight_files(directory: Path) -> list[Path]:
     raise BadInput(f"{directory}: no *.safetensors file in it, so there are no weights to judge.")
 
 
-def verify_weights(directory: Path) -> None:
-    """Check that every shard is whole and that the index names nothing that is missing."""
+def refuse_another_task(directory: Path, task: Task) -> None:
+    """Raise `BadInput` where a checkpoint cannot do a task: it has no head for it, or another."""
+    config = read_config(directory)
+    does = task_of(config)
+    # Hidden states can be had of any model; a token classifier may be a process reward model as
+    # TRL saves it.
+    if does == task or task == EMBED or (does, task) == ("token_classify", "token_reward"):
+        return
+    architectures = ", ".join(config.get("architectures") or ["model of unknown architecture"])
+    raise BadInput(
+        f"{directory / 'config.json'}: a {architectures} does '{does}', not '{task}'"
+        + ("; it has no head for labels." if does == GENERATE else "; correct task in its file.")
+    )
+
+
+def refuse_quantized_head(directory: Path, tensors: Collection[str], task: Task) -> None:
+    """Raise `BadInput` where the head of a model that pools is quantized on disk."""
+    if task == GENERATE:
+        return
+    for head in HEADS:
+        if {f"{head}.weight_scale", f"{head}.weight_packed"} & set(tensors):
+            raise BadInput(
+                f"{directory}: its head, '{head}', is quantized, which vLLM cannot serve with a "
+                "bias; quantize the model again with its head in `ignore`."
+            )
+
+
+def verify_weights(directory: Path) -> set[str]:
+    """Check that every shard is whole and that the index names nothing that is missing.
+
+    Returns the names of all tensors.
+    """
     from safetensors import SafetensorError, safe_open
 
     present: set[str] = set()
@@ -354,6 +390,7 @@ def verify_weights(directory: Path) -> None:
                 f"{index}: names {len(missing)} tensors that no shard holds, the first of them "
                 f"{missing[0]}; fetch or build the checkpoint again."
             )
+    return present
 
 
 # What makes a checkpoint that checkpoint, besides its weights.

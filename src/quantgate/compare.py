@@ -1,4 +1,7 @@
-"""The three comparisons: fidelity, quality and drift. Measurements in, a verdict out."""
+"""The three comparisons: fidelity, quality and drift. Measurements in, a verdict out.
+
+Of models that generate and of models that pool: log-probabilities [n] or raw outputs [n, D].
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.budget import (
-    FP32_MAX,
+    FP32_MAX_RAW,
     REPLAY_MEAN,
     REPLAY_MODULE,
     REPLAY_MODULE_16_BIT,
     ROUNDING_FACTOR,
+    fp32_max,
 )
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe
 from quantgate.replay import ModuleError, Replay
 from quantgate.stats import ALPHA, FEWEST_CLUSTERS, PairedMean, paired_mean
+from quantgate.task import GENERATE, is_classifier, quantity_of
 from quantgate.verdict import Deviation, Outcome, Verdict
 
 WORST_TOKENS = 5
@@ -45,11 +50,12 @@ def _token_by_token(
     rounding: Callable[[], float],
 ) -> Verdict:
     delta = _delta(engine, other)
-    largest = Deviation("max |Δ log-prob|", _max(np.abs(delta)), FP32_MAX)
-    detail = _agreement("engine", name, delta)
+    limit = fp32_max(probe.task)
+    largest = _deviation("max", _max(np.abs(delta)), limit, probe)
+    detail = _agreement("engine", engine, name, other, probe)
     if largest.exceeded and not engine.nonfinite:
         moved = rounding()
-        allowed = max(FP32_MAX, moved * ROUNDING_FACTOR)
+        allowed = max(limit, moved * ROUNDING_FACTOR)
         largest = dataclasses.replace(largest, allowed=allowed)
         detail += f"; the reference itself moves by {moved:.3g} at most in float64"
     outcome: Outcome = "fail" if largest.exceeded else "pass"
@@ -67,8 +73,8 @@ def fidelity_chaotic(
     delta = _delta(engine, reference)
     chaos = _delta(exact_reference, reference)
     floor = float(np.mean(np.abs(chaos)))
-    mean = Deviation("mean |Δ log-prob|", float(np.mean(np.abs(delta))), floor * ROUNDING_FACTOR)
-    detail = _agreement("engine", "reference", delta)
+    mean = _deviation("mean", float(np.mean(np.abs(delta))), floor * ROUNDING_FACTOR, probe)
+    detail = _agreement("engine", engine, "reference", reference, probe)
     detail += (
         f"; the reference itself moves by {floor:.3g} in float64, {_max(np.abs(chaos)):.3g} at "
         "most: inputs are quantized"
@@ -85,12 +91,14 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
     dtype = engine.provenance.dtype
     output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
     entry = max(replay.modules, key=lambda module: _nan_is_largest(module.input))
-    delta = np.abs(engine.logprob[replay.tokens].astype(np.float64) - replay.logprob)
+    delta = np.abs(engine.values[replay.tokens].astype(np.float64) - replay.values)
     if dtype == "float32":
         deviations = [
             Deviation("largest module error", output.output, REPLAY_MODULE, "of its rms"),
             Deviation("largest input mismatch", entry.input, REPLAY_MODULE, "of its rms"),
-            Deviation("mean |Δ log-prob|", float(np.mean(delta)), REPLAY_MEAN),
+            _deviation("mean", float(np.mean(delta)), REPLAY_MEAN, probe)
+            if probe.task == GENERATE
+            else _deviation("max", _max(delta), FP32_MAX_RAW, probe),
         ]
     else:
         limit = REPLAY_MODULE_16_BIT[dtype]
@@ -101,13 +109,13 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
     detail = (
         f"on the engine's own inputs {len(replay.modules)} linears are off by {output.output:.3g} "
         f"of their rms at most ({output.name}), their inputs by {entry.input:.3g} ({entry.name}), "
-        f"log-probs by {np.mean(delta):.3g} nat per token"
+        f"{quantity_of(probe.task)}s by {np.mean(delta):.3g}{_unit(probe)} on average"
     )
     return Verdict(
         outcome,
         detail,
         tuple(deviations),
-        figures=_figures(delta),
+        figures=_figures(delta, probe),
         n=len(replay.tokens),
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,
@@ -151,8 +159,8 @@ def fidelity_serving(
     """
     delta = _delta(engine, reference)
     noise = float(np.mean(np.abs(_delta(reference_serving, reference))))
-    mean = Deviation("mean |Δ log-prob|", float(np.mean(np.abs(delta))), noise * ROUNDING_FACTOR)
-    detail = _agreement("engine", "float32 reference", delta)
+    mean = _deviation("mean", float(np.mean(np.abs(delta))), noise * ROUNDING_FACTOR, probe)
+    detail = _agreement("engine", engine, "float32 reference", reference, probe)
     detail += f"; the reference itself moves by {noise:.3g} in {engine.provenance.dtype}"
     if base_noise is not None:
         detail += f", the unquantized base in vLLM by {base_noise:.3g}"
@@ -208,33 +216,64 @@ def drift_mean(engine: Measurement, golden: Measurement, probe: Probe, *, margin
     return _statistical(outcome, detail, [moved], paired, margin, engine, golden, probe)
 
 
+def drift_rounding(
+    engine: Measurement, golden: Measurement, probe: Probe, *, noise: float
+) -> Verdict:
+    """Judge pooling outputs against the approved ones by their mean |Δ|.
+
+    For the serving dtype, and for formats that quantize activations. `noise` is what rounding, or
+    its cascade, costs the reference; two engines that only round are within `ROUNDING_FACTOR` times
+    it of each other.
+    """
+    delta = _delta(engine, golden)
+    mean = _deviation("mean", float(np.mean(np.abs(delta))), noise * ROUNDING_FACTOR, probe)
+    detail = _agreement("engine", engine, "golden", golden, probe)
+    detail += f"; rounding moves the reference by {noise:.3g}"
+    outcome: Outcome = "fail" if mean.exceeded else "pass"
+    return _verdict(outcome, detail, [mean], engine, golden, probe)
+
+
 def largest_difference(a: Measurement, b: Measurement) -> float:
-    """Return max |Δ log-prob| between two measurements, in nat; NaN where one is not finite."""
+    """Return max |Δ| between two measurements; NaN where one is not finite."""
     return _max(np.abs(_delta(a, b)))
 
 
 def mean_absolute_difference(a: Measurement, b: Measurement) -> float:
-    """Return mean |Δ log-prob| between two measurements, in nat."""
+    """Return mean |Δ| between two measurements."""
     return float(np.mean(np.abs(_delta(a, b))))
 
 
 def _delta(a: Measurement, b: Measurement) -> NDArray[np.float64]:
-    if a.logprob.shape != b.logprob.shape:
-        raise ValueError(f"measurements of {a.logprob.size} and {b.logprob.size} tokens")
-    return a.logprob.astype(np.float64) - b.logprob.astype(np.float64)
+    if a.values.shape != b.values.shape:
+        raise ValueError(f"measurements of shapes {a.values.shape} and {b.values.shape}")
+    return a.values.astype(np.float64) - b.values.astype(np.float64)
 
 
 def _max(values: NDArray[np.float64]) -> float:
     return float(values.max())  # NaN wins, and exceeds every allowance
 
 
-def _figures(size: NDArray[np.float64]) -> dict[str, float]:
-    return {"mean |Δ log-prob|": float(np.mean(size)), "max |Δ log-prob|": _max(size)}
+def _deviation(kind: str, measured: float, allowed: float, probe: Probe) -> Deviation:
+    what = f"{kind} |Δ {quantity_of(probe.task)}|"
+    return Deviation(what, measured, allowed, "nat" if probe.task == GENERATE else "")
 
 
-def _agreement(one: str, other: str, delta: NDArray[np.float64]) -> str:
-    size = np.abs(delta)
-    return f"{one} and {other} differ by {size.mean():.3g} nat per token, {size.max():.3g} at most"
+def _figures(size: NDArray[np.float64], probe: Probe) -> dict[str, float]:
+    quantity = quantity_of(probe.task)
+    return {f"mean |Δ {quantity}|": float(np.mean(size)), f"max |Δ {quantity}|": _max(size)}
+
+
+def _unit(probe: Probe) -> str:
+    return " nat" if probe.task == GENERATE else ""
+
+
+def _agreement(one: str, a: Measurement, other: str, b: Measurement, probe: Probe) -> str:
+    size = np.abs(_delta(a, b))
+    unit = " nat per token" if probe.task == GENERATE else ""
+    text = f"{one} and {other} differ by {size.mean():.3g}{unit}, {size.max():.3g} at most"
+    if is_classifier(probe.task):
+        text += f"; {np.count_nonzero(a.top1 != b.top1)} of {len(a.top1)} labels flip"
+    return text
 
 
 def _statistical(
@@ -266,15 +305,15 @@ def _verdict(
     probe: Probe,
     mde: float | None = None,
 ) -> Verdict:
-    nonfinite = Deviation("non-finite log-probs", a.nonfinite, 0, "tokens")
+    nonfinite = Deviation(f"non-finite {quantity_of(probe.task)}s", a.nonfinite, 0, "values")
     if nonfinite.exceeded:
         outcome, deviations = "fail", [nonfinite, *deviations]
     return Verdict(
         outcome=outcome,
         detail=detail,
         deviations=tuple(deviations),
-        figures=_figures(np.abs(_delta(a, b))),
-        n=len(a.logprob),
+        figures=_figures(np.abs(_delta(a, b)), probe),
+        n=len(a.values),
         mde=mde,
         kernels=a.provenance.kernels,
         emulated=a.provenance.emulated,
@@ -283,21 +322,28 @@ def _verdict(
 
 
 def _evidence(a: Measurement, b: Measurement, probe: Probe) -> list[str]:
-    delta = _delta(a, b)
-    size = np.where(np.isfinite(delta), np.abs(delta), np.inf)
+    delta = np.abs(_delta(a, b)).reshape(probe.scored, -1)
+    delta = np.where(np.isfinite(delta), delta, np.inf)
     ids = np.concatenate([np.array(w.ids[w.score_from :]) for w in probe.windows])
     lines = []
-    for i in np.argsort(-size, kind="stable")[:WORST_TOKENS]:
+    for i in np.argsort(-delta.max(axis=1), kind="stable")[:WORST_TOKENS]:
         place = f"{probe.documents[i]}[{probe.positions[i]}]"
-        lines.append(
-            f"worst      {place} token {ids[i]}: {a.logprob[i]:.6f} against {b.logprob[i]:.6f}"
-        )
-    by_stratum = (
-        f"{s} {np.mean(np.abs(delta[probe.strata == s])):.3g}" for s in _unique(probe.strata)
-    )
+        column = int(delta[i].argmax())
+        ours, theirs = (m.values.reshape(probe.scored, -1)[i, column] for m in (a, b))
+        of = f" {_column(column, probe)}" if a.values.ndim > 1 else ""
+        lines.append(f"worst      {place} token {ids[i]}{of}: {ours:.6f} against {theirs:.6f}")
+    by_stratum = (f"{s} {np.mean(delta[probe.strata == s]):.3g}" for s in _unique(probe.strata))
     lines.append(f"mean |Δ|   {', '.join(by_stratum)}")
+    if is_classifier(probe.task):
+        by_label = (f"{_column(i, probe)} {d:.3g}" for i, d in enumerate(delta.mean(axis=0)))
+        lines.append(f"by label   {', '.join(by_label)}")
     lines += _differences(a, b)
     return lines
+
+
+def _column(index: int, probe: Probe) -> str:
+    """Return the name of a column of raw outputs: of a label, or its number."""
+    return probe.labels[index] if index < len(probe.labels) else f"[{index}]"
 
 
 def _unique(labels: NDArray[Any]) -> list[str]:

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from syrupy.extensions.json import JSONSnapshotExtension
 
-from quantgate.budget import drift_margin
-from quantgate.checkpoint import BadInput, Checkpoint, identity, read_config
-from quantgate.compare import drift_exact, drift_mean
+from quantgate.checkpoint import BadInput, Checkpoint, identity
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe
-from quantgate.scheme import quantizes_activations
+from quantgate.task import GENERATE
 from quantgate.verdict import Outcome, Verdict, not_run
 
 if TYPE_CHECKING:
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from syrupy.types import SerializableData, SnapshotIndex
 
 SCHEMA = 1
+SKETCH = 16
 _RESTORE = "restore it with git, or take it again with tools/regen_golden.py"
 
 
@@ -83,8 +82,7 @@ def to_json(golden: Golden, probe: Probe) -> str:
     for name in dict.fromkeys(probe.documents.tolist()):
         rows = probe.documents == name
         documents[name] = {
-            "logprob": _encode(m.logprob[rows].astype("<f4")),
-            "mean_nll": float(-np.mean(m.logprob[rows], dtype=np.float64)),
+            **_stored_values(m.values[rows].astype("<f4")),
             "top1": _encode(m.top1[rows].astype("<i4")),
         }
     content = {
@@ -92,15 +90,31 @@ def to_json(golden: Golden, probe: Probe) -> str:
         "key": asdict(golden.key),
         "measured": {
             "documents": documents,
-            "mean_nll": m.mean_nll,
-            "n": len(m.logprob),
+            "n": len(m.values),
             "nonfinite": m.nonfinite,
-            "perplexity": m.perplexity,
+            **figures_of(m, probe),
         },
         "provenance": asdict(m.provenance),
         "history": list(golden.history),
     }
     return json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _stored_values(values: np.ndarray[Any, Any]) -> dict[str, Any]:
+    if values.ndim == 1:
+        return {
+            "logprob": _encode(values),
+            "mean_nll": float(-np.mean(values, dtype=np.float64)),
+        }
+    return {"mean": float(np.mean(values, dtype=np.float64)), "values": _encode(values)}
+
+
+def figures_of(measured: Measurement, probe: Probe) -> dict[str, float]:
+    """Return what a golden shows of all its values at a glance."""
+    if probe.task == GENERATE:
+        return {"mean_nll": measured.mean_nll, "perplexity": measured.perplexity}
+    values = measured.values.astype(np.float64)
+    return {"mean": float(values.mean()), "rms": float(np.sqrt(np.mean(values**2)))}
 
 
 def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
@@ -113,21 +127,26 @@ def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
             )
         key = GoldenKey(**content["key"])
         measured, provenance = content["measured"], content["provenance"]
+        field = "logprob" if probe.task == GENERATE else "values"
+        documents = measured["documents"]
         measurement = Measurement(
-            values=_decode_documents(measured["documents"], probe, key, "logprob", "<f4"),
-            top1=_decode_documents(measured["documents"], probe, key, "top1", "<i4"),
+            values=_decode_documents(documents, probe, key, field, "<f4", measured["n"]),
+            top1=_decode_documents(documents, probe, key, "top1", "<i4", measured["n"]),
             provenance=Provenance(
                 **{**provenance, "source": "golden", "emulated": tuple(provenance["emulated"])}
             ),
         )
-        whole = measurement.mean_nll == measured["mean_nll"] or key.probe != probe.sha256
+        figures = figures_of(measurement, probe)
+        whole = key.probe != probe.sha256 or all(
+            measured[name] == value for name, value in figures.items()
+        )
         history = tuple(content["history"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}: damaged ({type(error).__name__}: {error}); {_RESTORE}.") from None
     if not whole:
-        raise BadInput(f"{path}: its mean_nll is not that of its scores; {_RESTORE}.")
+        raise BadInput(f"{path}: its {next(iter(figures))} is not that of its values; {_RESTORE}.")
     return Golden(key, measurement, history)
 
 
@@ -136,59 +155,71 @@ def _encode(values: np.ndarray[Any, Any]) -> str:
 
 
 def _decode_documents(
-    documents: dict[str, Any], probe: Probe, key: GoldenKey, field: str, dtype: str
+    documents: dict[str, Any], probe: Probe, key: GoldenKey, field: str, dtype: str, n: int
 ) -> np.ndarray[Any, Any]:
-    """Return [n] in the probe's order; a golden of another probe is read in its own."""
+    """Return [n] or [n, D] in the probe's order; a golden of another probe is read in its own."""
     arrays = {
         name: np.frombuffer(base64.b64decode(document[field], validate=True), dtype)
         for name, document in documents.items()
     }
+    if field == "values":
+        width = sum(map(len, arrays.values())) // n
+        arrays = {name: array.reshape(-1, width) for name, array in arrays.items()}
     if key.probe != probe.sha256:
         return np.concatenate(list(arrays.values()))
-    values = np.empty(probe.scored, dtype)
+    values = np.empty((probe.scored, *next(iter(arrays.values())).shape[1:]), dtype)
     for name, array in arrays.items():
         values[probe.documents == name] = array
     return values
 
 
-def drift(
+def judge_golden(
     snapshot: SnapshotAssertion,
     checkpoint: Checkpoint,
     probe: Probe,
     measured: Measurement,
     *,
     check: str,
-    rounding: Callable[[], float],
+    compare: Callable[[Measurement, Measurement], Verdict],
 ) -> Verdict:
-    """Judge a fresh measurement against the checkpoint's golden for `check`.
+    """Return what `compare` says of a fresh measurement and the checkpoint's golden for `check`.
 
-    float32 is judged token by token, any other dtype and any format that quantizes activations by
-    the mean. Without a golden for this very
-    key the verdict is "not-run"; if only the checkpoint's bytes are others than the approved ones,
-    the scores are compared all the same, and cannot pass. `rounding` is `drift_exact`'s.
+    Without a golden for this very key the verdict is "not-run"; if only the checkpoint's bytes are
+    others than the approved ones, the values are compared all the same, and cannot pass.
     """
     path = golden_path(checkpoint.root, checkpoint.id, check, measured.provenance.platform)
-    chaotic = quantizes_activations(read_config(checkpoint.directory).get("quantization_config"))
     key = golden_key(checkpoint, probe, measured)
     regenerate = (
         f'if intended, python tools/regen_golden.py --checkpoint {checkpoint.id} --reason "…"'
     )
+    kept = as_stored(measured)
 
     def judge(stored: Golden) -> Verdict:
         if dataclasses.replace(stored.key, identity=key.identity) != key:
             return not_run(f"{path} is of {_key_difference(stored.key, key)}", regenerate)
-        if measured.provenance.dtype == "float32" and not chaotic:
-            verdict = drift_exact(measured, stored.measurement, probe, rounding=rounding)
-        else:
-            margin = drift_margin(checkpoint)
-            verdict = drift_mean(measured, stored.measurement, probe, margin=margin)
+        verdict = compare(kept, stored.measurement)
         if stored.key.identity != key.identity:
             verdict = _of_other_bytes(verdict, stored.key, key)
         return dataclasses.replace(verdict, next_step=regenerate)
 
-    golden = Golden(key, measured, history=())
+    golden = Golden(key, kept, history=())
     verdict = _judge_stored(snapshot, path, golden, probe, judge)
     return verdict or not_run(f"{path} does not exist: nobody approved this yet", regenerate)
+
+
+def as_stored(measured: Measurement) -> Measurement:
+    """Return what a golden keeps of a measurement: of wide embeddings, a sketch.
+
+    Their projections onto `SKETCH` fixed random directions, each of rms 1: any change of an
+    embedding changes them by as much (Johnson and Lindenstrauss, 1984).
+    """
+    values = measured.values
+    if values.ndim == 1 or values.shape[1] <= SKETCH:
+        return measured
+    # NumPy keeps what this generator gives for ever.
+    signs = np.random.RandomState(0).choice((-1.0, 1.0), (values.shape[1], SKETCH))
+    sketch = values.astype(np.float64) @ signs / np.sqrt(values.shape[1])
+    return dataclasses.replace(measured, values=sketch.astype(np.float32), activated=None)
 
 
 def _key_difference(stored: GoldenKey, wanted: GoldenKey) -> str:

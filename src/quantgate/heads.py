@@ -21,7 +21,7 @@ def head_classes() -> dict[str, Any]:
     from transformers import BertModel, BertPreTrainedModel, Qwen2Model, Qwen2PreTrainedModel
     from transformers.modeling_outputs import TokenClassifierOutput
 
-    class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):
+    class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):  # type: ignore[misc]
         """Qwen2.5-Math-PRM: two labels a token, from Linear, ReLU, Linear."""
 
         def __init__(self, config: Any) -> None:
@@ -37,7 +37,7 @@ def head_classes() -> dict[str, Any]:
             hidden = self.model(input_ids, **options).last_hidden_state
             return TokenClassifierOutput(logits=self.score(hidden))
 
-    class HF_ColBERT(BertPreTrainedModel):
+    class HF_ColBERT(BertPreTrainedModel):  # type: ignore[misc]
         """ColBERT (Khattab and Zaharia, 2020): a projection of each token of a BERT, no bias."""
 
         def __init__(self, config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.checkpoint import BadInput
-from quantgate.task import GENERATE, Task
+from quantgate.task import GENERATE, SEQUENCE_REWARD, Task
 
 
 @dataclass(frozen=True)
@@ -151,16 +152,33 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
     encoded = [tuple(tokenizer(window.text)["input_ids"]) for window in probe.windows]
     if encoded == [window.ids for window in probe.windows]:
         return probe, None
+    if (bos := tokenizer.bos_token_id) is not None and any(
+        ids[:2] == (bos, bos) for ids in encoded
+    ):
+        raise BadInput(
+            f"{directory}: its tokenizer puts two '{tokenizer.bos_token}' in front of a text, and "
+            "a model expects one; correct tokenizer.json or its template."
+        )
+    first = 1 if probe.task == GENERATE else 0
     windows = tuple(
-        Window(window.document, window.stratum, 1, ids, window.text)
+        _retokenized(window, ids, probe.task)
         for window, ids in zip(probe.windows, encoded, strict=True)
-        if len(ids) > 1
+        if len(ids) > first
     )
     note = (
         f"probe '{probe.name}' tokenized with {directory.name}'s own tokenizer: "
         f"{sum(w.scored for w in windows)} scored tokens"
     )
-    return Probe(f"{probe.name}-retokenized", len(tokenizer), windows), note
+    name = f"{probe.name}-retokenized"
+    return Probe(name, len(tokenizer), windows, probe.task, probe.labels), note
+
+
+def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:
+    """Return a window in other ids; labels of tokens are lost, a whole text's grade is not."""
+    if task == SEQUENCE_REWARD:
+        return dataclasses.replace(window, ids=ids, score_from=len(ids) - 1)
+    first = 1 if task == GENERATE else 0
+    return dataclasses.replace(window, ids=ids, score_from=first, labels=())
 
 
 # The embedded probe of each task.

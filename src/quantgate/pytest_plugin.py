@@ -24,6 +24,7 @@ from quantgate.checkpoint import (
     find_checkpoint,
     read_checkpoint_files,
     verify,
+    with_own_task,
 )
 from quantgate.engine import EngineFailure, available_devices, library_versions
 from quantgate.probe import embedded_probe
@@ -96,8 +97,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "gpu(count=1, memory_gib=0, capability=None): the check runs on CUDA, and needs as much",
     )
     config.addinivalue_line(
-        "markers", "needs(what): the check is left out where a checkpoint has no 'base' or 'golden'"
+        "markers",
+        "needs(what): left out where a checkpoint has no 'base', 'golden' or 'step_tag'",
     )
+    config.addinivalue_line("markers", "tasks(name, ...): of checkpoints that do one of these")
     if config.getoption("update_snapshots") or config.getoption("update_new_snapshots_only"):
         raise pytest.UsageError(
             "a test run never writes a golden; use "
@@ -131,6 +134,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "checkpoint" not in metafunc.fixturenames:
         return
     checkpoints = _selected_checkpoints(metafunc.config)
+    if (tasks := metafunc.definition.get_closest_marker("tasks")) is not None:
+        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.task in tasks.args]
     metafunc.parametrize("checkpoint", checkpoints, ids=lambda checkpoint: checkpoint.id)
     gpu = pytest.mark.gpu(count=1)
     metafunc.parametrize(
@@ -170,6 +175,7 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
             f"--checkpoint: two of them would be called '{repeated[0]}'; give each directory its "
             "own name, or gate them one by one."
         )
+    wanted = [c if c.id in known else with_own_task(c) for c in wanted]
     for checkpoint in wanted:
         verify(checkpoint)
         run.schemes[checkpoint.id] = actual_scheme(checkpoint.directory)
@@ -184,6 +190,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     run = config.stash[RUN]
     if run.problem is not None:
         raise pytest.UsageError(run.problem)
+    # A suite without a checkpoint that does its task has nothing to say.
+    items[:] = [item for item in items if _params(item) or not _is_check(item)]
     checks = [item for item in items if _params(item)]
     if not checks:
         if run.checkpoints is not None and not items:
@@ -222,6 +230,10 @@ def _params(item: pytest.Item) -> dict[str, Any]:
     return params if isinstance(params.get("checkpoint"), Checkpoint) else {}
 
 
+def _is_check(item: pytest.Item) -> bool:
+    return "checkpoint" in getattr(getattr(item, "callspec", None), "params", {})
+
+
 def _why_left_out(item: pytest.Item, devices: dict[str, str]) -> str | None:
     params = _params(item)
     if params["device"] not in devices:
@@ -236,6 +248,8 @@ def _why_left_out(item: pytest.Item, devices: dict[str, str]) -> str | None:
             return "no base is named; give --base, or base in its file"
         if marker.args[0] == "golden" and not checkpoint.golden:
             return "it has no golden: given by path, or golden = false in its file"
+        if marker.args[0] == "step_tag" and checkpoint.step_tag_id is None:
+            return "no step_tag_id is in its file"
     return None
 
 

@@ -106,6 +106,12 @@ class StreamedModel:
         self._window = 0
         self._outside = [m for m in self.model.modules() if id(m) not in inside]
 
+    @property
+    def linears(self) -> list[str]:
+        """The names of the linears in its layers."""
+        modules = self.layers.modules()
+        return [self._names[m] for m in modules if type(m).__name__ == "Linear"]
+
     def last_hidden(
         self,
         windows: tuple[Window, ...],

@@ -7,7 +7,7 @@ agree to rounding, in every format; one that does not is named, with its kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from quantgate.capture import Capture
 from quantgate.engine import Announce, EngineFailure
 from quantgate.probe import Probe
 from quantgate.reference import Product, StreamedModel
+from quantgate.task import GENERATE
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,8 @@ class Replay:
 
     modules: tuple[ModuleError, ...]
     """In the order of the model."""
-    logprob: NDArray[np.floating[Any]]
-    """Natural-log probabilities of the replayed windows' scored tokens [m]."""
+    values: NDArray[np.floating[Any]]
+    """What a measurement holds, of the replayed windows' scored tokens [m] or [m, D]."""
     tokens: NDArray[np.int64]
     """Which of the probe's n scored tokens these are [m]."""
 
@@ -55,7 +56,7 @@ def replay(
 ) -> Replay:
     """Run the reference on a capture's windows, each linear on the engine's input."""
     windows = tuple(probe.windows[index] for index in capture.windows)
-    model = StreamedModel(directory, dtype)
+    model = StreamedModel(directory, dtype, task=probe.task)
     errors: dict[str, _Errors] = {}
 
     def observe(window: int, name: str, own: torch.Tensor, product: Product) -> torch.Tensor:
@@ -73,7 +74,12 @@ def replay(
         return output
 
     hidden = model.last_hidden(windows, announce, observe)
-    logprob, _ = model.scores(windows, hidden)
+    _require_all(model.linears, errors)
+    values = (
+        model.scores(windows, hidden)[0]
+        if probe.task == GENERATE
+        else model.outputs(windows, hidden)
+    )
     starts = np.cumsum([0, *(window.scored for window in probe.windows)])
     tokens = [np.arange(starts[i], starts[i + 1]) for i in capture.windows]
     return Replay(
@@ -81,9 +87,19 @@ def replay(
             ModuleError(name, capture.module_of(name), *found.relative())
             for name, found in errors.items()
         ),
-        logprob,
+        values,
         np.concatenate(tokens),
     )
+
+
+def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
+    """Raise where a linear was not captured: it would pass for one that is right."""
+    missing = [name for name in linears if name not in replayed]
+    if missing:
+        raise EngineFailure(
+            f"{missing[0]} and {len(missing) - 1} other linears of {len(linears)} were not seen in "
+            "the engine: vLLM calls its modules otherwise than the checkpoint."
+        )
 
 
 @dataclass

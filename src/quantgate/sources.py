@@ -16,12 +16,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from quantgate import engine, reference
+from quantgate import engine, pooling, reference
 from quantgate.cache import DamagedEntry, DiskCache, code_version
 from quantgate.capture import Capture
 from quantgate.checkpoint import Checkpoint, identity, read_config
 from quantgate.engine import Announce, library_versions
 from quantgate.measurement import Measurement, Provenance
+from quantgate.pooling import Batches, Steps, batches, steps
 from quantgate.probe import Probe, probe_for
 from quantgate.reference import DequantizerName
 from quantgate.replay import Replay, replay
@@ -112,6 +113,42 @@ class Sources:
             None,
         )
         return found
+
+    def batches(self, checkpoint: Checkpoint, *, chunked: bool) -> Batches:
+        """Serve a few windows in float32, alone and together, prompts cut into chunks or whole."""
+        name = "vLLM, chunked prefill" if chunked else "vLLM, whole prompts"
+        found: Batches = self._pooled(checkpoint, name, pooling.chunking(chunked=chunked), batches)
+        return found
+
+    def steps(self, checkpoint: Checkpoint) -> Steps:
+        """Serve the probe in float32 by an engine that gives the rows of the step tag only."""
+        arguments = pooling.pooling_arguments(
+            checkpoint.directory, checkpoint.task, step_tag_id=checkpoint.step_tag_id
+        )
+        found: Steps = self._pooled(checkpoint, "vLLM, STEP pooling", arguments, steps)
+        return found
+
+    def _pooled(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        more: Mapping[str, Any],
+        serve: Callable[[Any, Probe], Any],
+    ) -> Any:
+        probe = self.probe_of(checkpoint)
+        arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
+
+        def measure(announce: Announce) -> Any:
+            with engine.running_engine(
+                checkpoint.directory,
+                settings=checkpoint.engine,
+                dtype="float32",
+                **{**arguments, **more},
+            ) as llm:
+                announce(f"serving {len(probe.windows)} windows")
+                return serve(llm, probe)
+
+        return self._once(self._key(name, checkpoint, "float32"), checkpoint, measure, None)
 
     def probe_of(self, checkpoint: Checkpoint) -> Probe:
         """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""

@@ -11,6 +11,9 @@ GENERATE: Task = "generate"
 SEQUENCE_REWARD: Task = "sequence_reward"
 EMBED: Task = "token_embed"
 
+# What vLLM and transformers call the heads of models that pool.
+HEADS = ("score", "score.0", "score.2", "classifier", "v_head")
+
 # Parts of the names of the architectures that do nothing else, the longest of several first.
 _TASK_OF_ARCHITECTURE: Mapping[str, Task] = {
     "ProcessRewardModel": "token_reward",
@@ -37,6 +40,16 @@ POOLING: Mapping[Task, Pooling] = {
     "sequence_reward": Pooling("classify", "logit"),
     "token_embed": Pooling("token_embed", "embedding"),
 }
+
+
+def quantity_of(task: Task) -> str:
+    """Return what the values of a measurement are."""
+    return "log-prob" if task == GENERATE else POOLING[task].quantity
+
+
+def is_classifier(task: Task) -> bool:
+    """Whether a row of its values holds a logit for each label."""
+    return task in ("token_classify", "token_reward")
 
 
 def task_of(config: Mapping[str, Any]) -> Task:

@@ -10,14 +10,22 @@ from types import ModuleType
 
 import wrapt
 
-from quantgate import emulation
+from quantgate import emulation, pooling_api
 from quantgate.scoremode import inputs, outputs, params, prefix_cache, runner_v1, runner_v2
 from quantgate.scoremode.hooks import V1_RUNNER, V2_RUNNER
 
 COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors"
 
+
+def _patch_compressed_tensors(module: ModuleType) -> None:
+    pooling_api.patch_quantization(module)
+    emulation.on_cpu(emulation.patch_compressed_tensors)(module)
+
+
 # The vLLM modules that are patched, each by one function that gets the imported module.
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "vllm.outputs": pooling_api.patch_outputs,
+    "vllm.entrypoints.llm": pooling_api.patch_llm,
     "vllm.sampling_params": params.patch_sampling_params,
     "vllm.entrypoints.openai.completion.protocol": params.patch_completion_request,
     "vllm.renderers.base": inputs.patch_renderer,
@@ -27,13 +35,13 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "vllm.v1.engine.output_processor": outputs.patch_output_processor,
     V1_RUNNER: runner_v1.patch_model_runner,
     V2_RUNNER: runner_v2.patch_prompt_logprobs_worker,
+    f"{COMPRESSED_TENSORS}.compressed_tensors": _patch_compressed_tensors,
     **{
         module: emulation.on_cpu(patch)
         for module, patch in {
             "vllm._custom_ops": emulation.patch_custom_ops,
             "vllm.model_executor.kernels.linear": emulation.register_kernels,
             "vllm.model_executor.layers.attention.attention": emulation.patch_attention,
-            f"{COMPRESSED_TENSORS}.compressed_tensors": emulation.patch_compressed_tensors,
             f"{COMPRESSED_TENSORS}.schemes.compressed_tensors_w4a4_nvfp4": (
                 emulation.patch_nvfp4_scheme
             ),

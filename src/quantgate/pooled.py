@@ -1,0 +1,391 @@
+"""The checks of models that pool: labels, rewards, embeddings.
+
+Takes what a check needs from the sources and returns its verdict, as `fidelity` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate import metrics
+from quantgate.budget import (
+    ACTIVATION_MAX,
+    BATCHING_MAX,
+    METRIC_LOSS,
+    ROUNDING_FACTOR,
+    fp32_max,
+)
+from quantgate.checkpoint import Checkpoint, read_config
+from quantgate.formats.stored import StoredTensors
+from quantgate.measurement import Measurement
+from quantgate.metrics import Metric
+from quantgate.pooling import CHUNK
+from quantgate.probe import Probe
+from quantgate.scheme import quantizes_activations
+from quantgate.sources import Sources
+from quantgate.stats import ALPHA, FEWEST_CLUSTERS
+from quantgate.task import EMBED, HEADS, SEQUENCE_REWARD, activation_of, label_names
+from quantgate.verdict import Deviation, Outcome, Verdict
+
+Values = NDArray[np.floating[Any]]
+Derive = Callable[[Values], Values]
+
+
+# Activations -------------------------------------------------------------------------------------
+
+
+def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge what a request that asks for nothing gets: the config's function of the raw outputs."""
+    engine = sources.engine(checkpoint, "float32")
+    assert engine.activated is not None
+    raw, given = engine.values.astype(np.float64), engine.activated.astype(np.float64)
+    kind, expected = _activated(raw, checkpoint)
+    deviations = [Deviation("max |Δ output|", _max(np.abs(given - expected)), ACTIVATION_MAX, "")]
+    if kind == "softmax":
+        off = _max(np.abs(given.sum(axis=1) - 1))
+        deviations.append(Deviation("max |sum of probabilities - 1|", off, ACTIVATION_MAX, ""))
+    elif kind == "unit norm":
+        off = _max(np.abs(np.linalg.norm(given, axis=1) - 1))
+        deviations.append(Deviation("max |norm - 1|", off, ACTIVATION_MAX, ""))
+    return _verdict(
+        deviations,
+        f"the config says {kind}; so are the outputs",
+        engine,
+        wrong=(f"the config says {kind}, which the outputs are not of the raw ones"),
+    )
+
+
+def _activated(raw: Values, checkpoint: Checkpoint) -> tuple[str, Values]:
+    from scipy.special import expit, softmax
+
+    if checkpoint.task == EMBED:
+        return "unit norm", raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    kind = activation_of(read_config(checkpoint.directory), raw.shape[1])
+    functions: dict[str, Derive] = {
+        "softmax": lambda x: softmax(x, axis=1),
+        "sigmoid": expit,
+        "none": lambda x: x,
+    }
+    return kind, functions[kind](raw)
+
+
+# The head ----------------------------------------------------------------------------------------
+
+
+def head(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge that head and label names are the base's, to the bit, and in full precision."""
+    base = checkpoint.base_checkpoint
+    assert base is not None
+    engine = sources.engine(checkpoint, "float32")
+    ours, theirs = (label_names(read_config(c.directory)) for c in (checkpoint, base))
+    renamed = [f"label {i} is {a}, the base's is {b}" for i, (a, b) in _unlike(ours, theirs)]
+    tensors = _head_differences(checkpoint, base)
+    quantized = [
+        f"vLLM computes {kind} by {kernel}"
+        for kind, kernel in engine.provenance.kernels.items()
+        if kind in HEADS and kernel != "UnquantizedLinearMethod"
+    ]
+    deviations = [
+        Deviation("labels that are not the base's", len(renamed), 0, ""),
+        Deviation("tensors of the head that are not the base's", len(tensors), 0, ""),
+        Deviation("quantized linears in the head", len(quantized), 0, ""),
+    ]
+    right = "the head is the base's to the bit, in full precision, and so are its labels"
+    evidence = [*renamed, *tensors, *quantized]
+    return _verdict(deviations, right, engine, wrong="; ".join(evidence), evidence=evidence)
+
+
+def _unlike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, tuple[str, str]]]:
+    longest = max(len(ours), len(theirs))
+    padded = ([*names, *["absent"] * (longest - len(names))] for names in (ours, theirs))
+    pairs = enumerate(zip(*padded, strict=True))
+    return [(i, (a, b)) for i, (a, b) in pairs if a != b]
+
+
+def _head_differences(checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
+    ours, theirs = StoredTensors(checkpoint.directory), StoredTensors(base.directory)
+    found = []
+    for module in HEADS:
+        for part in sorted({*ours.parts_of(module), *theirs.parts_of(module)}):
+            name = f"{module}.{part}"
+            if name not in ours:
+                found.append(f"{name} is missing")
+            elif name not in theirs:
+                found.append(f"{name} is not in the base")
+            elif not ours.read(name).equal(theirs.read(name)):
+                found.append(f"{name} is not the base's")
+    return found
+
+
+# Ways of serving ---------------------------------------------------------------------------------
+
+
+def batching(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge that what a request gets depends on nothing else, with chunked prefill and without."""
+    engine = sources.engine(checkpoint, "float32")
+    probe = sources.probe_of(checkpoint)
+    chunked = sources.batches(checkpoint, chunked=True)
+    whole = sources.batches(checkpoint, chunked=False)
+    rows = _rows_of(whole.windows, probe)
+
+    def deviation(what: str, values: Values) -> Deviation:
+        alone = whole.alone
+        return _same(what, values, alone, sources, checkpoint, lambda v: v[rows], BATCHING_MAX)
+
+    deviations = [
+        deviation("shuffled in one batch", whole.together),
+        deviation(f"in chunks of {CHUNK} tokens", chunked.alone),
+        deviation("shuffled and in chunks", chunked.together),
+        deviation("with the whole probe", engine.values[rows]),
+    ]
+    right = f"{len(whole.windows)} windows give the same however they are served"
+    return _verdict(deviations, right, engine, wrong="what is served depends on what else is")
+
+
+def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge that STEP pooling gives the rows of the step tags, as each request asks."""
+    engine = sources.engine(checkpoint, "float32")
+    probe = sources.probe_of(checkpoint)
+    served = sources.steps(checkpoint)
+    ids = np.concatenate([window.ids for window in probe.windows])
+    first = np.repeat(
+        [window.ids[0] for window in probe.windows], [len(window.ids) for window in probe.windows]
+    )
+    tagged = np.flatnonzero(ids == checkpoint.step_tag_id)
+    kinds: list[tuple[str, Sequence[Values], Derive]] = [
+        ("the engine's tag", served.tagged, lambda v: v[tagged]),
+        ("a request's own tag", served.first, lambda v: v[ids == first]),
+    ]
+    if served.column is not None:
+        kinds.append(("returned_token_ids", served.column, lambda v: v[tagged, 1:2]))
+    deviations = []
+    for what, windows, derive in kinds:
+        rows, expected = np.concatenate(windows), derive(engine.values)
+        if rows.shape != expected.shape:
+            missing = abs(len(rows) - len(expected))
+            deviations.append(Deviation(f"{what}: rows too many or too few", missing, 0, ""))
+            continue
+        deviations.append(_same(what, rows, expected, sources, checkpoint, derive))
+    right = f"{len(tagged)} step tags give their own rows, and no other token does"
+    return _verdict(deviations, right, engine, wrong="steps are not the rows of their tags")
+
+
+def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge `LLM.score`: the max-sim of the engine's own unit vectors."""
+    engine = sources.engine(checkpoint, "float32")
+    probe = sources.probe_of(checkpoint)
+    served = sources.batches(checkpoint, chunked=False)
+    assert served.scores is not None
+
+    def scores(values: Values) -> Values:
+        return _similarity(values, probe, served.windows)
+
+    # A score adds up as many products of unit vectors as its query has tokens.
+    longest = max(len(w.ids) for w in probe.windows if w.stratum == "query")
+    limit = fp32_max(checkpoint.task) * longest
+    expected = scores(engine.values)
+    deviation = _same("score", served.scores, expected, sources, checkpoint, scores, limit)
+    right = f"{expected.size} scores of LLM.score are the max-sim of the token embeddings"
+    return _verdict([deviation], right, engine, wrong="LLM.score is not max-sim")
+
+
+def _same(
+    what: str,
+    measured: Values,
+    expected: Values,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    derive: Derive,
+    limit: float | None = None,
+) -> Deviation:
+    """Return how far two ways of serving the same are apart, beside what that may be.
+
+    Where inputs are quantized, a sum in another order flips codes, and flips cascade: there the
+    mean may be `ROUNDING_FACTOR` times what float32 costs the reference, `derive`d likewise.
+    """
+    delta = np.abs(measured.astype(np.float64) - expected)
+    config = read_config(checkpoint.directory)
+    if not quantizes_activations(config.get("quantization_config")):
+        allowed = fp32_max(checkpoint.task) if limit is None else limit
+        return Deviation(f"{what}: max |Δ|", _max(delta), allowed, "")
+    exact, rounded = (
+        derive(sources.reference(checkpoint, dtype).values) for dtype in ("float64", "float32")
+    )
+    floor = float(np.mean(np.abs(exact.astype(np.float64) - rounded)))
+    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), floor * ROUNDING_FACTOR, "")
+
+
+def _rows_of(windows: Sequence[int], probe: Probe) -> NDArray[np.int64]:
+    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in windows])
+
+
+# What the model is for -------------------------------------------------------------------------
+
+
+def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge the task's own metric against the base's, on the same documents: non-inferiority."""
+    base = checkpoint.base_checkpoint
+    assert base is not None
+    probe = sources.probe_of(checkpoint)
+    engine = sources.engine(checkpoint, "serving")
+    unquantized = sources.engine(base, "serving")
+    ours, theirs, said = _metrics(checkpoint, engine, unquantized, probe)
+    documents = len(dict.fromkeys(probe.documents))
+    found = metrics.paired_loss(ours, theirs, documents)
+    everything = np.arange(documents)
+    of_base = theirs.of(everything)
+    override = checkpoint.budget.get("quality")
+    margin = override.margin if override else METRIC_LOSS * of_base
+    outcome: Outcome = (
+        "pass" if found.upper <= margin else "fail" if found.lower > margin else "inconclusive"
+    )
+    if documents < FEWEST_CLUSTERS and outcome == "pass":
+        outcome = "inconclusive"
+        said += f"; {documents} documents are too few, {FEWEST_CLUSTERS} are needed"
+    deviation = Deviation(
+        f"upper {1 - ALPHA:.0%} bound of the loss of {ours.name}", found.upper, margin, ""
+    )
+    return Verdict(
+        outcome,
+        f"{ours.name} {of_base:.4f} → {ours.of(everything):.4f}, a loss of {found.loss:.4g} "
+        f"± {found.standard_error:.2g}; {said}",
+        (deviation,),
+        figures={ours.name: ours.of(everything), f"{ours.name} of the base": of_base},
+        n=documents,
+        mde=found.minimum_detectable_effect(),
+        kernels=engine.provenance.kernels,
+        emulated=engine.provenance.emulated,
+    )
+
+
+def _metrics(
+    checkpoint: Checkpoint, engine: Measurement, base: Measurement, probe: Probe
+) -> tuple[Metric, Metric, str]:
+    """Return the metric of engine and base, and what else a reader wants to know."""
+    if checkpoint.task == EMBED:
+        every = range(len(probe.windows))
+        ours, theirs = (_similarity(m.values, probe, every) for m in (engine, base))
+        unit, norm = _cosine_and_norm(engine.values, base.values)
+        tau = metrics.kendall_tau(ours.ravel(), theirs.ravel())
+        said = (
+            f"cosine to the base's embeddings {unit:.5f} on average, norms {norm:.4f} of the "
+            f"base's, Kendall's tau of the max-sim scores {tau:.4f}"
+        )
+        return metrics.retrieval_accuracy(ours), metrics.retrieval_accuracy(theirs), said
+    if checkpoint.task == SEQUENCE_REWARD:
+        grades = _or_else(probe.expected, base.values[:, 0])
+        ours, theirs = engine.values[:, 0], base.values[:, 0]
+        taus = [metrics.kendall_tau(scores, grades) for scores in (theirs, ours)]
+        said = f"Kendall's tau {taus[0]:.4f} → {taus[1]:.4f}"
+        return (
+            metrics.ranking_accuracy(ours, grades),
+            metrics.ranking_accuracy(theirs, grades),
+            said,
+        )
+    labels = [_as_probe_labels(m, c, probe) for m, c in _with(engine, base, checkpoint)]
+    flips = np.mean(labels[0] != labels[1])
+    expected = probe.expected
+    said = f"{flips:.2%} of the labels are not the base's"
+    if probe.labels and not np.isnan(labels[0]).any() and not np.isnan(expected).all():
+        if metrics.OUTSIDE in probe.labels:
+            outside = probe.labels.index(metrics.OUTSIDE)
+            f1s = [metrics.entity_f1(found, expected, probe, outside) for found in labels]
+            return f1s[0], f1s[1], said
+        found = [metrics.accuracy("step accuracy", found, expected, probe) for found in labels]
+        return found[0], found[1], said
+    agreement = [
+        metrics.accuracy("agreement with the base", m.top1, base.top1.astype(float), probe)
+        for m in (engine, base)
+    ]
+    return agreement[0], agreement[1], f"{said}, and the probe does not know its labels"
+
+
+def _with(
+    engine: Measurement, base: Measurement, checkpoint: Checkpoint
+) -> list[tuple[Measurement, Checkpoint]]:
+    unquantized = checkpoint.base_checkpoint
+    assert unquantized is not None
+    return [(engine, checkpoint), (base, unquantized)]
+
+
+def _as_probe_labels(
+    measured: Measurement, checkpoint: Checkpoint, probe: Probe
+) -> NDArray[np.float64]:
+    """Return the labels found [n] as the probe numbers them, by name; NaN where it has none such.
+
+    Labels without names of their own are the probe's, in its order, if they are as many.
+    """
+    names = label_names(read_config(checkpoint.directory))
+    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    if unnamed and measured.values.shape[1] == len(probe.labels):
+        names = probe.labels
+    place = {name: float(i) for i, name in enumerate(probe.labels)}
+    numbers = np.array([place.get(name, np.nan) for name in names])
+    found: NDArray[np.float64] = numbers[measured.top1]
+    return found
+
+
+def _or_else(expected: Values, otherwise: Values) -> Values:
+    return otherwise if np.isnan(expected).all() else expected
+
+
+def _similarity(values: Values, probe: Probe, windows: Sequence[int]) -> Values:
+    """Return max-sim scores [queries, documents] of raw embeddings, of some of the windows."""
+    unit = values.astype(np.float64)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    parts = np.split(unit, np.cumsum([window.scored for window in probe.windows])[:-1])
+    queries, documents = (
+        [parts[i] for i in windows if probe.windows[i].stratum == kind]
+        for kind in ("query", "document")
+    )
+    return metrics.max_sim(queries, documents)
+
+
+def _cosine_and_norm(ours: Values, theirs: Values) -> tuple[float, float]:
+    """Return the mean cosine of rows [n, D] and the mean ratio of their norms."""
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosine = np.sum(a * b, axis=1) / (norms[0] * norms[1])
+    return float(cosine.mean()), float(np.mean(norms[0] / norms[1]))
+
+
+# Verdicts ----------------------------------------------------------------------------------------
+
+
+def _verdict(
+    deviations: list[Deviation],
+    right: str,
+    engine: Measurement,
+    *,
+    wrong: str,
+    evidence: Sequence[str] = (),
+) -> Verdict:
+    exceeded = [deviation for deviation in deviations if deviation.exceeded]
+    # The one that is nearest to its limit, or furthest beyond, is what a table shows.
+    deviations = sorted(deviations, key=_part_of_limit, reverse=True)
+    return Verdict(
+        "fail" if exceeded else "pass",
+        wrong if exceeded else right,
+        tuple(deviations),
+        n=len(engine.values),
+        kernels=engine.provenance.kernels,
+        emulated=engine.provenance.emulated,
+        evidence=tuple(f"found      {line}" for line in evidence),
+    )
+
+
+def _part_of_limit(deviation: Deviation) -> float:
+    if np.isnan(deviation.measured):
+        return float("inf")
+    if deviation.allowed == 0:
+        return float("inf") if deviation.measured else 0.0
+    return deviation.measured / deviation.allowed
+
+
+def _max(values: Values) -> float:
+    return float(values.max())  # NaN wins, and exceeds every allowance

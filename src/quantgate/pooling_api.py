@@ -1,0 +1,148 @@
+"""What quantgate adds to vLLM's pooling models: their first spelling, and heads in full precision.
+
+    LLM(model=…, task="token_classification", model_config={"num_labels": 5})
+    llm.encode(text)[0].data
+
+mean today's `runner="pooling"`, `pooler_config={"task": "token_classify", "use_activation": False}`
+and `encode(text, pooling_task="token_classify")[0].outputs.data`. What a user says of the labels is
+checked against the checkpoint before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from quantgate.formats.groups import group_of
+from quantgate.scoremode.hooks import replace_method
+from quantgate.task import GENERATE, HEADS, label_names, task_of
+
+# The tasks of the first spelling; both give logits for each token.
+TOKEN_TASKS = ("token_classification", "token_reward")
+NO_LABELS = "has no head for labels"
+
+
+def patch_llm(module: ModuleType) -> None:
+    """Let `LLM` take `task=` and `model_config=`, and `encode` know its engine's task."""
+
+    def init(stock: Any, llm: Any, model: Any, **options: Any) -> Any:
+        task = options.pop("task", None)
+        if task is None:
+            return stock(model, **options)
+        settings = options.pop("model_config", None) or {}
+        started = stock(model, **{**token_task_options(model, task, settings), **options})
+        llm.token_task = task
+        return started
+
+    def encode(
+        stock: Any, llm: Any, prompts: Any, pooling_params: Any = None, **options: Any
+    ) -> Any:
+        if options.get("pooling_task") is None:
+            pooler = llm.llm_engine.model_config.pooler_config
+            options["pooling_task"] = pooler and pooler.task
+        if hasattr(llm, "token_task"):
+            refuse_empty(prompts)
+        return stock(prompts, pooling_params, **options)
+
+    replace_method(module, "LLM.__init__", init)
+    replace_method(module, "LLM.encode", encode)
+
+
+def token_task_options(model: Any, task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return today's options of `LLM` for a task of the first spelling, or raise a `ValueError`.
+
+    `settings` may hold `num_labels`, which must be what the checkpoint says.
+    """
+    if task not in TOKEN_TASKS:
+        raise ValueError(
+            f"task='{task}' is none of {', '.join(TOKEN_TASKS)}; vLLM's own tasks are given as "
+            'runner="pooling" and pooler_config={"task": …}.'
+        )
+    if unknown := sorted(set(settings) - {"num_labels"}):
+        raise ValueError(f"model_config takes num_labels only, got {', '.join(unknown)}.")
+    config = _config_of(model)
+    architectures = ", ".join(config.get("architectures") or ["model of unknown architecture"])
+    if task_of(config) in (GENERATE, "token_embed"):
+        raise ValueError(
+            f"{model}: a {architectures} {NO_LABELS}; task='{task}' is for a checkpoint that was "
+            "trained as a token classifier or a reward model."
+        )
+    held = num_labels(config)
+    given = settings.get("num_labels", held)
+    if given != held:
+        names = ", ".join(label_names(config)[:8])
+        raise ValueError(
+            f"{model}: num_labels is {given!r}, but the checkpoint has {held} labels"
+            + (f" ({names})" if names else "")
+            + "; leave num_labels out, or correct it."
+        )
+    pooler = {"task": "token_classify", "tok_pooling_type": "ALL", "use_activation": False}
+    return {"runner": "pooling", "pooler_config": pooler}
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(str(model))[0]
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{model}: its config.json cannot be read ({reason}).") from None
+    return config
+
+
+def num_labels(config: Mapping[str, Any]) -> int:
+    """Return how many labels a config says; transformers' default is two."""
+    return len(label_names(config)) or int(config.get("num_labels", 2))
+
+
+def refuse_empty(prompts: Any) -> None:
+    """Raise a `ValueError` where a prompt has no token: there would be nothing to label."""
+    for number, prompt in enumerate(_each(prompts)):
+        content = prompt
+        if isinstance(prompt, Mapping):
+            content = prompt.get("prompt_token_ids") or prompt.get("prompt")
+        if not content:
+            raise ValueError(f"prompt {number} is empty; there is no token in it to label.")
+
+
+def _each(prompts: Any) -> Iterator[Any]:
+    one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
+    yield from [prompts] if one else prompts
+
+
+def patch_outputs(module: Any) -> None:
+    """Give `PoolingRequestOutput` the `data` of its outputs."""
+    module.PoolingRequestOutput.data = property(lambda output: output.outputs.data)
+
+
+def patch_quantization(module: ModuleType) -> None:
+    """Keep heads of models that pool in full precision.
+
+    vLLM 0.32.0 gives the head of a reward model no name, so that `ignore` cannot name it: it would
+    be loaded as a quantized layer, which fails, or gives NaN. A head that is quantized on disk
+    cannot be served right with a bias, so it is refused.
+    """
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    def get_quant_method(stock: Any, config: Any, layer: Any, prefix: str) -> Any:
+        if not isinstance(layer, LinearBase) or not _is_head(prefix):
+            return stock(layer, prefix)
+        named = {"config_groups": {"group": {"targets": ["Linear"]}}, "ignore": config.ignore}
+        kept = [name for name in HEADS if group_of(name, "Linear", named) is None]
+        if prefix in kept or (not prefix and kept):
+            return UnquantizedLinearMethod()
+        raise ValueError(
+            f"the head '{prefix or 'score'}' is quantized, which vLLM cannot serve with a bias: "
+            "quantize the model again with its head in `ignore`."
+        )
+
+    replace_method(module, "CompressedTensorsConfig.get_quant_method", get_quant_method)
+
+
+def _is_head(prefix: str) -> bool:
+    from vllm.config import get_current_vllm_config
+
+    pools = get_current_vllm_config().model_config.runner_type == "pooling"
+    return pools and (not prefix or prefix in HEADS)

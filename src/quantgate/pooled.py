@@ -128,7 +128,6 @@ def batching(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge that what a request gets depends on nothing else, with chunked prefill and without."""
     engine = sources.engine(checkpoint, "float32")
     probe = sources.probe_of(checkpoint)
-    chunked = sources.batches(checkpoint, chunked=True)
     whole = sources.batches(checkpoint, chunked=False)
     rows = _rows_of(whole.windows, probe)
 
@@ -138,11 +137,17 @@ def batching(sources: Sources, checkpoint: Checkpoint) -> Verdict:
 
     deviations = [
         deviation("shuffled in one batch", whole.together),
-        deviation(f"in chunks of {CHUNK} tokens", chunked.alone),
-        deviation("shuffled and in chunks", chunked.together),
         deviation("with the whole probe", engine.values[rows]),
     ]
     right = f"{len(whole.windows)} windows give the same however they are served"
+    if whole.chunkable:
+        chunked = sources.batches(checkpoint, chunked=True)
+        deviations += [
+            deviation(f"in chunks of {CHUNK} tokens", chunked.alone),
+            deviation("shuffled and in chunks", chunked.together),
+        ]
+    else:
+        right += "; vLLM does not cut the prompts of this model into chunks"
     return _verdict(deviations, right, engine, wrong="what is served depends on what else is")
 
 

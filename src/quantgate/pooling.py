@@ -78,6 +78,9 @@ class Batches:
     """All in one batch, in another order."""
     scores: NDArray[np.float64] | None = None
     """What `LLM.score` gives for the queries and documents among them [queries, documents]."""
+    chunkable: bool = True
+    """Whether this engine's prompts can be cut into chunks: not those of a model that reads both
+    ways."""
 
 
 def batches(llm: LLM, probe: Probe) -> Batches:
@@ -96,7 +99,8 @@ def batches(llm: LLM, probe: Probe) -> Batches:
         queries, documents = (texts_of(probe, windows, kind) for kind in ("query", "document"))
         found = [llm.score(query, documents, use_tqdm=False) for query in queries]
         scores = np.array([[output.outputs.score for output in row] for row in found])
-    return Batches(windows, np.concatenate(alone), np.concatenate(together), scores)
+    chunkable = llm.llm_engine.model_config.is_chunked_prefill_supported
+    return Batches(windows, np.concatenate(alone), np.concatenate(together), scores, chunkable)
 
 
 def texts_of(probe: Probe, windows: Sequence[int], stratum: str) -> list[str]:

@@ -32,7 +32,7 @@ def test_gate_json_keeps_its_contract() -> None:
     ]  # fmt: skip
     x, y = content["checkpoints"]
     assert (content["verdict"], x["verdict"], y["verdict"]) == ("fail", "fail", "not-run")
-    assert (x["id"], x["scheme"], x["emulated"]) == ("x", "W4A16", ["K"])
+    assert (x["id"], x["scheme"], x["task"], x["emulated"]) == ("x", "W4A16", "generate", ["K"])
     assert x["checks"][0] == {
         "name": "quality", "verdict": "pass", "measured": 0.5, "allowed": 1.0, "unit": "nat",
         "n": 7, "mde": 0.25, "detail": HOSTILE, "attribution": None, "known_failure": None,

@@ -326,7 +326,7 @@ TASKS = {
         lambda: qwen2(Qwen2ForTokenClassification, NER_LABELS), entity_examples, passes=1
     ),
     "ner-bert": Task(
-        lambda: bert(BertForTokenClassification, **_labels(NER_LABELS)), entity_examples, passes=3
+        lambda: bert(BertForTokenClassification, **_labels(NER_LABELS)), entity_examples, passes=8
     ),
     # Soft labels and a low rate: a model that is sure of itself amplifies float32's rounding, and
     # what is looked for in float32 hides in that.

@@ -74,7 +74,10 @@ class _Watch:
     def __init__(self, model: Any) -> None:
         from vllm.model_executor.layers.linear import LinearBase
 
-        packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        # The body may know what is packed when the model with its head does not.
+        packed: dict[str, list[str]] = {}
+        for module in reversed(list(model.modules())):
+            packed |= getattr(module, "packed_modules_mapping", {})
         linears = {n: m for n, m in model.named_modules() if isinstance(m, LinearBase)}
         self.layouts = {name: _layout(name, module, packed) for name, module in linears.items()}
         self.seen: dict[str, list[torch.Tensor]] = {}

@@ -42,9 +42,20 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge what a request that asks for nothing gets: the config's function of the raw outputs."""
     engine = sources.engine(checkpoint, "float32")
     assert engine.activated is not None
-    raw, given = engine.values.astype(np.float64), engine.activated.astype(np.float64)
-    kind, expected = _activated(raw, checkpoint)
-    deviations = [Deviation("max |Δ output|", _max(np.abs(given - expected)), ACTIVATION_MAX, "")]
+    given = engine.activated.astype(np.float64)
+    kind, expected = _activated(engine.values, checkpoint)
+    # The raw outputs are another request's, and no activation moves more than its input.
+    deviations = [
+        _same(
+            "output",
+            given,
+            expected,
+            sources,
+            checkpoint,
+            lambda values: _activated(values, checkpoint)[1],
+            BATCHING_MAX,
+        )
+    ]
     if kind == "softmax":
         off = _max(np.abs(given.sum(axis=1) - 1))
         deviations.append(Deviation("max |sum of probabilities - 1|", off, ACTIVATION_MAX, ""))
@@ -62,6 +73,7 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
 def _activated(raw: Values, checkpoint: Checkpoint) -> tuple[str, Values]:
     from scipy.special import expit, softmax
 
+    raw = raw.astype(np.float64)
     if checkpoint.task == EMBED:
         return "unit norm", raw / np.linalg.norm(raw, axis=1, keepdims=True)
     kind = activation_of(read_config(checkpoint.directory), raw.shape[1])
@@ -210,18 +222,20 @@ def _same(
     """Return how far two ways of serving the same are apart, beside what that may be.
 
     Where inputs are quantized, a sum in another order flips codes, and flips cascade: there the
-    mean may be `ROUNDING_FACTOR` times what float32 costs the reference, `derive`d likewise.
+    mean may be `ROUNDING_FACTOR` times what float32 costs the reference, `derive`d likewise, if
+    that is more.
     """
     delta = np.abs(measured.astype(np.float64) - expected)
+    allowed = fp32_max(checkpoint.task) if limit is None else limit
     config = read_config(checkpoint.directory)
     if not quantizes_activations(config.get("quantization_config")):
-        allowed = fp32_max(checkpoint.task) if limit is None else limit
         return Deviation(f"{what}: max |Δ|", _max(delta), allowed, "")
     exact, rounded = (
         derive(sources.reference(checkpoint, dtype).values) for dtype in ("float64", "float32")
     )
     floor = float(np.mean(np.abs(exact.astype(np.float64) - rounded)))
-    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), floor * ROUNDING_FACTOR, "")
+    allowed = max(allowed, floor * ROUNDING_FACTOR)
+    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "")
 
 
 def _rows_of(windows: Sequence[int], probe: Probe) -> NDArray[np.int64]:

@@ -212,8 +212,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
     run.left_out = [(_subject(item), str(reasons[item])) for item in dropped]
     for item in runnable:
-        name = _params(item)["checkpoint"].id
-        run.results[item.nodeid] = CheckResult(name, run.schemes[name], _check_name(item), PENDING)
+        checkpoint = _params(item)["checkpoint"]
+        run.results[item.nodeid] = CheckResult(
+            checkpoint.id,
+            run.schemes[checkpoint.id],
+            _check_name(item),
+            PENDING,
+            task=checkpoint.task,
+        )
 
 
 def _keep_together(items: list[pytest.Item]) -> None:

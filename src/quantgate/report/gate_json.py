@@ -34,6 +34,7 @@ def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
     return {
         "id": results[0].checkpoint,
         "scheme": results[0].scheme,
+        "task": results[0].task,
         "verdict": worst([result.verdict.counted for result in results]),
         "emulated": sorted({name for result in results for name in result.verdict.emulated}),
         "checks": [_check(result) for result in results],

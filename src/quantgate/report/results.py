@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from quantgate.task import GENERATE, Task
 from quantgate.verdict import Outcome, Verdict, worst
 
 
@@ -21,6 +22,7 @@ class CheckResult:
     verdict: Verdict
     seconds: float = 0.0
     """How long its test took; the first check to need a measurement pays for it."""
+    task: Task = GENERATE
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, which cross from an xdist worker to its controller."""

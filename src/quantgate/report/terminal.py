@@ -22,14 +22,15 @@ STYLE: dict[Outcome, str] = {
 def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     """Return the results and the verdict on all of them.
 
-    One checkpoint has a row for each check. Several have one row each, and below it the checks
-    that are not a pass.
+    One checkpoint has a row for each check. Several have one row each, in a table for each task,
+    and below them the checks that are not a pass.
     """
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=color, highlight=False)
     ids = list(dict.fromkeys(result.checkpoint for result in results))
     if len(ids) > 1:
-        console.print(_overview(results, ids))
+        for task in dict.fromkeys(result.task for result in results):
+            console.print(_overview([result for result in results if result.task == task]))
     detailed = [r for r in results if len(ids) == 1 or r.verdict.outcome != "pass"]
     if detailed:
         console.print(*([""] if len(ids) > 1 else []), _checks(detailed), sep="\n")
@@ -41,7 +42,8 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     return stream.getvalue()
 
 
-def _overview(results: list[CheckResult], ids: list[str]) -> Table:
+def _overview(results: list[CheckResult]) -> Table:
+    ids = list(dict.fromkeys(result.checkpoint for result in results))
     checks = list(dict.fromkeys(result.check for result in results))
     rows = _table("checkpoint", "scheme", "verdict")
     for check in checks:
@@ -73,7 +75,7 @@ def _outcome(verdict: Verdict) -> str:
 
 def _checks(results: list[CheckResult]) -> Table:
     rows = _table("checkpoint", "scheme", "check", "verdict")
-    for heading in ("measured, nat", "allowed", "tokens", "MDE"):
+    for heading in ("measured", "allowed", "n", "MDE"):
         rows.add_column(heading, justify="right", no_wrap=True)
     rows.add_column("kernels", no_wrap=True)
     for result in results:
@@ -110,8 +112,10 @@ def _cells(result: CheckResult) -> list[Text]:
     figures = ["", ""]
     if headline:
         sign = "±" if headline.two_sided else ""
-        unit = "" if headline.unit.startswith("nat") else f" {headline.unit}"
-        figures = [f"{headline.measured:.3g}{unit}", f"{sign}{headline.allowed:.3g}"]
+        figures = [
+            f"{headline.measured:.3g} {headline.unit}".rstrip(),
+            f"{sign}{headline.allowed:.3g}",
+        ]
     cells: list[str | Text] = [
         result.checkpoint,
         result.scheme,

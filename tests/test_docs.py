@@ -21,7 +21,7 @@ def test_its_options_exist(readme: str, root: Path) -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "pytest", "--help"], cwd=root, capture_output=True, text=True
     ).stdout
-    for tool in ("regen_golden", "perplexity"):
+    for tool in ("regen_golden", "perplexity", "token_classification"):
         helped += subprocess.run(
             [sys.executable, f"tools/{tool}.py", "--help"], cwd=root, capture_output=True, text=True
         ).stdout
@@ -59,8 +59,16 @@ def test_its_checkpoint_file_is_one(readme: str, tmp_path: Path) -> None:
     assert checkpoint.budget["quality"].margin == 0.05
 
 
-def test_its_python_runs(readme: str, root: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+@pytest.mark.parametrize(
+    ("document", "answer"),
+    [
+        ("README.md", r"^\d+\.\d+ nat per token$"),
+        ("docs/pooling.md", r"^\(20, 6\)$"),
+    ],
+)
+def test_the_python_runs(root: Path, document: str, answer: str) -> None:
+    text = (root / document).read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     result = subprocess.run(
         [sys.executable, "-c", block],
         cwd=root,
@@ -69,7 +77,7 @@ def test_its_python_runs(readme: str, root: Path) -> None:
         env=ENGINE_ENVIRONMENT,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert re.search(r"^\d+\.\d+ nat per token$", result.stdout, re.MULTILINE)
+    assert re.search(answer, result.stdout, re.MULTILINE), result.stdout
 
 
 def test_the_perplexity_commands_are_accepted(

@@ -4,10 +4,8 @@ import copy
 import json
 import pickle
 import re
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import ENGINE_ENVIRONMENT
+from harness import ENGINE_ENVIRONMENT, running_server
 
 from quantgate.scoremode.request import SCORE_KEY
 
@@ -151,47 +149,12 @@ def expected_scores(root: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """vLLM's OpenAI server with the plugin, as `vllm serve` starts it; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """vLLM's OpenAI server with the plugin; its address."""
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    options = {
-        "model": root / "fixtures/tiny/llama",
-        "served-model-name": "tiny",
-        "dtype": "float32",
-        "max-model-len": 256,
-        "host": "127.0.0.1",
-        "port": port,
-    }
-    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, *arguments, "--enforce-eager"],
-            stdout=out,
-            stderr=out,
-            env={**ENGINE_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while not healthy(address):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
+    with running_server(
+        root / "fixtures/tiny/llama", log, "--served-model-name=tiny", "--max-model-len=256"
+    ) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def complete(server: str, **fields: Any) -> tuple[int, dict[str, Any]]:

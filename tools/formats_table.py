@@ -1,15 +1,17 @@
-"""Write the README's table of formats from a gate run, and what vLLM has for each by itself.
+"""Write the tables of formats in README.md and docs/pooling.md from a gate run.
 
     make gate
     python tools/formats_table.py
 
-A row says which kernel serves a format in the gate, which one of its own vLLM's CPU build would
-take on this machine, and how far the engine is from its reference.
+A row of the README says which kernel serves a format in the gate, which one of its own vLLM's CPU
+build would take on this machine, and how far the engine is from its reference. A row of
+docs/pooling.md says that of a model that labels, rewards or embeds, and what its task came to.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from quantgate.checkpoint import (
     read_checkpoint_files,
 )
 from quantgate.engine import EngineFailure
+from quantgate.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+POOLING = ROOT / "docs" / "pooling.md"
 BEGIN, END = "<!-- formats: tools/formats_table.py writes this -->\n", "<!-- end of formats -->\n"
 HEADINGS = (
     "format",
@@ -35,6 +39,15 @@ HEADINGS = (
     "fp32, max",
     "replay, mean",
     "bf16, mean",
+)
+POOLING_HEADINGS = (
+    "task",
+    "checkpoint",
+    "format",
+    "fp32, max",
+    "replay, max",
+    "bf16, mean",
+    "base → quantized",
 )
 # Built by tools/quantize_tiny.py and refused by vLLM, so that there is nothing to gate.
 NOT_LOADABLE = ("tiny-llama-w4a16-actorder",)
@@ -74,7 +87,7 @@ def rows(report: dict[str, Any], checkpoints: dict[str, Checkpoint]) -> list[lis
     found = []
     for entry in report["checkpoints"]:
         checkpoint = checkpoints[entry["id"]]
-        if checkpoint.engine.kernels != "portable":
+        if checkpoint.engine.kernels != "portable" or checkpoint.task != GENERATE:
             continue
         checks = {check["name"]: check for check in entry["checks"]}
         found.append(
@@ -94,9 +107,31 @@ def rows(report: dict[str, Any], checkpoints: dict[str, Checkpoint]) -> list[lis
     return found
 
 
+def pooling_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Return the table's cells, a row for each checkpoint of the report that pools."""
+    found = []
+    for entry in report["checkpoints"]:
+        if entry["task"] == GENERATE:
+            continue
+        checks = {check["name"]: check for check in entry["checks"]}
+        (metric, value), (_, base) = checks["quality"]["figures"].items()
+        found.append(
+            [
+                entry["task"],
+                entry["id"],
+                entry["scheme"],
+                figure(checks["fidelity-float32"], "max"),
+                figure(checks["replay-float32"], "max"),
+                figure(checks["fidelity-serving"], "mean"),
+                f"{metric} {base:.4f} → {value:.4f}",
+            ]
+        )
+    return found
+
+
 def figure(check: dict[str, Any], kind: str) -> str:
-    """Return a check's mean or largest |Δ log-prob|, in nat; with its verdict unless a pass."""
-    value = f"{check['figures'][f'{kind} |Δ log-prob|']:.1e}"
+    """Return a check's mean or largest |Δ| of what it compares; with its verdict unless a pass."""
+    (value,) = (f"{v:.1e}" for name, v in check["figures"].items() if name.startswith(f"{kind} |Δ"))
     return value if check["verdict"] == "pass" else f"{value} ({check['verdict']})"
 
 
@@ -104,27 +139,33 @@ def _code(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def markdown(cells: list[list[str]]) -> str:
+def markdown(headings: Sequence[str], cells: list[list[str]]) -> str:
     """Return a Markdown table."""
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *cells]
+    lines = [headings, ["---"] * len(headings), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def put(document: Path, table: str) -> None:
+    """Write a table between the two marks of a document."""
+    before, _, rest = document.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_atomically(document, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
 def main() -> int:
-    """Write the table between its two marks in the README."""
-    parser = argparse.ArgumentParser(description="Write the README's table of formats.")
+    """Write both tables between their marks."""
+    parser = argparse.ArgumentParser(description="Write the tables of formats.")
     parser.add_argument("--report", type=Path, default=ROOT / "report" / "gate.json")
     path = parser.parse_args().report
     try:
         if not path.exists():
             raise BadInput(f"{path}: no such report; run `make gate` first.")
-        table = markdown(rows(json.loads(path.read_text()), read_checkpoint_files(ROOT)))
+        report = json.loads(path.read_text())
+        put(README, markdown(HEADINGS, rows(report, read_checkpoint_files(ROOT))))
+        put(POOLING, markdown(POOLING_HEADINGS, pooling_rows(report)))
     except (BadInput, EngineFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_atomically(README, f"{before}{BEGIN}\n{table}\n{END}{after}")
     return 0
 
 

@@ -38,7 +38,7 @@ from quantgate.verdict import Verdict, not_run
 DEVICES = ("cpu", "cuda")
 DEFAULT_CACHE = Path(".gate-cache")
 # What the widest table needs; a narrower terminal wraps its lines, which loses nothing.
-TABLE_WIDTH = 160
+TABLE_WIDTH = 176
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -333,8 +333,10 @@ def test_few_tokens_of_every_stratum_are_captured(shapes: list[tuple[str, int]])
     windows = tuple(Window(f"{i}", s, 1, (3,) * n, "") for i, (s, n) in enumerate(shapes))
     chosen = engine.replay_windows(Probe("p", 5, windows))
     strata = [windows[i].stratum for i in chosen]
-    assert len(set(strata)) == len(strata) >= 1
+    assert len(set(chosen)) == len(chosen) >= 1
     assert len(windows[chosen[0]].ids) == min(n for _, n in shapes)
+    # None has a second window before each has its first.
+    assert len(set(strata)) in (len(strata), len({s for s, _ in shapes}))
     tokens = sum(len(windows[i].ids) for i in chosen)
     assert len(chosen) == 1 or tokens <= engine.REPLAY_TOKENS
 

@@ -104,15 +104,19 @@ def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
 
 
 def replay_windows(probe: Probe) -> list[int]:
-    """Return the windows to capture: the shortest of each stratum, while they are few tokens."""
+    """Return the windows to capture, while they are few tokens: short ones, of every stratum."""
+    by_length = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
+    seen: set[str] = set()
+    first: list[int] = []
+    others: list[int] = []
+    for index in by_length:
+        stratum = probe.windows[index].stratum
+        (others if stratum in seen else first).append(index)
+        seen.add(stratum)
     chosen: list[int] = []
     tokens = 0
-    order = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
-    for index in order:
-        window = probe.windows[index]
-        if window.stratum in {probe.windows[i].stratum for i in chosen}:
-            continue
-        tokens += len(window.ids)
+    for index in [*first, *others]:
+        tokens += len(probe.windows[index].ids)
         if chosen and tokens > REPLAY_TOKENS:
             break
         chosen.append(index)

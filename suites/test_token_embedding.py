@@ -43,6 +43,7 @@ def test_batching(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
 
 
 @pytest.mark.needs("base")
+@pytest.mark.needs("own_metric")
 def test_quality(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
     """Queries find their documents as well as with the base's embeddings."""
     gate.judge(pooled.quality(gate.sources, checkpoint))

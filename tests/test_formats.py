@@ -211,7 +211,7 @@ def test_an_embedded_checkpoints_weights_are_the_librarys(name: str) -> None:
 
 
 def test_every_format_is_embedded() -> None:
-    assert len(EMBEDDED) == 20
+    assert len(EMBEDDED) == 38
     assert len([name for name in EMBEDDED if "actorder" in name]) == 1
 
 

@@ -91,10 +91,21 @@ def test_a_loss_is_shown_with_how_sure_it_is() -> None:
     assert loss.lower < wrong < loss.upper
     # The standard error of a mean of 60 documents' own rates.
     rates = (worse != expected).reshape(60, 20).mean(axis=1)
-    assert loss.standard_error == pytest.approx(rates.std(ddof=1) / 60**0.5, rel=0.1)
+    bootstrapped = (loss.standard_error**2 - 1 / 62**2) ** 0.5
+    assert bootstrapped == pytest.approx(rates.std(ddof=1) / 60**0.5, rel=0.1)
     assert loss.minimum_detectable_effect() == pytest.approx(2.486 * loss.standard_error, rel=1e-3)
-    nothing = metrics.paired_loss(perfect, perfect, 60)
-    assert (nothing.loss, nothing.lower, nothing.upper) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("documents", [30, 200])
+def test_no_change_is_no_proof(documents: int) -> None:
+    """As many documents as change nothing leave room for a loss that they would not show."""
+    probe = probe_of([5] * documents)
+    labels = np.zeros(5 * documents)
+    same = metrics.accuracy("accuracy", labels, labels, probe)
+    nothing = metrics.paired_loss(same, same, documents)
+    assert nothing.loss == 0.0
+    assert nothing.upper == pytest.approx(1.645 / (documents + 2), rel=1e-3)
+    assert nothing.minimum_detectable_effect() > nothing.upper
 
 
 def test_retrieval_finds_its_own_document() -> None:

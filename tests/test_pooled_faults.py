@@ -35,10 +35,10 @@ def quiet(_: str) -> None:
     pass
 
 
-def few(task: Task) -> Probe:
-    """The embedded probe's first windows: enough for the statistics, and faster."""
-    whole = embedded_probe(ROOT, task)
-    return dataclasses.replace(whole, windows=whole.windows[:32])
+def few(task: Task, quality: bool) -> Probe:
+    """The embedded probe's first windows: enough for what is tested, and faster."""
+    whole = embedded_probe(ROOT, task, quality=quality)
+    return dataclasses.replace(whole, windows=whole.windows[: 64 if quality else 32])
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_a_scale_that_is_a_twentieth_too_large_is_found(
     directory = copy_of(name)
     change_tensors(directory, stretch_a_layer)
     checkpoint = embedded(name, directory)
-    whole = Sources(lambda task: embedded_probe(ROOT, task), quiet)
+    whole = Sources(lambda task, _: embedded_probe(ROOT, task), quiet)
     probe = whole.probe_of(checkpoint)
     path = golden_path(ROOT, name, "drift-float32", "cpu")
     golden = from_json(path.read_text(), probe, path).measurement
@@ -272,7 +272,7 @@ def test_a_second_bos_is_refused(copy_of: Callable[[str], Path]) -> None:
     tokenizer["post_processor"]["single"] = [template[0], *template]
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(BadInput, match=r"its tokenizer puts two '<\|bos\|>' in front of a text"):
-        probe_for(few("token_classify"), directory)
+        probe_for(few("token_classify", quality=False), directory)
 
 
 # Through the gate, as a user sees them -----------------------------------------------------------

@@ -251,9 +251,9 @@ def test_a_warm_cache_does_no_forward_pass(
     quantized: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(id="x", source=str(quantized))
-    cold = Sources(lambda _: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     monkeypatch.setattr(reference.StreamedModel, "__init__", None)
-    warm = Sources(lambda _: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    warm = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     assert warm.logprob.tobytes() == cold.logprob.tobytes()
     assert warm.top1.tobytes() == cold.top1.tobytes()
     assert warm.hidden is not None
@@ -261,19 +261,19 @@ def test_a_warm_cache_does_no_forward_pass(
     assert warm.hidden.tobytes() == cold.hidden.tobytes()
     assert warm.provenance == cold.provenance
     with pytest.raises(TypeError):  # another dtype is another entry
-        Sources(lambda _: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float64")
+        Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float64")
 
 
 def test_a_damaged_entry_is_said_to_be_and_computed_anew(
     quantized: Path, two: Probe, tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(id="x", source=str(quantized))
-    cold = Sources(lambda _: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     (entry,) = tmp_path.iterdir()
     content = bytearray(entry.read_bytes())
     content[-5] ^= 1
     entry.write_bytes(content)
-    again = Sources(lambda _: two, quiet, DiskCache(tmp_path))
+    again = Sources(lambda *_: two, quiet, DiskCache(tmp_path))
     assert again.reference(checkpoint, "float32").logprob.tobytes() == cold.logprob.tobytes()
     assert again.notes == [f"{entry}: not what was written; it was computed anew"]
     assert DiskCache(tmp_path).read(json.loads(_key_of(entry))) is not None
@@ -360,7 +360,7 @@ def test_a_base_is_served_once_for_all_runs(
     assert base is not None
     taken = []
     for _ in range(2):
-        sources = Sources(lambda _: two, quiet, DiskCache(tmp_path))
+        sources = Sources(lambda *_: two, quiet, DiskCache(tmp_path))
         sources.engine(checkpoint, "float32")
         taken.append(sources.engine(base, "float32"))
     assert served == ["tiny-llama-w4a16", "llama", "tiny-llama-w4a16"]
@@ -368,5 +368,5 @@ def test_a_base_is_served_once_for_all_runs(
     assert taken[0].logprob.tobytes() == taken[1].logprob.tobytes()
     # Under other settings it is another measurement.
     other = replace(base, engine=EngineSettings(max_num_batched_tokens=64))
-    Sources(lambda _: two, quiet, DiskCache(tmp_path)).engine(other, "float32")
+    Sources(lambda *_: two, quiet, DiskCache(tmp_path)).engine(other, "float32")
     assert served[-1] == "llama"

@@ -241,7 +241,7 @@ def test_what_does_not_fail_is_nobodys_fault() -> None:
 def fidelity_of(directory: Path, probe: Probe) -> Verdict:
     few = dataclasses.replace(probe, windows=probe.windows[:3])
     return fidelity.float32(
-        Sources(lambda _: few, quiet), Checkpoint(id="x", source=str(directory), engine=SETTINGS)
+        Sources(lambda *_: few, quiet), Checkpoint(id="x", source=str(directory), engine=SETTINGS)
     )
 
 

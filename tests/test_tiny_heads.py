@@ -74,10 +74,13 @@ def test_the_models_are_small(heads: ModuleType) -> None:
     assert sum(sizes) <= 40e6
 
 
+@pytest.mark.parametrize("kind", ["", "-quality"])
 @pytest.mark.parametrize("name", ["entities", "steps", "graded", "retrieval"])
-def test_a_probe_is_what_its_command_writes(heads: ModuleType, tokenizer: Any, name: str) -> None:
-    stored = (ROOT / "fixtures" / "probes" / f"{name}.jsonl").read_text(encoding="utf-8")
-    assert stored == "".join(heads.probe_lines(name, tokenizer))
+def test_a_probe_is_what_its_command_writes(
+    heads: ModuleType, tokenizer: Any, name: str, kind: str
+) -> None:
+    stored = (ROOT / "fixtures" / "probes" / f"{name}{kind}.jsonl").read_text(encoding="utf-8")
+    assert stored == "".join(heads.probe_lines(name + kind, tokenizer))
 
 
 def test_a_step_is_right_where_its_thing_belongs_to_the_place(

@@ -47,6 +47,7 @@ NER_LABELS = ("O", *corpus.LABELS)
 STEP_LABELS = ("wrong", "right")
 # Tokens of a probe's window at most: what is approved of each is kept in a golden.
 PROBE_LENGTH = 128
+QUALITY = "-quality"
 STEP_TAG = "Ċ"  # the line end, as this tokenizer spells it
 COLBERT_DIM = 32
 PAD = 2
@@ -370,17 +371,18 @@ TASKS = {
 
 @dataclass(frozen=True)
 class ProbeOf:
-    """What a task is probed with: held-out examples, and how many."""
+    """What a task is probed with: held-out examples, how many, and how many for its quality."""
 
     task: str
     examples: Callable[[Any, str, int], Iterator[Example]]
     count: int
+    for_quality: int = 256
     labels: Sequence[str] = ()
 
 
 PROBES = {
-    "entities": ProbeOf("token_classify", entity_examples, 32, NER_LABELS),
-    "steps": ProbeOf("token_reward", step_examples, 40, STEP_LABELS),
+    "entities": ProbeOf("token_classify", entity_examples, 32, labels=NER_LABELS),
+    "steps": ProbeOf("token_reward", step_examples, 40, labels=STEP_LABELS),
     "graded": ProbeOf("sequence_reward", graded_examples, 80),
     "retrieval": ProbeOf("token_embed", retrieval_examples, 32),
 }
@@ -388,7 +390,7 @@ PROBES = {
 
 def probe_lines(name: str, tokenizer: Any) -> Iterator[str]:
     """The probe file: a header, then one JSON object per window, as quantgate.probe reads it."""
-    made = PROBES[name]
+    made = PROBES[name.removesuffix(QUALITY)]
     header = {
         "probe": name,
         "task": made.task,
@@ -397,7 +399,8 @@ def probe_lines(name: str, tokenizer: Any) -> Iterator[str]:
         "description": (made.examples.__doc__ or "").splitlines()[0],
     }
     yield json.dumps(header, ensure_ascii=False, separators=(",", ":")) + "\n"
-    for index, example in enumerate(made.examples(tokenizer, "heldout", made.count)):
+    count = made.for_quality if name.endswith(QUALITY) else made.count
+    for index, example in enumerate(made.examples(tokenizer, "heldout", count)):
         ids = example.ids[:PROBE_LENGTH]
         labels = [None if label == IGNORED else label for label in example.labels[:PROBE_LENGTH]]
         window: dict[str, Any] = {
@@ -486,7 +489,7 @@ def main() -> int:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     if arguments.probes:
-        for name in PROBES:
+        for name in (*PROBES, *(f"{name}{QUALITY}" for name in PROBES)):
             text = "".join(probe_lines(name, tokenizer))
             write_atomically(ROOT / "fixtures" / "probes" / f"{name}.jsonl", text)
         return 0

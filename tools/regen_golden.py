@@ -8,7 +8,6 @@ Shows old → new for every golden before it is written. Each file is replaced i
 import argparse
 import datetime
 import sys
-from functools import partial
 from pathlib import Path
 
 from quantgate.atomic import write_atomically
@@ -99,7 +98,7 @@ def main() -> int:
             raise BadInput("--reason is empty; say why the golden changes.")
         known = read_checkpoint_files(ROOT)
         sources = Sources(
-            partial(embedded_probe, ROOT),
+            lambda task, quality: embedded_probe(ROOT, task, quality=quality),
             lambda text: print(f"  {text}", file=sys.stderr),
         )
         unknown = sorted(set(arguments.checkpoint) - set(known))

@@ -18,7 +18,7 @@ from quantgate.capture import EXTENSION, Capture, take_capture
 from quantgate.checkpoint import EngineSettings, read_config
 from quantgate.emulation import engine_arguments
 from quantgate.measurement import Measurement, Provenance, pooled
-from quantgate.pooling import encode, outputs, pooling_arguments
+from quantgate.pooling import encode, outputs, pooling_arguments, raw_outputs
 from quantgate.probe import Probe
 from quantgate.scoremode.hooks import require_hooks, vllm_version
 from quantgate.task import GENERATE
@@ -58,16 +58,19 @@ def measure(
     dtype: str,
     announce: Announce,
     capture_into: Path | None = None,
+    meanwhile: Callable[[LLM], None] = lambda _: None,
 ) -> tuple[Measurement, Capture | None]:
     """Score `probe` with the checkpoint in `directory`, served by vLLM in `dtype`.
 
-    With `capture_into`, also write there what every linear saw of a few windows; an engine that
-    compiles or replays graphs is started once more for that, eagerly.
+    `meanwhile` is called with the engine once it has scored: what else it is wanted for. With
+    `capture_into`, also write there what every linear saw of a few windows; an engine that compiles
+    or replays graphs is started once more for that, eagerly.
     """
     pooling = pooling_arguments(directory, probe.task)
     with running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
         announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
         measured = _measured(llm, probe, dtype)
+        meanwhile(llm)
         if capture_into is None:
             return measured, None
         if settings.enforce_eager:
@@ -80,14 +83,19 @@ def measure(
 
 
 def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
-    kernels, emulated = kernel_fingerprint(llm)
-    provenance = _provenance(dtype, kernels, emulated)
+    provenance = _provenance(llm, dtype)
     if probe.task == GENERATE:
         logprob, top1 = score(llm, probe)
         return Measurement(logprob, top1, provenance)
     require_length(llm, probe)
     raw, activated = outputs(llm, probe)
     return pooled(raw, provenance, activated)
+
+
+def measure_raw(llm: LLM, probe: Probe, dtype: str) -> Measurement:
+    """Return the raw outputs of a model that pools, for another probe than it is judged by."""
+    require_length(llm, probe)
+    return pooled(raw_outputs(llm, probe), _provenance(llm, dtype))
 
 
 def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
@@ -276,7 +284,8 @@ def available_devices() -> dict[str, str]:
     return {"cpu": "cpu"}
 
 
-def _provenance(dtype: str, kernels: dict[str, str], emulated: tuple[str, ...]) -> Provenance:
+def _provenance(llm: LLM, dtype: str) -> Provenance:
+    kernels, emulated = kernel_fingerprint(llm)
     ((device, platform),) = available_devices().items()
     return Provenance("engine", device, platform, dtype, kernels, emulated, library_versions())
 

@@ -250,9 +250,8 @@ def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge the task's own metric against the base's, on the same documents: non-inferiority."""
     base = checkpoint.base_checkpoint
     assert base is not None
-    probe = sources.probe_of(checkpoint)
-    engine = sources.engine(checkpoint, "serving")
-    unquantized = sources.engine(base, "serving")
+    probe = sources.probe_of(checkpoint, quality=True)
+    engine, unquantized = sources.for_quality(checkpoint), sources.for_quality(base)
     ours, theirs, said = _metrics(checkpoint, engine, unquantized, probe)
     documents = len(dict.fromkeys(probe.documents))
     found = metrics.paired_loss(ours, theirs, documents)

@@ -66,6 +66,14 @@ def outputs(llm: LLM, probe: Probe) -> tuple[Rows, Rows]:
     return rows_of(probe, found[::2]), rows_of(probe, found[1::2])
 
 
+def raw_outputs(llm: LLM, probe: Probe) -> Rows:
+    """Return raw outputs [n, D] of a probe's rows."""
+    from vllm import PoolingParams
+
+    ids = [window.ids for window in probe.windows]
+    return rows_of(probe, encode(llm, probe.task, ids, PoolingParams(use_activation=False)))
+
+
 @dataclass(frozen=True)
 class Batches:
     """The same few windows, served in two ways by one engine: raw rows [m, D], window by window."""

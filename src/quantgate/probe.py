@@ -191,6 +191,10 @@ EMBEDDED_PROBES: Mapping[Task, str] = {
 }
 
 
-def embedded_probe(root: Path, task: Task) -> Probe:
-    """Return the probe in a project's `fixtures/probes` for a task."""
-    return read_probe(root / "fixtures" / "probes" / f"{EMBEDDED_PROBES[task]}.jsonl")
+def embedded_probe(root: Path, task: Task, *, quality: bool = False) -> Probe:
+    """Return the probe in a project's `fixtures/probes` for a task.
+
+    With `quality`, the one of more documents that a task's own metric is taken of.
+    """
+    name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}"
+    return read_probe(root / "fixtures" / "probes" / f"{name}.jsonl")

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,18 @@ from quantgate.checkpoint import (
     actual_scheme,
     find_checkpoint,
     read_checkpoint_files,
+    read_config,
     verify,
     with_own_task,
 )
 from quantgate.engine import EngineFailure, available_devices, library_versions
-from quantgate.probe import embedded_probe
+from quantgate.probe import Probe, embedded_probe
 from quantgate.report.gate_json import gate_json
 from quantgate.report.junit import junit_xml
 from quantgate.report.results import CheckResult, overall
 from quantgate.report.terminal import table
 from quantgate.sources import Sources
+from quantgate.task import EMBED, GENERATE, Task, task_of
 from quantgate.verdict import Verdict, not_run
 
 DEVICES = ("cpu", "cuda")
@@ -98,7 +99,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
-        "needs(what): left out where a checkpoint has no 'base', 'golden' or 'step_tag'",
+        "needs(what): left out of a checkpoint without a base, golden, step_tag or own_metric",
     )
     config.addinivalue_line("markers", "tasks(name, ...): of checkpoints that do one of these")
     if config.getoption("update_snapshots") or config.getoption("update_new_snapshots_only"):
@@ -252,11 +253,17 @@ def _why_left_out(item: pytest.Item, devices: dict[str, str]) -> str | None:
     for marker in item.iter_markers("needs"):
         if marker.args[0] == "base" and checkpoint.base is None:
             return "no base is named; give --base, or base in its file"
+        if marker.args[0] == "own_metric" and _is_converted(checkpoint):
+            return "it generates, and is judged by its perplexity: its embeddings have no task"
         if marker.args[0] == "golden" and not checkpoint.golden:
             return "it has no golden: given by path, or golden = false in its file"
         if marker.args[0] == "step_tag" and checkpoint.step_tag_id is None:
             return "no step_tag_id is in its file"
     return None
+
+
+def _is_converted(checkpoint: Checkpoint) -> bool:
+    return checkpoint.task == EMBED and task_of(read_config(checkpoint.directory)) == GENERATE
 
 
 def _check_name(item: pytest.Item) -> str:
@@ -319,8 +326,12 @@ def gate(request: pytest.FixtureRequest) -> Gate:
     if run.sources is None:
         cache = DiskCache(request.config.getoption("gate_cache") or run.root / DEFAULT_CACHE)
         announce = _announcer(request.config)
-        run.sources = Sources(partial(embedded_probe, run.root), announce, cache)
+        run.sources = Sources(_probes(run.root), announce, cache)
     return Gate(run, run.sources, request.node)
+
+
+def _probes(root: Path) -> Callable[[Task, bool], Probe]:
+    return lambda task, quality: embedded_probe(root, task, quality=quality)
 
 
 def _announcer(config: pytest.Config) -> Callable[[str], None]:

@@ -26,7 +26,7 @@ from quantgate.pooling import Batches, Steps, batches, steps
 from quantgate.probe import Probe, probe_for
 from quantgate.reference import DequantizerName
 from quantgate.replay import Replay, replay
-from quantgate.task import Task
+from quantgate.task import GENERATE, Task
 
 SERVING = "serving"
 # Settings from outside that change how a CPU computes: a measurement under others is another.
@@ -41,15 +41,16 @@ class Sources:
     under test are always served anew.
     """
 
-    probes: Callable[[Task], Probe]
-    """The probe of a task, in the ids of the tokenizer that it was made with."""
+    probes: Callable[[Task, bool], Probe]
+    """The probe of a task, in the ids of the tokenizer that it was made with; the larger one, of
+    models that pool, where the second argument is true."""
     announce: Announce
     cache: DiskCache | None = None
     notes: list[str] = field(default_factory=list)
     """What the run's reader must know, e.g. that a probe was tokenized anew."""
     _taken: dict[tuple[object, ...], Any] = field(default_factory=dict)
     _captures: dict[tuple[object, ...], Capture | None] = field(default_factory=dict)
-    _probes: dict[str, Probe] = field(default_factory=dict)
+    _probes: dict[tuple[str, bool], Probe] = field(default_factory=dict)
     _scratch: Path | None = None
     """Where captures lie; gone with this object, or with the process."""
 
@@ -60,6 +61,10 @@ class Sources:
         # What is compared with another engine's result need not be captured.
         capture_into = None if checkpoint.is_base else self._capture_directory(len(self._captures))
 
+        def meanwhile(llm: Any) -> None:
+            if dtype == resolve_dtype(checkpoint, SERVING) and checkpoint.task != GENERATE:
+                self._measure_for_quality(llm, checkpoint)
+
         def measure(announce: Announce) -> Measurement:
             measured, self._captures[key] = engine.measure(
                 checkpoint.directory,
@@ -68,15 +73,50 @@ class Sources:
                 dtype=dtype,
                 announce=announce,
                 capture_into=capture_into,
+                meanwhile=meanwhile,
             )
             return measured
 
-        stored_as = None
-        if checkpoint.is_base:
-            settings = {"settings": asdict(checkpoint.engine), "arithmetic": _arithmetic()}
-            stored_as = self._disk_key("engine", checkpoint, dtype, **settings)
+        stored_as = self._engine_disk_key(checkpoint, dtype, self.probe_of(checkpoint))
         found: Measurement = self._once(key, checkpoint, measure, stored_as)
         return found
+
+    def for_quality(self, checkpoint: Checkpoint) -> Measurement:
+        """Measure raw outputs of the larger probe, in the dtype that is served.
+
+        The engine of `engine(checkpoint, "serving")` does it on the way, where that one runs.
+        """
+        probe = self.probe_of(checkpoint, quality=True)
+        dtype = resolve_dtype(checkpoint, SERVING)
+        key = self._key("vLLM, for quality", checkpoint, dtype, probe)
+
+        def measure(announce: Announce) -> Measurement:
+            self._with_engine(checkpoint, dtype, {}, self._measure_for_quality, announce)
+            found: Measurement = self._taken[key]
+            return found
+
+        found: Measurement = self._once(
+            key, checkpoint, measure, self._engine_disk_key(checkpoint, dtype, probe)
+        )
+        return found
+
+    def _measure_for_quality(self, llm: Any, checkpoint: Checkpoint) -> None:
+        probe = self.probe_of(checkpoint, quality=True)
+        dtype = resolve_dtype(checkpoint, SERVING)
+        found = engine.measure_raw(llm, probe, dtype)
+        self._taken[self._key("vLLM, for quality", checkpoint, dtype, probe)] = found
+        stored_as = self._engine_disk_key(checkpoint, dtype, probe)
+        if self.cache is not None and stored_as is not None:
+            self.cache.write(stored_as, _to_arrays(found))
+
+    def _engine_disk_key(
+        self, checkpoint: Checkpoint, dtype: str, probe: Probe
+    ) -> dict[str, Any] | None:
+        """Return what a base's measurement is kept under; None for what is under test."""
+        if not checkpoint.is_base:
+            return None
+        settings = {"settings": asdict(checkpoint.engine), "arithmetic": _arithmetic()}
+        return self._disk_key("engine", checkpoint, dtype, probe, **settings)
 
     def reference(
         self, checkpoint: Checkpoint, dtype: str, dequantizer: DequantizerName = "own"
@@ -94,7 +134,9 @@ class Sources:
                 announce=announce,
                 dequantizer=dequantizer,
             ),
-            self._disk_key("reference", checkpoint, dtype, dequantizer=dequantizer),
+            self._disk_key(
+                "reference", checkpoint, dtype, self.probe_of(checkpoint), dequantizer=dequantizer
+            ),
         )
         return found
 
@@ -117,7 +159,7 @@ class Sources:
     def batches(self, checkpoint: Checkpoint, *, chunked: bool) -> Batches:
         """Serve a few windows in float32, alone and together, prompts cut into chunks or whole."""
         name = "vLLM, chunked prefill" if chunked else "vLLM, whole prompts"
-        found: Batches = self._pooled(checkpoint, name, pooling.chunking(chunked=chunked), batches)
+        found: Batches = self._served(checkpoint, name, pooling.chunking(chunked=chunked), batches)
         return found
 
     def steps(self, checkpoint: Checkpoint) -> Steps:
@@ -125,36 +167,52 @@ class Sources:
         arguments = pooling.pooling_arguments(
             checkpoint.directory, checkpoint.task, step_tag_id=checkpoint.step_tag_id
         )
-        found: Steps = self._pooled(checkpoint, "vLLM, STEP pooling", arguments, steps)
+        found: Steps = self._served(checkpoint, "vLLM, STEP pooling", arguments, steps)
         return found
 
-    def _pooled(
+    def _served(
         self,
         checkpoint: Checkpoint,
         name: str,
         more: Mapping[str, Any],
         serve: Callable[[Any, Probe], Any],
     ) -> Any:
-        probe = self.probe_of(checkpoint)
-        arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
-
         def measure(announce: Announce) -> Any:
-            with engine.running_engine(
-                checkpoint.directory,
-                settings=checkpoint.engine,
-                dtype="float32",
-                **{**arguments, **more},
-            ) as llm:
-                announce(f"serving {len(probe.windows)} windows")
-                return serve(llm, probe)
+            return self._with_engine(
+                checkpoint,
+                "float32",
+                more,
+                lambda llm, _: serve(llm, self.probe_of(checkpoint)),
+                announce,
+            )
 
         return self._once(self._key(name, checkpoint, "float32"), checkpoint, measure, None)
 
-    def probe_of(self, checkpoint: Checkpoint) -> Probe:
+    def _with_engine(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        more: Mapping[str, Any],
+        serve: Callable[[Any, Checkpoint], Any],
+        announce: Announce,
+    ) -> Any:
+        arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
+        with engine.running_engine(
+            checkpoint.directory,
+            settings=checkpoint.engine,
+            dtype=dtype,
+            **{**arguments, **more},
+        ) as llm:
+            announce("serving")
+            return serve(llm, checkpoint)
+
+    def probe_of(self, checkpoint: Checkpoint, *, quality: bool = False) -> Probe:
         """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""
-        key = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
+        name = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
+        key = (name, quality)
         if key not in self._probes:
-            self._probes[key], note = probe_for(self.probes(checkpoint.task), checkpoint.directory)
+            probe = self.probes(checkpoint.task, quality)
+            self._probes[key], note = probe_for(probe, checkpoint.directory)
             self.notes += [note] if note else []
         return self._probes[key]
 
@@ -166,18 +224,20 @@ class Sources:
         directory.mkdir(exist_ok=True)
         return directory
 
-    def _key(self, source: str, checkpoint: Checkpoint, dtype: str) -> tuple[object, ...]:
+    def _key(
+        self, source: str, checkpoint: Checkpoint, dtype: str, probe: Probe | None = None
+    ) -> tuple[object, ...]:
         # Not by id: checkpoints with one base and one engine setting share its measurements.
-        probe = self.probe_of(checkpoint).sha256
-        return (source, dtype, checkpoint.directory, checkpoint.engine, checkpoint.is_base, probe)
+        sha256 = (probe or self.probe_of(checkpoint)).sha256
+        return (source, dtype, checkpoint.directory, checkpoint.engine, checkpoint.is_base, sha256)
 
     def _disk_key(
-        self, source: str, checkpoint: Checkpoint, dtype: str, **more: Any
+        self, source: str, checkpoint: Checkpoint, dtype: str, probe: Probe, **more: Any
     ) -> dict[str, Any]:
         return {
             "source": source,
             "identity": identity(checkpoint.directory),
-            "probe": self.probe_of(checkpoint).sha256,
+            "probe": probe.sha256,
             "dtype": dtype,
             "code": code_version(),
             "versions": library_versions(),

@@ -167,3 +167,24 @@ def test_the_same_recipe_gives_the_same_bytes(
     )
     assert ck.identity(target) == ck.identity(quantized)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('task = "tokens"', "Invalid enum value 'tokens'"),
+        ("step_tag_id = 7", "step_tag_id is for task 'token_reward', but task is 'generate'"),
+        ('task = "token_reward"\nstep_tag_id = "\\n"', "Expected `int"),
+    ],
+)
+def test_a_task_that_is_none_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        ck.read_checkpoint_file(write(tmp_path, f"{GOOD}{line}\n"), tmp_path)
+
+
+def test_a_classifier_of_texts_is_not_a_reward(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}'
+    )
+    with pytest.raises(BadInput, match="a classifier of whole texts with 2 labels; only rewards"):
+        ck.refuse_another_task(tmp_path, "sequence_reward")

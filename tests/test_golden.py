@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput
-from quantgate.golden import Golden, GoldenKey, from_json, to_json
-from quantgate.measurement import Measurement, Provenance
+from quantgate.golden import SKETCH, Golden, GoldenKey, as_stored, from_json, to_json
+from quantgate.measurement import Measurement, Provenance, pooled
 from quantgate.probe import Probe, Window
 
 PROVENANCE = Provenance("engine", "cpu", "cpu", "float32", {"lm_head": "X"}, ("X",), {"torch": "2"})
@@ -65,7 +65,7 @@ def test_a_golden_reads_back_bit_for_bit(lengths: list[int], seed: int) -> None:
         (lambda text: text.replace('"logprob": "', '"logprob": "!'), "damaged"),
         (
             lambda text: re.sub(r'"mean_nll": -?', '"mean_nll": 9', text),
-            "is not that of its scores",
+            "is not that of its values",
         ),
         (lambda _: "[]", "damaged"),
     ],
@@ -75,6 +75,29 @@ def test_damage_is_noticed_and_named(damage, message: str) -> None:  # type: ign
     with pytest.raises(BadInput, match=message) as error:
         from_json(damage(to_json(golden_of(probe), probe)), probe, "x.json")
     assert str(error.value).startswith("x.json: ")
+
+
+@pytest.mark.parametrize("width", [1, 5, SKETCH, SKETCH + 1, 200])
+def test_outputs_of_models_that_pool_are_kept_whole_or_as_a_sketch(width: int) -> None:
+    probe = dataclasses.replace(probe_of([5, 3, 9]), task="token_embed")
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(probe.scored, width)).astype(np.float32)
+    provenance = Provenance("engine", "cpu", "cpu", "float32")
+    kept = as_stored(pooled(values, provenance))
+    assert kept.values.shape == (probe.scored, min(width, SKETCH))
+    golden = Golden(golden_of(probe).key, kept, ())
+    found = from_json(to_json(golden, probe), probe, "x.json").measurement
+    assert found.values.tobytes() == kept.values.tobytes()
+    assert found.top1.tolist() == kept.top1.tolist()
+    # A change of one component of one row is seen in what is kept, about as large.
+    moved = values.copy()
+    moved[3, width // 2] += 0.5
+    change = np.abs(as_stored(pooled(moved, provenance)).values - kept.values)
+    assert np.flatnonzero(change.max(axis=1)).tolist() == [3]
+    assert change.max() == pytest.approx(0.5 / (width**0.5 if width > SKETCH else 1), rel=1e-3)
+    damaged = re.sub(r'"rms": \d', '"rms": 9', to_json(golden, probe))
+    with pytest.raises(BadInput, match=r"its rms is not that of its values"):
+        from_json(damaged, probe, "x.json")
 
 
 def test_an_interrupted_write_leaves_the_old_file(
@@ -116,7 +139,7 @@ def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path) -> None:
     after = json.loads(path.read_text())
     old, new = before["measured"]["mean_nll"], after["measured"]["mean_nll"]
     assert (
-        f"golden/tiny-llama-w4a16/drift-float32.cpu.json: mean NLL {old:.9f} → {new:.9f}"
+        f"golden/tiny-llama-w4a16/drift-float32.cpu.json: mean_nll {old:.9g} → {new:.9g}"
         in result.stdout
     )
     assert after["history"][:-1] == before["history"]

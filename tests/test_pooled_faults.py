@@ -275,6 +275,17 @@ def test_a_second_bos_is_refused(copy_of: Callable[[str], Path]) -> None:
         probe_for(few("token_classify", quality=False), directory)
 
 
+def test_labels_that_the_probe_does_not_know_are_compared_with_the_bases() -> None:
+    def unlabelled(task: Task, quality: bool) -> Probe:
+        probe = few(task, quality)
+        windows = tuple(dataclasses.replace(window, labels=()) for window in probe.windows)
+        return dataclasses.replace(probe, windows=windows)
+
+    verdict = pooled.quality(Sources(unlabelled, quiet), embedded("tiny-ner-bert-w4a16"))
+    assert "agreement with the base 1.0000 → 0.99" in verdict.detail
+    assert "the probe does not know its labels" in verdict.detail
+
+
 # Through the gate, as a user sees them -----------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 from quantgate.processor import CONDITIONS
 from quantgate.scheme import UNQUANTIZED, scheme_name
-from quantgate.task import EMBED, GENERATE, HEADS, Task, task_of
+from quantgate.task import EMBED, GENERATE, HEADS, SEQUENCE_REWARD, Task, num_labels, task_of
 
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -127,6 +127,14 @@ class Checkpoint:
             is_base=True,
         )
 
+    @property
+    def has_own_metric(self) -> bool:
+        """Whether its task comes to a number besides perplexity.
+
+        Hidden states of a model that generates do not: perplexity judges it, in a file of its own.
+        """
+        return self.task != GENERATE and task_of(read_config(self.directory)) != GENERATE
+
     def known_failure_of(self, check: str) -> KnownFailure | None:
         """Return the known failure of a check on this machine, if there is one."""
         return next((k for k in self.known_failure if k.check == check and k.applies), None)
@@ -158,6 +166,11 @@ def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
         raise BadInput(
             f"{path}: revision '{checkpoint.revision}' is not pinned; give a 40-digit commit or "
             "'sha256:' and the identity of a local directory."
+        )
+    if checkpoint.step_tag_id is not None and checkpoint.task != "token_reward":
+        raise BadInput(
+            f"{path}: step_tag_id is for task 'token_reward', but task is '{checkpoint.task}'; "
+            "leave it out, or correct task."
         )
     for known in checkpoint.known_failure:
         if known.when is not None and known.when not in CONDITIONS:
@@ -345,6 +358,11 @@ def refuse_another_task(directory: Path, task: Task) -> None:
     does = task_of(config)
     # Hidden states can be had of any model; a token classifier may be a process reward model as
     # TRL saves it.
+    if does == task == SEQUENCE_REWARD and (labels := num_labels(config)) != 1:
+        raise BadInput(
+            f"{directory / 'config.json'}: a classifier of whole texts with {labels} labels; only "
+            "rewards, which have one, are judged."
+        )
     if does == task or task == EMBED or (does, task) == ("token_classify", "token_reward"):
         return
     architectures = ", ".join(config.get("architectures") or ["model of unknown architecture"])

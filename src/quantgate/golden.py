@@ -137,16 +137,14 @@ def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
             ),
         )
         figures = figures_of(measurement, probe)
-        whole = key.probe != probe.sha256 or all(
-            measured[name] == value for name, value in figures.items()
-        )
+        wrong = [name for name, value in figures.items() if measured[name] != value]
         history = tuple(content["history"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}: damaged ({type(error).__name__}: {error}); {_RESTORE}.") from None
-    if not whole:
-        raise BadInput(f"{path}: its {next(iter(figures))} is not that of its values; {_RESTORE}.")
+    if wrong and key.probe == probe.sha256:
+        raise BadInput(f"{path}: its {wrong[0]} is not that of its values; {_RESTORE}.")
     return Golden(key, measurement, history)
 
 
@@ -210,8 +208,8 @@ def judge_golden(
 def as_stored(measured: Measurement) -> Measurement:
     """Return what a golden keeps of a measurement: of wide embeddings, a sketch.
 
-    Their projections onto `SKETCH` fixed random directions, each of rms 1: any change of an
-    embedding changes them by as much (Johnson and Lindenstrauss, 1984).
+    Their projections onto `SKETCH` fixed random directions: a change of an embedding changes them
+    by its rms (Johnson and Lindenstrauss, 1984).
     """
     values = measured.values
     if values.ndim == 1 or values.shape[1] <= SKETCH:

@@ -16,7 +16,7 @@ from typing import Any
 
 from quantgate.formats.groups import group_of
 from quantgate.scoremode.hooks import replace_method
-from quantgate.task import GENERATE, HEADS, label_names, task_of
+from quantgate.task import GENERATE, HEADS, label_names, num_labels, task_of
 
 # The tasks of the first spelling; both give logits for each token.
 TOKEN_TASKS = ("token_classification", "token_reward")
@@ -92,11 +92,6 @@ def _config_of(model: Any) -> dict[str, Any]:
     return config
 
 
-def num_labels(config: Mapping[str, Any]) -> int:
-    """Return how many labels a config says; transformers' default is two."""
-    return len(label_names(config)) or int(config.get("num_labels", 2))
-
-
 def refuse_empty(prompts: Any) -> None:
     """Raise a `ValueError` where a prompt has no token: there would be nothing to label."""
     for number, prompt in enumerate(_each(prompts)):
@@ -142,7 +137,8 @@ def patch_quantization(module: ModuleType) -> None:
 
 
 def _is_head(prefix: str) -> bool:
-    from vllm.config import get_current_vllm_config
+    from vllm.config import get_current_vllm_config_or_none
 
-    pools = get_current_vllm_config().model_config.runner_type == "pooling"
+    config = get_current_vllm_config_or_none()
+    pools = config is not None and config.model_config.runner_type == "pooling"
     return pools and (not prefix or prefix in HEADS)

@@ -22,7 +22,6 @@ from quantgate.checkpoint import (
     actual_scheme,
     find_checkpoint,
     read_checkpoint_files,
-    read_config,
     verify,
     with_own_task,
 )
@@ -33,7 +32,7 @@ from quantgate.report.junit import junit_xml
 from quantgate.report.results import CheckResult, overall
 from quantgate.report.terminal import table
 from quantgate.sources import Sources
-from quantgate.task import EMBED, GENERATE, Task, task_of
+from quantgate.task import Task
 from quantgate.verdict import Verdict, not_run
 
 DEVICES = ("cpu", "cuda")
@@ -253,17 +252,13 @@ def _why_left_out(item: pytest.Item, devices: dict[str, str]) -> str | None:
     for marker in item.iter_markers("needs"):
         if marker.args[0] == "base" and checkpoint.base is None:
             return "no base is named; give --base, or base in its file"
-        if marker.args[0] == "own_metric" and _is_converted(checkpoint):
+        if marker.args[0] == "own_metric" and not checkpoint.has_own_metric:
             return "it generates, and is judged by its perplexity: its embeddings have no task"
         if marker.args[0] == "golden" and not checkpoint.golden:
             return "it has no golden: given by path, or golden = false in its file"
         if marker.args[0] == "step_tag" and checkpoint.step_tag_id is None:
             return "no step_tag_id is in its file"
     return None
-
-
-def _is_converted(checkpoint: Checkpoint) -> bool:
-    return checkpoint.task == EMBED and task_of(read_config(checkpoint.directory)) == GENERATE
 
 
 def _check_name(item: pytest.Item) -> str:

@@ -26,7 +26,7 @@ from quantgate.pooling import Batches, Steps, batches, steps
 from quantgate.probe import Probe, probe_for
 from quantgate.reference import DequantizerName
 from quantgate.replay import Replay, replay
-from quantgate.task import GENERATE, Task
+from quantgate.task import Task
 
 SERVING = "serving"
 # Settings from outside that change how a CPU computes: a measurement under others is another.
@@ -62,7 +62,8 @@ class Sources:
         capture_into = None if checkpoint.is_base else self._capture_directory(len(self._captures))
 
         def meanwhile(llm: Any) -> None:
-            if dtype == resolve_dtype(checkpoint, SERVING) and checkpoint.task != GENERATE:
+            compared = checkpoint.has_own_metric and (checkpoint.base or checkpoint.is_base)
+            if compared and dtype == resolve_dtype(checkpoint, SERVING):
                 self._measure_for_quality(llm, checkpoint)
 
         def measure(announce: Announce) -> Measurement:

@@ -67,6 +67,11 @@ def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(labels[key]) for key in sorted(labels, key=int))
 
 
+def num_labels(config: Mapping[str, Any]) -> int:
+    """Return how many labels a config says; transformers' default is two."""
+    return len(label_names(config)) or int(config.get("num_labels", 2))
+
+
 def activation_of(config: Mapping[str, Any], labels: int) -> Literal["softmax", "sigmoid", "none"]:
     """Return the function that makes probabilities of a classifier's logits, by its config.
 

@@ -3,7 +3,7 @@
 import pytest
 from syrupy.assertion import SnapshotAssertion
 
-from quantgate import fidelity, pooled
+from quantgate import fidelity, pooled, task_quality
 from quantgate.checkpoint import Checkpoint
 from quantgate.drift import drift
 from quantgate.pytest_plugin import Gate
@@ -46,7 +46,7 @@ def test_batching(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
 @pytest.mark.needs("own_metric")
 def test_quality(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
     """Queries find their documents as well as with the base's embeddings."""
-    gate.judge(pooled.quality(gate.sources, checkpoint))
+    gate.judge(task_quality.quality(gate.sources, checkpoint))
 
 
 @pytest.mark.needs("golden")

@@ -12,7 +12,7 @@ import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
 
-from quantgate import compare, fidelity, pooled
+from quantgate import compare, fidelity, pooled, task_quality
 from quantgate.checkpoint import (
     BadInput,
     Checkpoint,
@@ -114,7 +114,7 @@ def test_swapped_labels_are_found(copy_of: Callable[[str], Path], sources: Sourc
     change_config(directory, id2label=labels, label2id={v: int(k) for k, v in labels.items()})
     checkpoint = embedded("tiny-ner-bert-w4a16", directory)
     assert_fails(pooled.head(sources, checkpoint), "label 1 is PLACE, the base's is PERSON")
-    assert_fails(pooled.quality(sources, checkpoint), "entity F1")
+    assert_fails(task_quality.quality(sources, checkpoint), "entity F1")
     assert fidelity.float32(sources, checkpoint).outcome == "pass"
 
 
@@ -174,6 +174,13 @@ def test_a_step_tag_that_is_off_by_one_is_found(
     )
     verdict = pooled.step_rows(sources, embedded(name))
     assert_fails(verdict, "steps are not the rows of their tags", "the engine's tag")
+
+
+def test_a_step_tag_that_no_text_has_is_not_a_pass(sources: Sources) -> None:
+    wrong = dataclasses.replace(embedded("tiny-prm-qwen2-w4a16"), step_tag_id=1000)
+    verdict = pooled.step_rows(sources, wrong)
+    assert verdict.outcome == "not-run"
+    assert "is the step tag 1000" in verdict.detail
 
 
 def test_parameters_that_leak_to_another_request_are_found(
@@ -275,13 +282,22 @@ def test_a_second_bos_is_refused(copy_of: Callable[[str], Path]) -> None:
         probe_for(few("token_classify", quality=False), directory)
 
 
+def test_what_is_not_finite_fails(copy_of: Callable[[str], Path], sources: Sources) -> None:
+    directory = copy_of("tiny-reward-qwen2-w4a16")
+    change_tensors(directory, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+    checkpoint = embedded("tiny-reward-qwen2-w4a16", directory)
+    assert_fails(task_quality.quality(sources, checkpoint), "logits are not finite")
+    assert_fails(fidelity.serving(sources, checkpoint), "CHECKPOINT", "non-finite logits")
+    assert_fails(pooled.batching(sources, checkpoint), "nan")
+
+
 def test_labels_that_the_probe_does_not_know_are_compared_with_the_bases() -> None:
     def unlabelled(task: Task, quality: bool) -> Probe:
         probe = few(task, quality)
         windows = tuple(dataclasses.replace(window, labels=()) for window in probe.windows)
         return dataclasses.replace(probe, windows=windows)
 
-    verdict = pooled.quality(Sources(unlabelled, quiet), embedded("tiny-ner-bert-w4a16"))
+    verdict = task_quality.quality(Sources(unlabelled, quiet), embedded("tiny-ner-bert-w4a16"))
     assert "agreement with the base 1.0000 → 0.99" in verdict.detail
     assert "the probe does not know its labels" in verdict.detail
 

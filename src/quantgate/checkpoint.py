@@ -15,7 +15,15 @@ from typing import Any, Literal, get_type_hints
 
 from quantgate.processor import CONDITIONS
 from quantgate.scheme import UNQUANTIZED, scheme_name
-from quantgate.task import EMBED, GENERATE, HEADS, SEQUENCE_REWARD, Task, num_labels, task_of
+from quantgate.task import (
+    EMBED,
+    GENERATE,
+    SEQUENCE_REWARD,
+    Task,
+    head_tensors,
+    num_labels,
+    task_of,
+)
 
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -376,8 +384,9 @@ def refuse_quantized_head(directory: Path, tensors: Collection[str], task: Task)
     """Raise `BadInput` where the head of a model that pools is quantized on disk."""
     if task == GENERATE:
         return
-    for head in HEADS:
-        if {f"{head}.weight_scale", f"{head}.weight_packed"} & set(tensors):
+    for name in head_tensors(tensors):
+        head, _, part = name.rpartition(".")
+        if part in ("weight_scale", "weight_packed"):
             raise BadInput(
                 f"{directory}: its head, '{head}', is quantized, which vLLM cannot serve with a "
                 "bias; quantize the model again with its head in `ignore`."

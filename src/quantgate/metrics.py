@@ -151,6 +151,18 @@ def max_sim(queries: Sequence[NDArray[Any]], documents: Sequence[NDArray[Any]]) 
     return np.array([[(q @ d.T).max(axis=1).sum() for d in documents] for q in queries])
 
 
+def similarity(values: NDArray[Any], probe: Probe, windows: Sequence[int]) -> NDArray[Any]:
+    """Return max-sim scores [queries, documents] of raw embeddings, of some of the windows."""
+    unit = values.astype(np.float64)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    parts = np.split(unit, np.cumsum([window.scored for window in probe.windows])[:-1])
+    queries, documents = (
+        [parts[i] for i in windows if probe.windows[i].stratum == kind]
+        for kind in ("query", "document")
+    )
+    return max_sim(queries, documents)
+
+
 def _rows_by_document(probe: Probe) -> list[NDArray[np.int64]]:
     return [np.flatnonzero(probe.documents == name) for name in dict.fromkeys(probe.documents)]
 

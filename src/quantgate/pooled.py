@@ -1,4 +1,4 @@
-"""The checks of models that pool: labels, rewards, embeddings.
+"""The checks of how models that pool are served: activations, heads, steps, batches, scores.
 
 Takes what a check needs from the sources and returns its verdict, as `fidelity` does.
 """
@@ -12,24 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate import metrics
-from quantgate.budget import (
-    ACTIVATION_MAX,
-    BATCHING_MAX,
-    METRIC_LOSS,
-    ROUNDING_FACTOR,
-    fp32_max,
-)
+from quantgate.budget import ACTIVATION_MAX, BATCHING_MAX, ROUNDING_FACTOR, fp32_max
 from quantgate.checkpoint import Checkpoint, read_config
 from quantgate.formats.stored import StoredTensors
 from quantgate.measurement import Measurement
-from quantgate.metrics import Metric
 from quantgate.pooling import CHUNK
 from quantgate.probe import Probe
 from quantgate.scheme import quantizes_activations
 from quantgate.sources import Sources
-from quantgate.stats import ALPHA, FEWEST_CLUSTERS
-from quantgate.task import EMBED, HEADS, SEQUENCE_REWARD, activation_of, label_names
-from quantgate.verdict import Deviation, Outcome, Verdict
+from quantgate.task import EMBED, HEADS, activation_of, head_tensors, label_names
+from quantgate.verdict import Deviation, Verdict, not_run
 
 Values = NDArray[np.floating[Any]]
 Derive = Callable[[Values], Values]
@@ -121,15 +113,13 @@ def _unlike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, tuple
 def _head_differences(checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
     ours, theirs = StoredTensors(checkpoint.directory), StoredTensors(base.directory)
     found = []
-    for module in HEADS:
-        for part in sorted({*ours.parts_of(module), *theirs.parts_of(module)}):
-            name = f"{module}.{part}"
-            if name not in ours:
-                found.append(f"{name} is missing")
-            elif name not in theirs:
-                found.append(f"{name} is not in the base")
-            elif not ours.read(name).equal(theirs.read(name)):
-                found.append(f"{name} is not the base's")
+    for name in sorted({*head_tensors(ours.names), *head_tensors(theirs.names)}):
+        if name not in ours:
+            found.append(f"{name} is missing")
+        elif name not in theirs:
+            found.append(f"{name} is not in the base")
+        elif not ours.read(name).equal(theirs.read(name)):
+            found.append(f"{name} is not the base's")
     return found
 
 
@@ -165,14 +155,19 @@ def batching(sources: Sources, checkpoint: Checkpoint) -> Verdict:
 
 def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge that STEP pooling gives the rows of the step tags, as each request asks."""
-    engine = sources.engine(checkpoint, "float32")
     probe = sources.probe_of(checkpoint)
-    served = sources.steps(checkpoint)
     ids = np.concatenate([window.ids for window in probe.windows])
     first = np.repeat(
         [window.ids[0] for window in probe.windows], [len(window.ids) for window in probe.windows]
     )
     tagged = np.flatnonzero(ids == checkpoint.step_tag_id)
+    if not len(tagged):
+        return not_run(
+            f"no token of probe '{probe.name}' is the step tag {checkpoint.step_tag_id}",
+            "correct step_tag_id in its file, or give a probe that has steps",
+        )
+    engine = sources.engine(checkpoint, "float32")
+    served = sources.steps(checkpoint)
     kinds: list[tuple[str, Sequence[Values], Derive]] = [
         ("the engine's tag", served.tagged, lambda v: v[tagged]),
         ("a request's own tag", served.first, lambda v: v[ids == first]),
@@ -199,7 +194,7 @@ def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     assert served.scores is not None
 
     def scores(values: Values) -> Values:
-        return _similarity(values, probe, served.windows)
+        return metrics.similarity(values, probe, served.windows)
 
     # A score adds up as many products of unit vectors as its query has tokens.
     longest = max(len(w.ids) for w in probe.windows if w.stratum == "query")
@@ -241,135 +236,6 @@ def _same(
 def _rows_of(windows: Sequence[int], probe: Probe) -> NDArray[np.int64]:
     starts = np.cumsum([0, *(window.scored for window in probe.windows)])
     return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in windows])
-
-
-# What the model is for -------------------------------------------------------------------------
-
-
-def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:
-    """Judge the task's own metric against the base's, on the same documents: non-inferiority."""
-    base = checkpoint.base_checkpoint
-    assert base is not None
-    probe = sources.probe_of(checkpoint, quality=True)
-    engine, unquantized = sources.for_quality(checkpoint), sources.for_quality(base)
-    ours, theirs, said = _metrics(checkpoint, engine, unquantized, probe)
-    documents = len(dict.fromkeys(probe.documents))
-    found = metrics.paired_loss(ours, theirs, documents)
-    everything = np.arange(documents)
-    of_base = theirs.of(everything)
-    override = checkpoint.budget.get("quality")
-    margin = override.margin if override else METRIC_LOSS * of_base
-    outcome: Outcome = (
-        "pass" if found.upper <= margin else "fail" if found.lower > margin else "inconclusive"
-    )
-    if documents < FEWEST_CLUSTERS and outcome == "pass":
-        outcome = "inconclusive"
-        said += f"; {documents} documents are too few, {FEWEST_CLUSTERS} are needed"
-    deviation = Deviation(
-        f"upper {1 - ALPHA:.0%} bound of the loss of {ours.name}", found.upper, margin, ""
-    )
-    return Verdict(
-        outcome,
-        f"{ours.name} {of_base:.4f} → {ours.of(everything):.4f}, a loss of {found.loss:.4g} "
-        f"± {found.standard_error:.2g}; {said}",
-        (deviation,),
-        figures={ours.name: ours.of(everything), f"{ours.name} of the base": of_base},
-        n=documents,
-        mde=found.minimum_detectable_effect(),
-        kernels=engine.provenance.kernels,
-        emulated=engine.provenance.emulated,
-    )
-
-
-def _metrics(
-    checkpoint: Checkpoint, engine: Measurement, base: Measurement, probe: Probe
-) -> tuple[Metric, Metric, str]:
-    """Return the metric of engine and base, and what else a reader wants to know."""
-    if checkpoint.task == EMBED:
-        every = range(len(probe.windows))
-        ours, theirs = (_similarity(m.values, probe, every) for m in (engine, base))
-        unit, norm = _cosine_and_norm(engine.values, base.values)
-        tau = metrics.kendall_tau(ours.ravel(), theirs.ravel())
-        said = (
-            f"cosine to the base's embeddings {unit:.5f} on average, norms {norm:.4f} of the "
-            f"base's, Kendall's tau of the max-sim scores {tau:.4f}"
-        )
-        return metrics.retrieval_accuracy(ours), metrics.retrieval_accuracy(theirs), said
-    if checkpoint.task == SEQUENCE_REWARD:
-        grades = _or_else(probe.expected, base.values[:, 0])
-        ours, theirs = engine.values[:, 0], base.values[:, 0]
-        taus = [metrics.kendall_tau(scores, grades) for scores in (theirs, ours)]
-        said = f"Kendall's tau {taus[0]:.4f} → {taus[1]:.4f}"
-        return (
-            metrics.ranking_accuracy(ours, grades),
-            metrics.ranking_accuracy(theirs, grades),
-            said,
-        )
-    labels = [_as_probe_labels(m, c, probe) for m, c in _with(engine, base, checkpoint)]
-    flips = np.mean(labels[0] != labels[1])
-    expected = probe.expected
-    said = f"{flips:.2%} of the labels are not the base's"
-    if probe.labels and not np.isnan(labels[0]).any() and not np.isnan(expected).all():
-        if metrics.OUTSIDE in probe.labels:
-            outside = probe.labels.index(metrics.OUTSIDE)
-            f1s = [metrics.entity_f1(found, expected, probe, outside) for found in labels]
-            return f1s[0], f1s[1], said
-        found = [metrics.accuracy("step accuracy", found, expected, probe) for found in labels]
-        return found[0], found[1], said
-    agreement = [
-        metrics.accuracy("agreement with the base", m.top1, base.top1.astype(float), probe)
-        for m in (engine, base)
-    ]
-    return agreement[0], agreement[1], f"{said}, and the probe does not know its labels"
-
-
-def _with(
-    engine: Measurement, base: Measurement, checkpoint: Checkpoint
-) -> list[tuple[Measurement, Checkpoint]]:
-    unquantized = checkpoint.base_checkpoint
-    assert unquantized is not None
-    return [(engine, checkpoint), (base, unquantized)]
-
-
-def _as_probe_labels(
-    measured: Measurement, checkpoint: Checkpoint, probe: Probe
-) -> NDArray[np.float64]:
-    """Return the labels found [n] as the probe numbers them, by name; NaN where it has none such.
-
-    Labels without names of their own are the probe's, in its order, if they are as many.
-    """
-    names = label_names(read_config(checkpoint.directory))
-    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
-    if unnamed and measured.values.shape[1] == len(probe.labels):
-        names = probe.labels
-    place = {name: float(i) for i, name in enumerate(probe.labels)}
-    numbers = np.array([place.get(name, np.nan) for name in names])
-    found: NDArray[np.float64] = numbers[measured.top1]
-    return found
-
-
-def _or_else(expected: Values, otherwise: Values) -> Values:
-    return otherwise if np.isnan(expected).all() else expected
-
-
-def _similarity(values: Values, probe: Probe, windows: Sequence[int]) -> Values:
-    """Return max-sim scores [queries, documents] of raw embeddings, of some of the windows."""
-    unit = values.astype(np.float64)
-    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    parts = np.split(unit, np.cumsum([window.scored for window in probe.windows])[:-1])
-    queries, documents = (
-        [parts[i] for i in windows if probe.windows[i].stratum == kind]
-        for kind in ("query", "document")
-    )
-    return metrics.max_sim(queries, documents)
-
-
-def _cosine_and_norm(ours: Values, theirs: Values) -> tuple[float, float]:
-    """Return the mean cosine of rows [n, D] and the mean ratio of their norms."""
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    cosine = np.sum(a * b, axis=1) / (norms[0] * norms[1])
-    return float(cosine.mean()), float(np.mean(norms[0] / norms[1]))
 
 
 # Verdicts ----------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ GENERATE: Task = "generate"
 SEQUENCE_REWARD: Task = "sequence_reward"
 EMBED: Task = "token_embed"
 
-# What vLLM and transformers call the heads of models that pool.
+LAYER = re.compile(r"\blayers?\.\d+\.")
+# What vLLM and transformers call the linears of heads of models that pool.
 HEADS = ("score", "score.0", "score.2", "classifier", "v_head")
 
 # Parts of the names of the architectures that do nothing else, the longest of several first.
@@ -59,6 +61,13 @@ def task_of(config: Mapping[str, Any]) -> Task:
             if part in architecture:
                 return task
     return GENERATE
+
+
+def head_tensors(names: Iterable[str]) -> list[str]:
+    """Return the names of tensors that lie outside a checkpoint's body: those of its head."""
+    every = list(names)
+    bodies = {name.partition(".")[0] for name in every if LAYER.search(name)}
+    return sorted(name for name in every if name.partition(".")[0] not in bodies)
 
 
 def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:

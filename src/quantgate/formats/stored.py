@@ -23,6 +23,11 @@ class StoredTensors:
         return name in self._file_of
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors."""
+        return tuple(self._file_of)
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The names of all modules that have tensors of their own."""
         return tuple(self._parts)

@@ -59,6 +59,16 @@ def test_its_checkpoint_file_is_one(readme: str, tmp_path: Path) -> None:
     assert checkpoint.budget["quality"].margin == 0.05
 
 
+def test_the_reward_models_file_is_one(root: Path, tmp_path: Path) -> None:
+    from quantgate.checkpoint import read_checkpoint_file
+
+    text = (root / "docs" / "pooling.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "example.toml").write_text(block)
+    checkpoint = read_checkpoint_file(tmp_path / "example.toml", tmp_path)
+    assert (checkpoint.task, checkpoint.step_tag_id) == ("token_reward", 151651)
+
+
 @pytest.mark.parametrize(
     ("document", "answer"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quantgate import compare
+from quantgate.divergence import Divergence
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, Window
 from quantgate.verdict import Deviation, Verdict, worst
@@ -19,6 +20,43 @@ def measured(logprob: np.ndarray, source: str = "engine", **provenance: object) 
     found = Provenance(source, "cpu", "cpu", "float32")
     found = dataclasses.replace(found, **provenance)  # type: ignore[arg-type]
     return Measurement(np.asarray(logprob, np.float32), np.zeros(len(logprob), np.int32), found)
+
+
+def diverged(kld: np.ndarray) -> Divergence:
+    n = len(kld)
+    return Divergence(
+        kld, SCORES.astype(float), SCORES.astype(float), kld < 0.5, np.linspace(0, 1, n)
+    )
+
+
+def test_divergence_from_the_base_is_shown_to_be_within_its_margin() -> None:
+    rng = np.random.default_rng(5)
+    kld = rng.exponential(0.01, PROBE.scored)
+    engine, base = measured(SCORES), measured(SCORES)
+
+    def judge(kld: np.ndarray, margin: float) -> Verdict:
+        return compare.divergence_from_base(engine, base, diverged(kld), PROBE, margin=margin)
+
+    passed = judge(kld, 0.012)
+    assert passed.outcome == "pass"
+    assert passed.figures["Mean KLD"] == pytest.approx(kld.mean())
+    assert passed.evidence == ()
+    assert judge(kld, float(kld.mean())).outcome == "inconclusive"
+    failed = judge(kld, 0.008)
+    assert failed.outcome == "fail"
+    assert any(line.startswith("KLD by     position: < 64 ") for line in failed.evidence)
+    assert any(line.startswith("KLD by     base's p: p < 0.5 ") for line in failed.evidence)
+    kld[3] = np.nan
+    assert judge(kld, 1.0).outcome == "fail"
+
+
+def test_divergence_from_the_reference_may_be_the_square_of_twice_its_rounding() -> None:
+    engine, reference = measured(SCORES), measured(SCORES, "reference")
+    moved = diverged(np.full(PROBE.scored, 1e-4))
+    for size, outcome in ((3.9e-4, "pass"), (4.1e-4, "fail"), (np.nan, "fail")):
+        found = diverged(np.full(PROBE.scored, size))
+        verdict = compare.divergence_from_reference(engine, reference, found, moved, PROBE)
+        assert verdict.outcome == outcome
 
 
 def test_fp32_fidelity_is_a_limit_on_the_worst_token() -> None:

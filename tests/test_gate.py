@@ -14,6 +14,8 @@ from quantgate.verdict import Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
 CHECKS = [
+    "divergence-from-reference",
+    "divergence-from-base",
     "fidelity-float32",
     "fidelity-serving",
     "replay-float32",
@@ -122,6 +124,8 @@ def test_a_checkpoint_given_by_path_is_gated_without_a_golden(
     assert result.returncode == 0, result.stdout
     (checkpoint,) = run_gate.report["checkpoints"]
     assert [check["name"] for check in checkpoint["checks"]] == [
+        "divergence-from-reference",
+        "divergence-from-base",
         "fidelity-serving",
         "replay-serving",
         "quality",

@@ -44,6 +44,8 @@ def test_every_one_of_them_passes(run_gate: RunGate, root: Path) -> None:
     for entry in run_gate.report["checkpoints"]:
         assert entry["verdict"] == "pass"
         assert [check["name"] for check in entry["checks"]] == [
+            "divergence-from-reference",
+            "divergence-from-base",
             "fidelity-float32",
             "fidelity-serving",
             "replay-float32",

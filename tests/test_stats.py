@@ -1,3 +1,8 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,13 +10,23 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from quantgate.stats import PairedMean, paired_mean
+from quantgate.stats import (
+    ALPHA,
+    FEWEST_CLUSTERS,
+    PairedMean,
+    confidence_sequence,
+    holm,
+    paired_mean,
+    stationary_variance,
+)
 
 
 def test_standard_error_of_singleton_clusters_is_the_ordinary_one() -> None:
     d = np.random.default_rng(0).normal(size=200)
     found = paired_mean(d, np.arange(200))
-    assert found.standard_error == pytest.approx(d.std(ddof=1) / np.sqrt(200), rel=1e-12)
+    assert found.clustered_error == pytest.approx(d.std(ddof=1) / np.sqrt(200), rel=1e-12)
+    # Blocks of one: the same, but for the correction of n - 1.
+    assert found.block_error == pytest.approx(d.std() / np.sqrt(200), rel=1e-12)
     low, high = found.bounds(alpha=0.05)
     expected = stats.t.interval(0.90, 199, loc=d.mean(), scale=found.standard_error)
     assert (low, high) == pytest.approx(expected, rel=1e-12)
@@ -68,8 +83,114 @@ def test_minimum_detectable_effect_is_found_with_the_stated_power() -> None:
     assert found / runs == pytest.approx(0.8, abs=0.05)
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_the_closed_form_is_the_bootstraps_variance(correlation: float) -> None:
+    """Drawn as Politis and Romano describe it: circular blocks of geometric lengths."""
+    rng = np.random.default_rng(5)
+    m = 64
+    x = rng.normal(size=m)
+    for i in range(1, m):
+        x[i] += correlation * x[i - 1]
+    x -= x.mean()
+    restart = rng.random((20_000, m)) < m ** (-1 / 3)
+    restart[:, 0] = True
+    starts = rng.integers(0, m, (20_000, m))
+    since = np.arange(m) - np.maximum.accumulate(np.where(restart, np.arange(m), 0), axis=1)
+    first = np.take_along_axis(starts, np.arange(m) - since, axis=1)
+    sums = x[(first + since) % m].sum(axis=1)
+    assert stationary_variance(x) == pytest.approx(sums.var(), rel=0.05)
+
+
+@given(arrays(np.float64, st.integers(1, 40), elements=st.floats(-5, 5)))
+@settings(deadline=None)
+def test_a_variance_is_not_negative(residuals: np.ndarray) -> None:
+    assert stationary_variance(residuals) >= 0.0
+
+
+def test_one_long_document_says_more_by_its_blocks() -> None:
+    """Two documents alone: the clusters nearly cancel, the blocks inside them do not."""
+    rng = np.random.default_rng(6)
+    noise = rng.normal(size=400)
+    half = np.concatenate([noise, noise[::-1]])
+    found = paired_mean(half, np.repeat([0, 1], 400))
+    assert found.clustered_error < 1e-12 < found.block_error == found.standard_error
+
+
+def test_p_values_are_those_of_the_bounds() -> None:
+    found = PairedMean(mean=0.010, clustered_error=0.004, n=1000, clusters=50)
+    lower, upper = found.bounds()
+    assert found.p_below(upper) == pytest.approx(ALPHA)
+    assert found.p_above(lower) == pytest.approx(ALPHA)
+    assert found.p_below(0.0) + found.p_above(0.0) == pytest.approx(1.0)
+    sure = PairedMean(mean=0.0, clustered_error=0.0, n=10, clusters=50)
+    assert (sure.p_below(0.1), sure.p_below(-0.1), sure.p_above(0.1)) == (0.0, 1.0, 1.0)
+
+
+def test_holm_is_holms() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_adjusts_upwards_and_keeps_the_order(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(p <= a <= 1 for p, a in zip(p_values, adjusted, strict=True))
+    assert min(adjusted) <= len(p_values) * min(p_values) + 1e-12
+    order = np.argsort(p_values, kind="stable")
+    assert np.all(np.diff(np.array(adjusted)[order]) >= 0)
+
+
+def test_a_confidence_sequence_closes_in_on_the_mean() -> None:
+    rng = np.random.default_rng(8)
+    sizes = rng.integers(5, 50, 400)
+    means = 0.3 + rng.normal(size=400) / np.sqrt(sizes)
+    lower, upper = confidence_sequence(means, sizes)
+    assert np.all(np.isinf(upper[: FEWEST_CLUSTERS - 1]))
+    assert np.all((lower < 0.3) & (upper > 0.3))
+    assert upper[-1] - lower[-1] < upper[40] - lower[40]
+    fixed = paired_mean(np.repeat(means, sizes), np.repeat(np.arange(400), sizes)).bounds()
+    assert lower[-1] < fixed[0] < fixed[1] < upper[-1]  # what stopping early costs
+    assert upper[-1] - lower[-1] < 3 * (fixed[1] - fixed[0])
+
+
+@pytest.mark.parametrize("name", ["independent", "clustered", "heavy-tailed", "autocorrelated"])
+def test_the_simulations_hold(tool: Callable[[str], ModuleType], name: str) -> None:
+    """The large ones are one command: tools/simulate_statistics.py."""
+    simulate = tool("simulate_statistics")
+    assert simulate.problems(simulate.simulate(simulate.DRAWS[name], 600), 600) == []
+
+
+def test_the_documented_simulation_is_of_these_data(
+    root: Path, tool: Callable[[str], ModuleType]
+) -> None:
+    """Its figures are of 10,000 runs; here only that they are what `problems` lets pass."""
+    simulate = tool("simulate_statistics")
+    text = (root / "docs" / "statistics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d. |]+) \|$", text, re.MULTILINE)
+    figures = {name: [float(cell) for cell in cells.split("|")] for name, cells in rows}
+    assert sorted(figures) == sorted(simulate.DRAWS)
+    for upper, lower, sequence, family, power in figures.values():
+        rates = simulate.Rates(upper, lower, sequence, power, family)
+        assert simulate.problems(rates, 10_000) == []
+
+
+def test_a_simulation_notices_an_error_that_is_too_small(
+    tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of a document taken for independent ones: many false alarms, and too little power."""
+    simulate = tool("simulate_statistics")
+
+    def naive(d: np.ndarray, clusters: np.ndarray) -> PairedMean:
+        return PairedMean(d.mean(), d.std() / len(d) ** 0.5, len(d), len(set(clusters)))
+
+    monkeypatch.setattr(simulate, "paired_mean", naive)
+    wrong = simulate.problems(simulate.simulate(simulate.clustered, 300), 300)
+    assert [problem.partition(":")[0] for problem in wrong][:2] == ["upper bound", "lower bound"]
+
+
 def test_tokens_to_decide_brings_the_bound_to_the_margin() -> None:
-    found = PairedMean(mean=0.010, standard_error=0.004, n=1000, clusters=50)
+    found = PairedMean(mean=0.010, clustered_error=0.004, n=1000, clusters=50)
     needed = found.tokens_to_decide(margin=0.012)
     at_that_size = PairedMean(0.010, 0.004 * np.sqrt(1000 / needed), needed, 50)
     assert at_that_size.bounds()[1] == pytest.approx(0.012, abs=1e-5)

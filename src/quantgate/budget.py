@@ -59,6 +59,10 @@ QUALITY_MARGIN = {
 }
 
 
+# What mean KL divergence from the base a scheme may have, in nat, is what `QUALITY_MARGIN` says: of
+# text that the base itself would write the two are one number, since the expectation of ΔNLL under
+# the base is KL(base || other). llama.cpp's q4_0 of Llama 3 8B has 0.0722 and a mean KLD of 0.0719.
+
 # What quantization may cost of a task's own metric (entity F1, step accuracy, ranking accuracy,
 # retrieval), as a part of the base's: MLPerf Inference asks of a quantized model 99 % of the
 # float32 reference's (inference rules, "Model Quality").

@@ -20,6 +20,7 @@ from quantgate.budget import (
     ROUNDING_FACTOR,
     fp32_max,
 )
+from quantgate.divergence import Divergence, llama_cpp_statistics
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe
 from quantgate.replay import ModuleError, Replay
@@ -29,6 +30,8 @@ from quantgate.verdict import Deviation, Outcome, Verdict
 
 WORST_TOKENS = 5
 WORST_MODULES = 5
+CONFIDENCE_BUCKETS = (0.5, 0.95)
+POSITION_BUCKETS = (64, 256, 512)
 
 
 def fidelity_fp32(
@@ -182,6 +185,76 @@ def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: flo
         f"{base.perplexity:.4f} → {engine.perplexity:.4f}"
     )
     return _statistical(outcome, detail, [cost], paired, margin, engine, base, probe)
+
+
+def divergence_from_base(
+    engine: Measurement, base: Measurement, found: Divergence, probe: Probe, *, margin: float
+) -> Verdict:
+    """Judge the mean KL divergence of an engine's distributions from the base's, with a margin."""
+    if not np.isfinite(found.kld).all():
+        return _verdict("fail", "a distribution is not finite", [], engine, base, probe)
+    paired = paired_mean(found.kld, probe.documents)
+    lower, upper = paired.bounds()
+    cost = Deviation(f"upper {1 - ALPHA:.0%} bound of mean KLD", upper, margin, "nat/token")
+    outcome: Outcome = "pass" if upper <= margin else "fail" if lower > margin else "inconclusive"
+    verdict = _statistical(
+        outcome, _divergence_detail(found), [cost], paired, margin, engine, base, probe
+    )
+    return _with_divergence(verdict, found, probe)
+
+
+def divergence_from_reference(
+    engine: Measurement,
+    reference: Measurement,
+    found: Divergence,
+    rounded: Divergence,
+    probe: Probe,
+) -> Verdict:
+    """Judge the mean KL divergence of an engine's distributions from the float32 reference's.
+
+    Divergence grows with the square of an error, so the allowance is the square of
+    `ROUNDING_FACTOR` times what rounding to the dtype costs the reference itself.
+    """
+    allowed = float(rounded.kld.mean()) * ROUNDING_FACTOR**2
+    mean = Deviation("mean KLD", float(found.kld.mean()), allowed)
+    outcome: Outcome = "fail" if mean.exceeded else "pass"
+    detail = f"{_divergence_detail(found)}; the reference itself moves by {rounded.kld.mean():.3g}"
+    verdict = _verdict(outcome, detail, [mean], engine, reference, probe)
+    return _with_divergence(verdict, found, probe)
+
+
+def _divergence_detail(found: Divergence) -> str:
+    return (
+        f"mean KLD is {found.kld.mean():.4g} nat, {found.kld.max():.3g} at most; "
+        f"{np.count_nonzero(~found.same_top)} of {len(found.kld)} most probable tokens flip"
+    )
+
+
+def _with_divergence(verdict: Verdict, found: Divergence, probe: Probe) -> Verdict:
+    """Return a verdict with llama.cpp's statistics, and where the divergence is, if not a pass."""
+    statistics = {name: one.value for name, one in llama_cpp_statistics(found).items()}
+    evidence = verdict.evidence
+    if verdict.outcome != "pass":
+        evidence = (*evidence, *_where_it_diverges(found, probe))
+    return dataclasses.replace(verdict, figures=statistics, evidence=evidence)
+
+
+def _where_it_diverges(found: Divergence, probe: Probe) -> list[str]:
+    """List the mean KLD by stratum, by position and by how sure the base is."""
+    sure = np.digitize(found.confidence, CONFIDENCE_BUCKETS)
+    names = [f"p < {CONFIDENCE_BUCKETS[0]}", *(f"p >= {p}" for p in CONFIDENCE_BUCKETS)]
+    places = np.digitize(probe.positions, POSITION_BUCKETS)
+    positions = [f"< {POSITION_BUCKETS[0]}", *(f">= {p}" for p in POSITION_BUCKETS)]
+    groups = {
+        "stratum": [(s, probe.strata == s) for s in _unique(probe.strata)],
+        "position": [(name, places == i) for i, name in enumerate(positions)],
+        "base's p": [(name, sure == i) for i, name in enumerate(names)],
+    }
+    return [
+        f"KLD by     {kind}: "
+        + ", ".join(f"{name} {found.kld[rows].mean():.3g}" for name, rows in parts if rows.any())
+        for kind, parts in groups.items()
+    ]
 
 
 def drift_exact(

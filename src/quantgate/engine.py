@@ -85,8 +85,9 @@ def measure(
 def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
     provenance = _provenance(llm, dtype)
     if probe.task == GENERATE:
-        logprob, top1 = score(llm, probe)
-        return Measurement(logprob, top1, provenance)
+        # float32 is judged token by token; in the dtype that is served, distributions are.
+        logprob, top1, hidden = score(llm, probe, hidden=dtype != "float32")
+        return Measurement(logprob, top1, provenance, hidden)
     require_length(llm, probe)
     raw, activated = outputs(llm, probe)
     return pooled(raw, provenance, activated)
@@ -216,20 +217,27 @@ def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:
     return scheme
 
 
-def score(llm: LLM, probe: Probe) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return log-probabilities float32 [n] and most probable tokens int32 [n] of a probe."""
+def score(
+    llm: LLM, probe: Probe, *, hidden: bool = False
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    """Return log-probabilities float32 [n] and most probable tokens int32 [n] of a probe.
+
+    And, if asked for, what the head was given float32 [n, H].
+    """
     require_length(llm, probe)
-    found = _score(llm, [window.ids for window in probe.windows])
-    logprobs, tops = [], []
+    found = _score(llm, [window.ids for window in probe.windows], hidden=hidden)
+    columns: list[tuple[Any, ...]] = []
     for window, scores in zip(probe.windows, found, strict=True):
         if len(scores) != len(window.ids):
             raise EngineFailure(
                 f"{window.document}: {len(window.ids)} tokens went in, scores for {len(scores)} "
                 "came back."
             )
-        logprobs.append(scores.logprobs[window.score_from - 1 :])
-        tops.append(scores.top1[window.score_from - 1 :])
-    return np.concatenate(logprobs), np.concatenate(tops)
+        rows = slice(window.score_from - 1, None)
+        states = (scores.hidden_states[rows],) if hidden else ()
+        columns.append((scores.logprobs[rows], scores.top1[rows], *states))
+    whole = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    return whole[0], whole[1], whole[2] if hidden else None
 
 
 def require_length(llm: LLM, probe: Probe) -> None:
@@ -243,13 +251,13 @@ def require_length(llm: LLM, probe: Probe) -> None:
         )
 
 
-def _score(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[Any]:
+def _score(llm: LLM, prompts: Sequence[Sequence[int]], *, hidden: bool = False) -> list[Any]:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     found = llm.generate(
         [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
-        SamplingParams(score_mode=True, max_tokens=0, temperature=0.0),
+        SamplingParams(score_mode=True, max_tokens=0, temperature=0.0, score_hidden_states=hidden),
         use_tqdm=False,
     )
     return [output.prompt_logprobs for output in found]

@@ -45,6 +45,18 @@ def rounding(sources: Sources, checkpoint: Checkpoint) -> float:
     )
 
 
+def divergence(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge whole distributions in the dtype that is served: those of the float32 reference."""
+    engine = sources.engine(checkpoint, "serving")
+    exact = sources.reference(checkpoint, "float32")
+    rounded = sources.reference(checkpoint, "serving")
+    found, moved = (
+        sources.divergence(exact, checkpoint, other, checkpoint) for other in (engine, rounded)
+    )
+    probe = sources.probe_of(checkpoint)
+    return compare.divergence_from_reference(engine, exact, found, moved, probe)
+
+
 def _float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     engine = sources.engine(checkpoint, "float32")
     reference = sources.reference(checkpoint, "float32")

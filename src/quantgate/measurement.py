@@ -44,7 +44,8 @@ class Measurement:
     """Most probable token, or label, at each position [n]."""
     provenance: Provenance
     hidden: NDArray[np.float32] | None = None
-    """What the head was given for each scored token [n, H]; of a float32 reference only."""
+    """What the head was given for each scored token [n, H]: of a reference, but not in float64,
+    and of an engine in the dtype that is served."""
     activated: NDArray[np.float32] | None = None
     """What a pooling request that asks for nothing gets [n, D]; of an engine only."""
 

@@ -60,10 +60,25 @@ def measure(
         return pooled(model.outputs(probe.windows, hidden), provenance)
     logprob, top1 = model.scores(probe.windows, hidden)
     kept = None
-    if dtype == "float32":
+    if dtype != "float64":
         scored = zip(probe.windows, hidden, strict=True)
-        kept = np.concatenate([rows[w.score_from - 1 :].numpy() for w, rows in scored])
+        kept = np.concatenate([rows[w.score_from - 1 :].float().numpy() for w, rows in scored])
     return Measurement(logprob, top1, provenance, kept)
+
+
+def read_head(directory: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """Return a checkpoint's head, [rows, H] to float32 logits [rows, V], and V."""
+    import torch
+
+    model = StreamedModel(directory, "float32")
+    model.fill_outside()
+    model.promote_head()
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return model.logits(hidden)
+
+    return logits, int(model.model.get_output_embeddings().weight.shape[0])
 
 
 class StreamedModel:
@@ -127,8 +142,7 @@ class StreamedModel:
 
         told = time.monotonic()
         with torch.inference_mode():
-            self._fill(self._outside, None)
-            self.model.tie_weights()
+            self.fill_outside()
             steps = [self._record(window) for window in windows]
             for index, layer in enumerate(self.layers):
                 if time.monotonic() - told > PROGRESS_SECONDS:
@@ -142,13 +156,18 @@ class StreamedModel:
             norm = getattr(body, "norm", None) or getattr(body, "final_norm", None)
             return [(norm(step.hidden) if norm else step.hidden)[0] for step in steps]
 
+    def fill_outside(self) -> None:
+        """Read what is not in a layer: embeddings, norms and the head."""
+        self._fill(self._outside, None)
+        self.model.tie_weights()
+
     def scores(
         self, windows: tuple[Window, ...], hidden: list[torch.Tensor]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return log-probabilities [n] and most probable tokens int32 [n] of the scored tokens."""
         import torch
 
-        exact = self._promote_head()
+        exact = self.promote_head()
         logprobs, tops = [], []
         with torch.inference_mode():
             for window, rows in zip(windows, hidden, strict=True):
@@ -156,7 +175,7 @@ class StreamedModel:
                 scored = rows[window.score_from - 1 :].to(exact)
                 for start in range(0, len(targets), LOGIT_ROWS):
                     part = slice(start, start + LOGIT_ROWS)
-                    logits = self._logits(scored[part])
+                    logits = self.logits(scored[part])
                     own = logits.log_softmax(dim=-1).gather(1, targets[part, None])[:, 0]
                     logprobs.append(own)
                     tops.append(logits.argmax(dim=-1))
@@ -168,18 +187,18 @@ class StreamedModel:
         """Return logits, rewards or embeddings [n, D] of the scored tokens, not activated."""
         import torch
 
-        exact = self._promote_head()
+        exact = self.promote_head()
         found = []
         with torch.inference_mode():
             for window, rows in zip(windows, hidden, strict=True):
                 if self.task == EMBED and self.model.get_output_embeddings() is not None:
                     values = rows.to(exact)  # a model that generates: its last hidden states
                 else:
-                    values = self._logits(rows.to(exact), torch.tensor(window.ids))
+                    values = self.logits(rows.to(exact), torch.tensor(window.ids))
                 found.append(values[-window.scored :])
         return torch.cat(found).numpy()
 
-    def _promote_head(self) -> torch.dtype:
+    def promote_head(self) -> torch.dtype:
         """Give the head float32 parameters, or float64 ones where the model has those."""
         import torch
 
@@ -189,7 +208,7 @@ class StreamedModel:
                 _set(module, part, parameter.to(exact))
         return exact
 
-    def _logits(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits [rows, labels] by HF's own code, soft-capping and scales included.
 
         A model with one output for a whole text looks for its last token in `ids`: one row.

@@ -20,6 +20,7 @@ from quantgate import engine, pooling, reference
 from quantgate.cache import DamagedEntry, DiskCache, code_version
 from quantgate.capture import Capture
 from quantgate.checkpoint import Checkpoint, identity, read_config
+from quantgate.divergence import Divergence, Side, divergence
 from quantgate.engine import Announce, library_versions
 from quantgate.measurement import Measurement, Provenance
 from quantgate.pooling import Batches, Steps, batches, steps
@@ -108,7 +109,7 @@ class Sources:
         self._taken[self._key("vLLM, for quality", checkpoint, dtype, probe)] = found
         stored_as = self._engine_disk_key(checkpoint, dtype, probe)
         if self.cache is not None and stored_as is not None:
-            self.cache.write(stored_as, _to_arrays(found))
+            self.cache.write(stored_as, to_arrays(found))
 
     def _engine_disk_key(
         self, checkpoint: Checkpoint, dtype: str, probe: Probe
@@ -207,6 +208,27 @@ class Sources:
             announce("serving")
             return serve(llm, checkpoint)
 
+    def divergence(
+        self, base: Measurement, base_of: Checkpoint, other: Measurement, checkpoint: Checkpoint
+    ) -> Divergence:
+        """Return how far a measurement's distributions are from a base's, over the vocabulary."""
+        probe = self.probe_of(checkpoint)
+        targets = [np.array(window.ids[window.score_from :]) for window in probe.windows]
+        return divergence(
+            self._side(base, base_of), self._side(other, checkpoint), np.concatenate(targets)
+        )
+
+    def _side(self, measured: Measurement, checkpoint: Checkpoint) -> Side:
+        assert measured.hidden is not None
+        logits, vocabulary = self._head(checkpoint)
+        return Side(measured.hidden, logits, vocabulary)
+
+    def _head(self, checkpoint: Checkpoint) -> Any:
+        key = ("head", checkpoint.directory)
+        if key not in self._taken:
+            self._taken[key] = reference.read_head(checkpoint.directory)
+        return self._taken[key]
+
     def probe_of(self, checkpoint: Checkpoint, *, quality: bool = False) -> Probe:
         """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""
         name = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
@@ -265,7 +287,7 @@ class Sources:
             announce("loading")
             found = measure(announce)
             if self.cache is not None and stored_as is not None:
-                self.cache.write(stored_as, _to_arrays(found))
+                self.cache.write(stored_as, to_arrays(found))
             announce(f"done in {time.monotonic() - started:.1f} s")
         self._taken[key] = found
         return found
@@ -281,16 +303,38 @@ class Sources:
         return None if arrays is None else _from_arrays(arrays)
 
 
-def _to_arrays(measured: Measurement) -> dict[str, np.ndarray[Any, Any]]:
+def to_arrays(measured: Measurement) -> dict[str, np.ndarray[Any, Any]]:
+    """Return what a cache entry holds of a measurement."""
     held = ((field.name, getattr(measured, field.name)) for field in fields(measured))
     arrays = {name: value for name, value in held if isinstance(value, np.ndarray)}
+    if measured.hidden is not None:
+        arrays["hidden"] = _packed(measured.hidden)
     provenance = msgspec.json.encode(measured.provenance)
     return {**arrays, "provenance": np.frombuffer(provenance, np.uint8)}
+
+
+def _packed(hidden: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return hidden states in half the bytes where they were in 16 bits: nothing is rounded."""
+    bits = np.ascontiguousarray(hidden).view(np.uint32)
+    if not (bits & 0xFFFF).any():
+        return (bits >> 16).astype(np.uint16)  # bfloat16, which NumPy has no name for
+    with np.errstate(over="ignore"):
+        half = hidden.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), hidden) else hidden
+
+
+def _unpacked(stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Undo `_packed`."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
 
 
 def _from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Measurement:
     provenance = msgspec.convert(json.loads(arrays["provenance"].tobytes()), Provenance)
     found: dict[str, Any] = {**arrays, "provenance": provenance}
+    if "hidden" in found:
+        found["hidden"] = _unpacked(found["hidden"])
     return Measurement(**found)
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,17 @@ def running_server(model: Path, log: Path, *options: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def post(server: str, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+    """Post a JSON request; return the status and the answer."""
+    body = json.dumps(fields).encode()
+    request = urllib.request.Request(f"{server}{path}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 def _serve(model: Path) -> list[str]:

@@ -1,14 +1,12 @@
 """`/pooling` of vLLM's server gives what `LLM.encode` gives, with the plugin in every process."""
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import running_server
+from harness import post, running_server
 
 from quantgate.checkpoint import EngineSettings
 from quantgate.engine import running_engine
@@ -18,19 +16,6 @@ from quantgate.task import POOLING, Task
 
 # float32 sums of the same terms, in batches of other sizes.
 SAME = 1e-5
-
-
-def pool(server: str, **fields: Any) -> tuple[int, dict[str, Any]]:
-    """Post a pooling request; return the status and the answer."""
-    body = json.dumps({"encoding_format": "float", **fields}).encode()
-    request = urllib.request.Request(
-        f"{server}/pooling", body, {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +42,18 @@ def test_the_server_gives_what_encode_gives(
             expected[activated] = encode(llm, task, prompts, params)
     options = ["--runner=pooling", f"--pooler-config={json.dumps(arguments['pooler_config'])}"]
     with running_server(model, tmp_path / "log", *options) as server:
-        common = {"model": str(model), "task": POOLING[task].task}
+        common: dict[str, Any] = {
+            "model": str(model), "task": POOLING[task].task, "encoding_format": "float",
+        }  # fmt: skip
         for activated, rows in expected.items():
-            status, answer = pool(server, **common, input=prompts, use_activation=activated)
+            status, answer = post(
+                server, "/pooling", **common, input=prompts, use_activation=activated
+            )
             assert status == 200, answer
             found = [item["data"] for item in answer["data"]]
             assert [len(item) for item in found] == [len(ids) for ids in prompts]
             for ours, theirs in zip(found, rows, strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=SAME, rtol=0)
-        status, answer = pool(server, **common, input=[[3] * 5000])
+        status, answer = post(server, "/pooling", **common, input=[[3] * 5000])
         assert status == 400
         assert "maximum context length is" in answer["error"]["message"]

@@ -6,15 +6,13 @@ import pickle
 import re
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import ENGINE_ENVIRONMENT, running_server
+from harness import ENGINE_ENVIRONMENT, post, running_server
 
 from quantgate.scoremode.request import SCORE_KEY
 
@@ -159,15 +157,7 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 def complete(server: str, **fields: Any) -> tuple[int, dict[str, Any]]:
     """Post a completion request; return the status and the answer."""
-    body = json.dumps({"model": "tiny", "prompt": IDS, **fields}).encode()
-    request = urllib.request.Request(
-        f"{server}/v1/completions", body, {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+    return post(server, "/v1/completions", **{"model": "tiny", "prompt": IDS, **fields})
 
 
 def test_a_completion_request_scores_through_vllm_xargs(server: str, root: Path) -> None:

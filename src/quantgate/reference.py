@@ -38,6 +38,8 @@ DequantizerName = Literal["own", "library"]
 # the model goes on with.
 Observer = Callable[[int, str, "torch.Tensor", "Product"], "torch.Tensor"]
 Product = Callable[["torch.Tensor"], "torch.Tensor"]
+# What makes float32 logits [rows, V] of hidden states [rows, H], and V.
+Head = tuple[Callable[["torch.Tensor"], "torch.Tensor"], int]
 
 
 def measure(
@@ -66,8 +68,8 @@ def measure(
     return Measurement(logprob, top1, provenance, kept)
 
 
-def read_head(directory: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
-    """Return a checkpoint's head, [rows, H] to float32 logits [rows, V], and V."""
+def read_head(directory: Path) -> Head:
+    """Return a checkpoint's head."""
     import torch
 
     model = StreamedModel(directory, "float32")

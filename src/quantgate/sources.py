@@ -25,7 +25,7 @@ from quantgate.engine import Announce, library_versions
 from quantgate.measurement import Measurement, Provenance
 from quantgate.pooling import Batches, Steps, batches, steps
 from quantgate.probe import Probe, probe_for
-from quantgate.reference import DequantizerName
+from quantgate.reference import DequantizerName, Head
 from quantgate.replay import Replay, replay
 from quantgate.task import Task
 
@@ -52,6 +52,8 @@ class Sources:
     _taken: dict[tuple[object, ...], Any] = field(default_factory=dict)
     _captures: dict[tuple[object, ...], Capture | None] = field(default_factory=dict)
     _probes: dict[tuple[str, bool], Probe] = field(default_factory=dict)
+    _heads: dict[Path, Head] = field(default_factory=dict)
+    """The ones that were used last, the last one at the end."""
     _scratch: Path | None = None
     """Where captures lie; gone with this object, or with the process."""
 
@@ -223,11 +225,13 @@ class Sources:
         logits, vocabulary = self._head(checkpoint)
         return Side(measured.hidden, logits, vocabulary)
 
-    def _head(self, checkpoint: Checkpoint) -> Any:
-        key = ("head", checkpoint.directory)
-        if key not in self._taken:
-            self._taken[key] = reference.read_head(checkpoint.directory)
-        return self._taken[key]
+    def _head(self, checkpoint: Checkpoint) -> Head:
+        """Return a checkpoint's head; a base's and its checkpoint's stay in memory, no others."""
+        head = self._heads.pop(checkpoint.directory, None)
+        self._heads[checkpoint.directory] = head or reference.read_head(checkpoint.directory)
+        if len(self._heads) > 2:
+            self._heads.pop(next(iter(self._heads)))
+        return self._heads[checkpoint.directory]
 
     def probe_of(self, checkpoint: Checkpoint, *, quality: bool = False) -> Probe:
         """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from quantgate.processor import CONDITIONS
-from quantgate.scheme import UNQUANTIZED, scheme_name
+from quantgate.scheme import UNQUANTIZED, quantizes_activations, scheme_name
 from quantgate.task import (
     EMBED,
     GENERATE,
@@ -134,6 +134,11 @@ class Checkpoint:
             golden=False,
             is_base=True,
         )
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether inputs or the KV cache are quantized, which makes free-running values chaotic."""
+        return quantizes_activations(read_config(self.directory).get("quantization_config"))
 
     @property
     def has_own_metric(self) -> bool:

@@ -73,17 +73,12 @@ def fidelity_chaotic(
     A difference of 1e-7 flips a code, and flips cascade. How far that goes is measured: the
     reference in float64 against itself in float32. Replay is the sharp check of such a format.
     """
-    delta = _delta(engine, reference)
-    chaos = _delta(exact_reference, reference)
-    floor = float(np.mean(np.abs(chaos)))
-    mean = _deviation("mean", float(np.mean(np.abs(delta))), floor * ROUNDING_FACTOR, probe)
-    detail = _agreement("engine", engine, "reference", reference, probe)
-    detail += (
-        f"; the reference itself moves by {floor:.3g} in float64, {_max(np.abs(chaos)):.3g} at "
-        "most: inputs are quantized"
+    floor = mean_absolute_difference(exact_reference, reference)
+    said = (
+        f"the reference itself moves by {floor:.3g} in float64, "
+        f"{largest_difference(exact_reference, reference):.3g} at most: inputs are quantized"
     )
-    outcome: Outcome = "fail" if mean.exceeded else "pass"
-    return _verdict(outcome, detail, [mean], engine, reference, probe)
+    return _within_rounding(engine, reference, "reference", floor, said, probe)
 
 
 def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
@@ -160,15 +155,11 @@ def fidelity_serving(
     The allowance is `ROUNDING_FACTOR` times what rounding to that dtype costs the reference
     itself. `base_noise` is the same mean for the unquantized base, shown beside it.
     """
-    delta = _delta(engine, reference)
-    noise = float(np.mean(np.abs(_delta(reference_serving, reference))))
-    mean = _deviation("mean", float(np.mean(np.abs(delta))), noise * ROUNDING_FACTOR, probe)
-    detail = _agreement("engine", engine, "float32 reference", reference, probe)
-    detail += f"; the reference itself moves by {noise:.3g} in {engine.provenance.dtype}"
+    noise = mean_absolute_difference(reference_serving, reference)
+    said = f"the reference itself moves by {noise:.3g} in {engine.provenance.dtype}"
     if base_noise is not None:
-        detail += f", the unquantized base in vLLM by {base_noise:.3g}"
-    outcome: Outcome = "fail" if mean.exceeded else "pass"
-    return _verdict(outcome, detail, [mean], engine, reference, probe)
+        said += f", the unquantized base in vLLM by {base_noise:.3g}"
+    return _within_rounding(engine, reference, "float32 reference", noise, said, probe)
 
 
 def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: float) -> Verdict:
@@ -298,12 +289,18 @@ def drift_rounding(
     its cascade, costs the reference; two engines that only round are within `ROUNDING_FACTOR` times
     it of each other.
     """
-    delta = _delta(engine, golden)
-    mean = _deviation("mean", float(np.mean(np.abs(delta))), noise * ROUNDING_FACTOR, probe)
-    detail = _agreement("engine", engine, "golden", golden, probe)
-    detail += f"; rounding moves the reference by {noise:.3g}"
-    outcome: Outcome = "fail" if mean.exceeded else "pass"
-    return _verdict(outcome, detail, [mean], engine, golden, probe)
+    said = f"rounding moves the reference by {noise:.3g}"
+    return _within_rounding(engine, golden, "golden", noise, said, probe)
+
+
+def _within_rounding(
+    engine: Measurement, other: Measurement, name: str, noise: float, said: str, probe: Probe
+) -> Verdict:
+    """Judge the mean |Δ| between two measurements by `ROUNDING_FACTOR` times `noise`."""
+    measured = mean_absolute_difference(engine, other)
+    mean = _deviation("mean", measured, noise * ROUNDING_FACTOR, probe)
+    detail = f"{_agreement('engine', engine, name, other, probe)}; {said}"
+    return _verdict("fail" if mean.exceeded else "pass", detail, [mean], engine, other, probe)
 
 
 def largest_difference(a: Measurement, b: Measurement) -> float:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from quantgate import compare, fidelity
 from quantgate.budget import drift_margin
-from quantgate.checkpoint import Checkpoint, read_config
+from quantgate.checkpoint import Checkpoint
 from quantgate.golden import as_stored, judge_golden
 from quantgate.measurement import Measurement
-from quantgate.scheme import quantizes_activations
 from quantgate.sources import Sources
 from quantgate.task import GENERATE
 from quantgate.verdict import Verdict
@@ -34,7 +33,7 @@ def drift(
     probe = sources.probe_of(checkpoint)
 
     def against(engine: Measurement, golden: Measurement) -> Verdict:
-        if dtype == "float32" and not _is_chaotic(checkpoint):
+        if dtype == "float32" and not checkpoint.quantizes_activations:
             rounding = partial(fidelity.rounding, sources, checkpoint)
             return compare.drift_exact(engine, golden, probe, rounding=rounding)
         if probe.task == GENERATE:
@@ -53,8 +52,3 @@ def _noise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> float:
     rounded = sources.reference(checkpoint, "float64" if dtype == "float32" else dtype)
     exact = sources.reference(checkpoint, "float32")
     return compare.mean_absolute_difference(as_stored(rounded), as_stored(exact))
-
-
-def _is_chaotic(checkpoint: Checkpoint) -> bool:
-    config = read_config(checkpoint.directory)
-    return quantizes_activations(config.get("quantization_config"))

@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 from quantgate import compare
 from quantgate.attribution import Suspects, attribute
-from quantgate.checkpoint import Checkpoint, read_config
+from quantgate.checkpoint import Checkpoint
 from quantgate.library_weights import largest_disagreement
-from quantgate.scheme import quantizes_activations
 from quantgate.sources import Sources
 from quantgate.verdict import Verdict
 
@@ -61,8 +60,7 @@ def _float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     engine = sources.engine(checkpoint, "float32")
     reference = sources.reference(checkpoint, "float32")
     probe = sources.probe_of(checkpoint)
-    config = read_config(checkpoint.directory)
-    if quantizes_activations(config.get("quantization_config")):
+    if checkpoint.quantizes_activations:
         exact = sources.reference(checkpoint, "float64")
         return compare.fidelity_chaotic(engine, reference, exact, probe)
     return compare.fidelity_fp32(

@@ -18,7 +18,6 @@ from quantgate.formats.stored import StoredTensors
 from quantgate.measurement import Measurement
 from quantgate.pooling import CHUNK
 from quantgate.probe import Probe
-from quantgate.scheme import quantizes_activations
 from quantgate.sources import Sources
 from quantgate.task import EMBED, HEADS, activation_of, head_tensors, label_names
 from quantgate.verdict import Deviation, Verdict, not_run
@@ -222,8 +221,7 @@ def _same(
     """
     delta = np.abs(measured.astype(np.float64) - expected)
     allowed = fp32_max(checkpoint.task) if limit is None else limit
-    config = read_config(checkpoint.directory)
-    if not quantizes_activations(config.get("quantization_config")):
+    if not checkpoint.quantizes_activations:
         return Deviation(f"{what}: max |Δ|", _max(delta), allowed, "")
     exact, rounded = (
         derive(sources.reference(checkpoint, dtype).values) for dtype in ("float64", "float32")

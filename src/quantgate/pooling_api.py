@@ -20,7 +20,6 @@ from quantgate.task import GENERATE, HEADS, label_names, num_labels, task_of
 
 # The tasks of the first spelling; both give logits for each token.
 TOKEN_TASKS = ("token_classification", "token_reward")
-NO_LABELS = "has no head for labels"
 
 
 def patch_llm(module: ModuleType) -> None:
@@ -65,8 +64,8 @@ def token_task_options(model: Any, task: str, settings: Mapping[str, Any]) -> di
     architectures = ", ".join(config.get("architectures") or ["model of unknown architecture"])
     if task_of(config) in (GENERATE, "token_embed"):
         raise ValueError(
-            f"{model}: a {architectures} {NO_LABELS}; task='{task}' is for a checkpoint that was "
-            "trained as a token classifier or a reward model."
+            f"{model}: a {architectures} has no head for labels; task='{task}' is for a checkpoint "
+            "that was trained as a token classifier or a reward model."
         )
     held = num_labels(config)
     given = settings.get("num_labels", held)

@@ -37,11 +37,6 @@ def test_late_interaction(gate: Gate, checkpoint: Checkpoint, device: str) -> No
     gate.judge(pooled.late_interaction(gate.sources, checkpoint))
 
 
-def test_batching(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
-    """What a request gets depends on nothing else in its batch, nor on chunked prefill."""
-    gate.judge(pooled.batching(gate.sources, checkpoint))
-
-
 @pytest.mark.needs("base")
 @pytest.mark.needs("own_metric")
 def test_quality(gate: Gate, checkpoint: Checkpoint, device: str) -> None:

@@ -45,11 +45,6 @@ def test_steps(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
     gate.judge(pooled.step_rows(gate.sources, checkpoint))
 
 
-def test_batching(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
-    """What a request gets depends on nothing else in its batch, nor on chunked prefill."""
-    gate.judge(pooled.batching(gate.sources, checkpoint))
-
-
 @pytest.mark.needs("base")
 def test_quality(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
     """Steps are told apart, and texts ranked, as well as by the base."""

@@ -12,7 +12,7 @@ import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
 
-from quantgate import compare, fidelity, pooled, task_quality
+from quantgate import compare, fidelity, invariance, pooled, task_quality
 from quantgate.checkpoint import (
     BadInput,
     Checkpoint,
@@ -214,8 +214,8 @@ def test_an_answer_that_depends_on_the_batch_is_found(
         return [None if rows is None else rows + 1e-4 * sum(means) for rows in found]
 
     monkeypatch.setattr(AllPool, "forward", mixed)
-    verdict = pooled.batching(sources, embedded("tiny-ner-qwen2-w4a16"))
-    assert_fails(verdict, "what is served depends on what else is")
+    verdict = invariance.served_otherwise(sources, embedded("tiny-ner-qwen2-w4a16"), "float32")
+    assert_fails(verdict, "what is served depends on how it is served")
 
 
 # Weights and tokenizers --------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_what_is_not_finite_fails(copy_of: Callable[[str], Path], sources: Sourc
     checkpoint = embedded("tiny-reward-qwen2-w4a16", directory)
     assert_fails(task_quality.quality(sources, checkpoint), "logits are not finite")
     assert_fails(fidelity.serving(sources, checkpoint), "CHECKPOINT", "non-finite logits")
-    assert_fails(pooled.batching(sources, checkpoint), "nan")
+    assert_fails(invariance.served_otherwise(sources, checkpoint, "float32"), "nan")
 
 
 def test_labels_that_the_probe_does_not_know_are_compared_with_the_bases() -> None:

@@ -73,9 +73,9 @@ METRIC_LOSS = 0.01
 ACTIVATION_MAX = 8 * 2.0**-23
 
 
-# How far a row in float32 may move with the batch that it is served in: sums of the same terms in
+# How far a value in float32 may move with the way that it is served: sums of the same terms in
 # another order, as FP32_MAX.
-BATCHING_MAX = FP32_MAX
+INVARIANCE_MAX = FP32_MAX
 
 
 def fp32_max(task: Task) -> float:

@@ -99,6 +99,9 @@ class Checkpoint:
     task: Task = GENERATE
     step_tag_id: int | None = None
     """The token that ends a step, of a model that rewards steps."""
+    invariance: tuple[Literal["tensor-parallel", "compiled"], ...] = ()
+    """What else may not matter: an engine of two ranks, a compiled one. Each is one more to load,
+    and the first needs another GPU."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     budget: Mapping[str, BudgetOverride] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd, compare=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -83,20 +83,22 @@ def measure(
 
 
 def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
-    provenance = _provenance(llm, dtype)
+    provenance = provenance_of(llm, dtype)
     if probe.task == GENERATE:
-        # float32 is judged token by token; in the dtype that is served, distributions are.
-        logprob, top1, hidden = score(llm, probe, hidden=dtype != "float32")
-        return Measurement(logprob, top1, provenance, hidden)
+        return serve(llm, probe, provenance)
     require_length(llm, probe)
     raw, activated = outputs(llm, probe)
     return pooled(raw, provenance, activated)
 
 
-def measure_raw(llm: LLM, probe: Probe, dtype: str) -> Measurement:
-    """Return the raw outputs of a model that pools, for another probe than it is judged by."""
+def serve(llm: LLM, probe: Probe, provenance: Provenance) -> Measurement:
+    """Return what an engine gives for a probe, all in one batch: scores, or raw outputs alone."""
+    if probe.task == GENERATE:
+        # float32 is judged token by token; in the dtype that is served, distributions are.
+        logprob, top1, hidden = score(llm, probe, hidden=provenance.dtype != "float32")
+        return Measurement(logprob, top1, provenance, hidden)
     require_length(llm, probe)
-    return pooled(raw_outputs(llm, probe), _provenance(llm, dtype))
+    return pooled(raw_outputs(llm, probe), provenance)
 
 
 def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
@@ -168,8 +170,10 @@ def running_engine(
         gc.collect()
         gc.freeze()
         atexit.register(gc.unfreeze)  # what is frozen at exit looks leaked to its libraries
+    # Two ranks on a machine without NUMA nodes: vLLM would bind both to the same processors.
+    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.tensor_parallel_size > 1 else {}
     try:
-        with _collection_suspended() if on_cpu else nullcontext():
+        with _collection_suspended() if on_cpu else nullcontext(), _environment(unbound):
             llm = LLM(**arguments)
     except Exception as error:
         raise EngineFailure(
@@ -187,6 +191,18 @@ def running_engine(
             del llm
             cleanup_dist_env_and_memory()
         gc.collect()
+
+
+@contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """Have variables in the environment that are not there yet, and take them away again."""
+    added = {name: value for name, value in more.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @contextmanager
@@ -252,15 +268,23 @@ def require_length(llm: LLM, probe: Probe) -> None:
 
 
 def _score(llm: LLM, prompts: Sequence[Sequence[int]], *, hidden: bool = False) -> list[Any]:
+    asked = [{"score_hidden_states": hidden}] * len(prompts)
+    return [output.prompt_logprobs for output in generate_scores(llm, prompts, asked)]
+
+
+def generate_scores(
+    llm: LLM, prompts: Sequence[Sequence[int]], asked: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Return vLLM's output for each prompt of token ids, scored with `asked` of score mode."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    found = llm.generate(
+    found: list[Any] = llm.generate(
         [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
-        SamplingParams(score_mode=True, max_tokens=0, temperature=0.0, score_hidden_states=hidden),
+        [SamplingParams(score_mode=True, max_tokens=0, temperature=0.0, **own) for own in asked],
         use_tqdm=False,
     )
-    return [output.prompt_logprobs for output in found]
+    return found
 
 
 def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -292,7 +316,15 @@ def available_devices() -> dict[str, str]:
     return {"cpu": "cpu"}
 
 
-def _provenance(llm: LLM, dtype: str) -> Provenance:
+def visible_gpus() -> int | None:
+    """Return how many GPUs an engine can have; None where it runs on the CPU."""
+    import torch
+
+    return torch.cuda.device_count() if "cuda" in available_devices() else None
+
+
+def provenance_of(llm: LLM, dtype: str) -> Provenance:
+    """Return where a measurement of a running engine comes from."""
     kernels, emulated = kernel_fingerprint(llm)
     ((device, platform),) = available_devices().items()
     return Provenance("engine", device, platform, dtype, kernels, emulated, library_versions())

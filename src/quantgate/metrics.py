@@ -151,13 +151,13 @@ def max_sim(queries: Sequence[NDArray[Any]], documents: Sequence[NDArray[Any]]) 
     return np.array([[(q @ d.T).max(axis=1).sum() for d in documents] for q in queries])
 
 
-def similarity(values: NDArray[Any], probe: Probe, windows: Sequence[int]) -> NDArray[Any]:
-    """Return max-sim scores [queries, documents] of raw embeddings, of some of the windows."""
+def similarity(values: NDArray[Any], probe: Probe) -> NDArray[Any]:
+    """Return max-sim scores [queries, documents] of raw embeddings."""
     unit = values.astype(np.float64)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     parts = np.split(unit, np.cumsum([window.scored for window in probe.windows])[:-1])
     queries, documents = (
-        [parts[i] for i in windows if probe.windows[i].stratum == kind]
+        [part for part, w in zip(parts, probe.windows, strict=True) if w.stratum == kind]
         for kind in ("query", "document")
     )
     return max_sim(queries, documents)

@@ -5,26 +5,19 @@ Takes what a check needs from the sources and returns its verdict, as `fidelity`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantgate import metrics
-from quantgate.budget import ACTIVATION_MAX, BATCHING_MAX, ROUNDING_FACTOR, fp32_max
+from quantgate.budget import ACTIVATION_MAX, INVARIANCE_MAX, fp32_max
 from quantgate.checkpoint import Checkpoint, read_config
 from quantgate.formats.stored import StoredTensors
-from quantgate.measurement import Measurement
-from quantgate.pooling import CHUNK
-from quantgate.probe import Probe
+from quantgate.invariance import Derive, Values, largest, same, verdict_on
+from quantgate.serving import mixed
 from quantgate.sources import Sources
 from quantgate.task import EMBED, HEADS, activation_of, head_tensors, label_names
 from quantgate.verdict import Deviation, Verdict, not_run
-
-Values = NDArray[np.floating[Any]]
-Derive = Callable[[Values], Values]
-
 
 # Activations -------------------------------------------------------------------------------------
 
@@ -37,23 +30,24 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     kind, expected = _activated(engine.values, checkpoint)
     # The raw outputs are another request's, and no activation moves more than its input.
     deviations = [
-        _same(
+        same(
             "output",
             given,
             expected,
             sources,
             checkpoint,
-            lambda values: _activated(values, checkpoint)[1],
-            BATCHING_MAX,
+            "float32",
+            derive=lambda values: _activated(values, checkpoint)[1],
+            limit=INVARIANCE_MAX,
         )
     ]
     if kind == "softmax":
-        off = _max(np.abs(given.sum(axis=1) - 1))
+        off = largest(np.abs(given.sum(axis=1) - 1))
         deviations.append(Deviation("max |sum of probabilities - 1|", off, ACTIVATION_MAX, ""))
     elif kind == "unit norm":
-        off = _max(np.abs(np.linalg.norm(given, axis=1) - 1))
+        off = largest(np.abs(np.linalg.norm(given, axis=1) - 1))
         deviations.append(Deviation("max |norm - 1|", off, ACTIVATION_MAX, ""))
-    return _verdict(
+    return verdict_on(
         deviations,
         f"the config says {kind}; so are the outputs",
         engine,
@@ -99,7 +93,7 @@ def head(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     ]
     right = "the head is the base's to the bit, in full precision, and so are its labels"
     evidence = [*renamed, *tensors, *quantized]
-    return _verdict(deviations, right, engine, wrong="; ".join(evidence), evidence=evidence)
+    return verdict_on(deviations, right, engine, wrong="; ".join(evidence), evidence=evidence)
 
 
 def _unlike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, tuple[str, str]]]:
@@ -123,33 +117,6 @@ def _head_differences(checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
 
 
 # Ways of serving ---------------------------------------------------------------------------------
-
-
-def batching(sources: Sources, checkpoint: Checkpoint) -> Verdict:
-    """Judge that what a request gets depends on nothing else, with chunked prefill and without."""
-    engine = sources.engine(checkpoint, "float32")
-    probe = sources.probe_of(checkpoint)
-    whole = sources.batches(checkpoint, chunked=False)
-    rows = _rows_of(whole.windows, probe)
-
-    def deviation(what: str, values: Values) -> Deviation:
-        alone = whole.alone
-        return _same(what, values, alone, sources, checkpoint, lambda v: v[rows], BATCHING_MAX)
-
-    deviations = [
-        deviation("shuffled in one batch", whole.together),
-        deviation("with the whole probe", engine.values[rows]),
-    ]
-    right = f"{len(whole.windows)} windows give the same however they are served"
-    if whole.chunkable:
-        chunked = sources.batches(checkpoint, chunked=True)
-        deviations += [
-            deviation(f"in chunks of {CHUNK} tokens", chunked.alone),
-            deviation("shuffled and in chunks", chunked.together),
-        ]
-    else:
-        right += "; vLLM does not cut the prompts of this model into chunks"
-    return _verdict(deviations, right, engine, wrong="what is served depends on what else is")
 
 
 def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
@@ -180,94 +147,25 @@ def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             missing = abs(len(rows) - len(expected))
             deviations.append(Deviation(f"{what}: rows too many or too few", missing, 0, ""))
             continue
-        deviations.append(_same(what, rows, expected, sources, checkpoint, derive))
+        deviations.append(same(what, rows, expected, sources, checkpoint, "float32", derive=derive))
     right = f"{len(tagged)} step tags give their own rows, and no other token does"
-    return _verdict(deviations, right, engine, wrong="steps are not the rows of their tags")
+    return verdict_on(deviations, right, engine, wrong="steps are not the rows of their tags")
 
 
 def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge `LLM.score`: the max-sim of the engine's own unit vectors."""
     engine = sources.engine(checkpoint, "float32")
-    probe = sources.probe_of(checkpoint)
-    served = sources.batches(checkpoint, chunked=False)
-    assert served.scores is not None
+    probe, rows = mixed(sources.probe_of(checkpoint))
 
     def scores(values: Values) -> Values:
-        return metrics.similarity(values, probe, served.windows)
+        return metrics.similarity(values[rows], probe)
 
     # A score adds up as many products of unit vectors as its query has tokens.
     longest = max(len(w.ids) for w in probe.windows if w.stratum == "query")
     limit = fp32_max(checkpoint.task) * longest
-    expected = scores(engine.values)
-    deviation = _same("score", served.scores, expected, sources, checkpoint, scores, limit)
+    served, expected = sources.late_interaction(checkpoint, probe), scores(engine.values)
+    deviation = same(
+        "score", served, expected, sources, checkpoint, "float32", derive=scores, limit=limit
+    )
     right = f"{expected.size} scores of LLM.score are the max-sim of the token embeddings"
-    return _verdict([deviation], right, engine, wrong="LLM.score is not max-sim")
-
-
-def _same(
-    what: str,
-    measured: Values,
-    expected: Values,
-    sources: Sources,
-    checkpoint: Checkpoint,
-    derive: Derive,
-    limit: float | None = None,
-) -> Deviation:
-    """Return how far two ways of serving the same are apart, beside what that may be.
-
-    Where inputs are quantized, a sum in another order flips codes, and flips cascade: there the
-    mean may be `ROUNDING_FACTOR` times what float32 costs the reference, `derive`d likewise, if
-    that is more.
-    """
-    delta = np.abs(measured.astype(np.float64) - expected)
-    allowed = fp32_max(checkpoint.task) if limit is None else limit
-    if not checkpoint.quantizes_activations:
-        return Deviation(f"{what}: max |Δ|", _max(delta), allowed, "")
-    exact, rounded = (
-        derive(sources.reference(checkpoint, dtype).values) for dtype in ("float64", "float32")
-    )
-    floor = float(np.mean(np.abs(exact.astype(np.float64) - rounded)))
-    allowed = max(allowed, floor * ROUNDING_FACTOR)
-    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "")
-
-
-def _rows_of(windows: Sequence[int], probe: Probe) -> NDArray[np.int64]:
-    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
-    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in windows])
-
-
-# Verdicts ----------------------------------------------------------------------------------------
-
-
-def _verdict(
-    deviations: list[Deviation],
-    right: str,
-    engine: Measurement,
-    *,
-    wrong: str,
-    evidence: Sequence[str] = (),
-) -> Verdict:
-    exceeded = [deviation for deviation in deviations if deviation.exceeded]
-    # The one that is nearest to its limit, or furthest beyond, is what a table shows.
-    deviations = sorted(deviations, key=_part_of_limit, reverse=True)
-    return Verdict(
-        "fail" if exceeded else "pass",
-        wrong if exceeded else right,
-        tuple(deviations),
-        n=len(engine.values),
-        kernels=engine.provenance.kernels,
-        emulated=engine.provenance.emulated,
-        evidence=tuple(f"found      {line}" for line in evidence),
-    )
-
-
-def _part_of_limit(deviation: Deviation) -> float:
-    if np.isnan(deviation.measured):
-        return float("inf")
-    if deviation.allowed == 0:
-        return float("inf") if deviation.measured else 0.0
-    return deviation.measured / deviation.allowed
-
-
-def _max(values: Values) -> float:
-    return float(values.max())  # NaN wins, and exceeds every allowance
+    return verdict_on([deviation], right, engine, wrong="LLM.score is not max-sim")

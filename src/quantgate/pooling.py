@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.float32]
 
-# How many windows are served alone and together, and how many tokens a chunk of a prompt has.
-TOGETHER = 8
-CHUNK = 32
-
 
 def pooling_arguments(
     directory: Path, task: Task, *, step_tag_id: int | None = None
@@ -74,61 +70,14 @@ def raw_outputs(llm: LLM, probe: Probe) -> Rows:
     return rows_of(probe, encode(llm, probe.task, ids, PoolingParams(use_activation=False)))
 
 
-@dataclass(frozen=True)
-class Batches:
-    """The same few windows, served in two ways by one engine: raw rows [m, D], window by window."""
-
-    windows: tuple[int, ...]
-    """Indices into the probe's windows."""
-    alone: Rows
-    """Each by itself."""
-    together: Rows
-    """All in one batch, in another order."""
-    scores: NDArray[np.float64] | None = None
-    """What `LLM.score` gives for the queries and documents among them [queries, documents]."""
-    chunkable: bool = True
-    """Whether this engine's prompts can be cut into chunks: not those of a model that reads both
-    ways."""
-
-
-def batches(llm: LLM, probe: Probe) -> Batches:
-    """Serve windows of the most different lengths alone and together."""
-    from vllm import PoolingParams
-
-    raw = PoolingParams(use_activation=False)
-    windows = mixed_windows(probe)
-    ids = [probe.windows[index].ids for index in windows]
-    order = np.random.default_rng(0).permutation(len(windows))
-    shuffled = encode(llm, probe.task, [ids[i] for i in order], raw)
-    together = [shuffled[place] for place in np.argsort(order)]
-    alone = [encode(llm, probe.task, [one], raw)[0] for one in ids]
-    scores = None
-    if probe.task == EMBED:
-        queries, documents = (texts_of(probe, windows, kind) for kind in ("query", "document"))
-        found = [llm.score(query, documents, use_tqdm=False) for query in queries]
-        scores = np.array([[output.outputs.score for output in row] for row in found])
-    chunkable = llm.llm_engine.model_config.is_chunked_prefill_supported
-    return Batches(windows, np.concatenate(alone), np.concatenate(together), scores, chunkable)
-
-
-def texts_of(probe: Probe, windows: Sequence[int], stratum: str) -> list[str]:
-    """Return the texts of the windows that are of a stratum."""
-    chosen = (probe.windows[index] for index in windows)
-    return [window.text for window in chosen if window.stratum == stratum]
-
-
-def mixed_windows(probe: Probe) -> tuple[int, ...]:
-    """Return `TOGETHER` windows, of evenly spaced ranks by length, in the probe's order."""
-    by_length = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
-    ranks = np.linspace(0, len(by_length) - 1, min(TOGETHER, len(by_length))).astype(int)
-    return tuple(sorted({by_length[rank] for rank in ranks}))
-
-
-def chunking(*, chunked: bool) -> dict[str, Any]:
-    """Return what `vllm.LLM` is given to cut prompts into chunks, or to leave them whole."""
-    if chunked:
-        return {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
-    return {"enable_chunked_prefill": False}
+def late_interaction_scores(llm: LLM, probe: Probe) -> NDArray[np.float64]:
+    """Return what `LLM.score` gives for a probe's queries and documents [queries, documents]."""
+    texts = {
+        kind: [window.text for window in probe.windows if window.stratum == kind]
+        for kind in ("query", "document")
+    }
+    found = [llm.score(query, texts["document"], use_tqdm=False) for query in texts["query"]]
+    return np.array([[output.outputs.score for output in row] for row in found])
 
 
 @dataclass(frozen=True)

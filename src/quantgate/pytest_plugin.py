@@ -36,6 +36,7 @@ from quantgate.task import Task
 from quantgate.verdict import Verdict, not_run
 
 DEVICES = ("cpu", "cuda")
+OTHER_ENGINES = ("tensor-parallel", "compiled")
 DEFAULT_CACHE = Path(".gate-cache")
 # What the widest table needs; a narrower terminal wraps its lines, which loses nothing.
 TABLE_WIDTH = 176
@@ -98,7 +99,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
-        "needs(what): left out of a checkpoint without a base, golden, step_tag or own_metric",
+        "needs(what): left out of a checkpoint without a base, golden, step_tag or own_metric, "
+        "or whose file does not ask for it: tensor-parallel, compiled",
     )
     config.addinivalue_line("markers", "tasks(name, ...): of checkpoints that do one of these")
     if config.getoption("update_snapshots") or config.getoption("update_new_snapshots_only"):
@@ -256,6 +258,8 @@ def _why_left_out(item: pytest.Item, devices: dict[str, str]) -> str | None:
             return "it generates, and is judged by its perplexity: its embeddings have no task"
         if marker.args[0] == "golden" and not checkpoint.golden:
             return "it has no golden: given by path, or golden = false in its file"
+        if marker.args[0] in OTHER_ENGINES and marker.args[0] not in checkpoint.invariance:
+            return f"its file does not ask for it: invariance = ['{marker.args[0]}']"
         if marker.args[0] == "step_tag" and checkpoint.step_tag_id is None:
             return "no step_tag_id is in its file"
     return None

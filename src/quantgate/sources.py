@@ -16,17 +16,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from quantgate import engine, pooling, reference
+from quantgate import engine, pooling, reference, serving
 from quantgate.cache import DamagedEntry, DiskCache, code_version
 from quantgate.capture import Capture
 from quantgate.checkpoint import Checkpoint, identity, read_config
 from quantgate.divergence import Divergence, Side, divergence
 from quantgate.engine import Announce, library_versions
 from quantgate.measurement import Measurement, Provenance
-from quantgate.pooling import Batches, Steps, batches, steps
+from quantgate.pooling import Steps, steps
 from quantgate.probe import Probe, probe_for
 from quantgate.reference import DequantizerName, Head
 from quantgate.replay import Replay, replay
+from quantgate.serving import Reruns
 from quantgate.task import Task
 
 SERVING = "serving"
@@ -52,6 +53,8 @@ class Sources:
     _taken: dict[tuple[object, ...], Any] = field(default_factory=dict)
     _captures: dict[tuple[object, ...], Capture | None] = field(default_factory=dict)
     _probes: dict[tuple[str, bool], Probe] = field(default_factory=dict)
+    _chunkable: set[Path] = field(default_factory=set)
+    """The checkpoints whose prompts vLLM can cut into chunks: not those that read both ways."""
     _heads: dict[Path, Head] = field(default_factory=dict)
     """The ones that were used last, the last one at the end."""
     _scratch: Path | None = None
@@ -65,9 +68,11 @@ class Sources:
         capture_into = None if checkpoint.is_base else self._capture_directory(len(self._captures))
 
         def meanwhile(llm: Any) -> None:
+            if llm.llm_engine.model_config.is_chunked_prefill_supported:
+                self._chunkable.add(checkpoint.directory)
             compared = checkpoint.has_own_metric and (checkpoint.base or checkpoint.is_base)
             if compared and dtype == resolve_dtype(checkpoint, SERVING):
-                self._measure_for_quality(llm, checkpoint)
+                self._for_quality(checkpoint, lambda _, serve: serve(llm))
 
         def measure(announce: Announce) -> Measurement:
             measured, self._captures[key] = engine.measure(
@@ -90,28 +95,29 @@ class Sources:
 
         The engine of `engine(checkpoint, "serving")` does it on the way, where that one runs.
         """
+        dtype = resolve_dtype(checkpoint, SERVING)
+        return self._for_quality(
+            checkpoint,
+            lambda announce, serve: self._with_engine(checkpoint, dtype, {}, serve, announce),
+        )
+
+    def _for_quality(
+        self, checkpoint: Checkpoint, run: Callable[[Announce, Callable[[Any], Any]], Any]
+    ) -> Measurement:
+        """Measure for quality in an engine that `run` finds."""
         probe = self.probe_of(checkpoint, quality=True)
         dtype = resolve_dtype(checkpoint, SERVING)
-        key = self._key("vLLM, for quality", checkpoint, dtype, probe)
 
-        def measure(announce: Announce) -> Measurement:
-            self._with_engine(checkpoint, dtype, {}, self._measure_for_quality, announce)
-            found: Measurement = self._taken[key]
-            return found
+        def serve(llm: Any) -> Measurement:
+            return engine.serve(llm, probe, engine.provenance_of(llm, dtype))
 
         found: Measurement = self._once(
-            key, checkpoint, measure, self._engine_disk_key(checkpoint, dtype, probe)
+            self._key("vLLM, for quality", checkpoint, dtype, probe),
+            checkpoint,
+            lambda announce: run(announce, serve),
+            self._engine_disk_key(checkpoint, dtype, probe),
         )
         return found
-
-    def _measure_for_quality(self, llm: Any, checkpoint: Checkpoint) -> None:
-        probe = self.probe_of(checkpoint, quality=True)
-        dtype = resolve_dtype(checkpoint, SERVING)
-        found = engine.measure_raw(llm, probe, dtype)
-        self._taken[self._key("vLLM, for quality", checkpoint, dtype, probe)] = found
-        stored_as = self._engine_disk_key(checkpoint, dtype, probe)
-        if self.cache is not None and stored_as is not None:
-            self.cache.write(stored_as, to_arrays(found))
 
     def _engine_disk_key(
         self, checkpoint: Checkpoint, dtype: str, probe: Probe
@@ -160,44 +166,73 @@ class Sources:
         )
         return found
 
-    def batches(self, checkpoint: Checkpoint, *, chunked: bool) -> Batches:
-        """Serve a few windows in float32, alone and together, prompts cut into chunks or whole."""
-        name = "vLLM, chunked prefill" if chunked else "vLLM, whole prompts"
-        found: Batches = self._served(checkpoint, name, pooling.chunking(chunked=chunked), batches)
+    def reruns(self, checkpoint: Checkpoint, dtype: str, probe: Probe) -> Reruns:
+        """Serve a probe again in several ways, with prompts cut into chunks where vLLM can."""
+        dtype = resolve_dtype(checkpoint, dtype)
+        self.engine(checkpoint, dtype)
+        chunked = checkpoint.directory in self._chunkable
+        found: Reruns = self._served(
+            "vLLM, served otherwise",
+            checkpoint,
+            dtype,
+            probe,
+            serving.chunking(chunked=chunked),
+            lambda llm, probe: serving.reruns(llm, probe, dtype, chunked=chunked),
+        )
+        return found
+
+    def engine_again(self, checkpoint: Checkpoint, dtype: str, probe: Probe) -> Measurement:
+        """Serve a probe and nothing else: for a checkpoint with other engine settings."""
+        dtype = resolve_dtype(checkpoint, dtype)
+        found: Measurement = self._served(
+            "vLLM, set otherwise",
+            checkpoint,
+            dtype,
+            probe,
+            {},
+            lambda llm, probe: engine.serve(llm, probe, engine.provenance_of(llm, dtype)),
+        )
         return found
 
     def steps(self, checkpoint: Checkpoint) -> Steps:
         """Serve the probe in float32 by an engine that gives the rows of the step tag only."""
-        arguments = pooling.pooling_arguments(
+        more = pooling.pooling_arguments(
             checkpoint.directory, checkpoint.task, step_tag_id=checkpoint.step_tag_id
         )
-        found: Steps = self._served(checkpoint, "vLLM, STEP pooling", arguments, steps)
+        probe = self.probe_of(checkpoint)
+        name = "vLLM, STEP pooling"
+        found: Steps = self._served(name, checkpoint, "float32", probe, more, steps)
+        return found
+
+    def late_interaction(self, checkpoint: Checkpoint, probe: Probe) -> np.ndarray[Any, Any]:
+        """Return what `LLM.score` gives for a probe's texts in float32 [queries, documents]."""
+        serve = pooling.late_interaction_scores
+        name = "vLLM, LLM.score"
+        found: np.ndarray[Any, Any] = self._served(name, checkpoint, "float32", probe, {}, serve)
         return found
 
     def _served(
         self,
-        checkpoint: Checkpoint,
         name: str,
+        checkpoint: Checkpoint,
+        dtype: str,
+        probe: Probe,
         more: Mapping[str, Any],
         serve: Callable[[Any, Probe], Any],
     ) -> Any:
         def measure(announce: Announce) -> Any:
             return self._with_engine(
-                checkpoint,
-                "float32",
-                more,
-                lambda llm, _: serve(llm, self.probe_of(checkpoint)),
-                announce,
+                checkpoint, dtype, more, lambda llm: serve(llm, probe), announce
             )
 
-        return self._once(self._key(name, checkpoint, "float32"), checkpoint, measure, None)
+        return self._once(self._key(name, checkpoint, dtype, probe), checkpoint, measure, None)
 
     def _with_engine(
         self,
         checkpoint: Checkpoint,
         dtype: str,
         more: Mapping[str, Any],
-        serve: Callable[[Any, Checkpoint], Any],
+        serve: Callable[[Any], Any],
         announce: Announce,
     ) -> Any:
         arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
@@ -208,7 +243,7 @@ class Sources:
             **{**arguments, **more},
         ) as llm:
             announce("serving")
-            return serve(llm, checkpoint)
+            return serve(llm)
 
     def divergence(
         self, base: Measurement, base_of: Checkpoint, other: Measurement, checkpoint: Checkpoint

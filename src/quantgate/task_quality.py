@@ -112,8 +112,7 @@ def _compare_rewards(rewards: Values, of_base: Values, probe: Probe) -> Compared
 
 
 def _compare_embeddings(values: Values, of_base: Values, probe: Probe) -> Compared:
-    every = range(len(probe.windows))
-    similar, of_base_similar = (metrics.similarity(v, probe, every) for v in (values, of_base))
+    similar, of_base_similar = (metrics.similarity(v, probe) for v in (values, of_base))
     cosine, norm = _cosine_and_norm(values, of_base)
     tau = metrics.kendall_tau(similar.ravel(), of_base_similar.ravel())
     said = (

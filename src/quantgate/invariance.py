@@ -1,0 +1,162 @@
+"""Invariance: the same measurement however it is served.
+
+In chunks, in another order, one by one, from the prefix cache; and, where a checkpoint's file asks
+for it, on two ranks and on one, compiled and eager. Takes what a check needs from the sources and
+returns its verdict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.budget import INVARIANCE_MAX, ROUNDING_FACTOR, fp32_max
+from quantgate.checkpoint import Checkpoint
+from quantgate.engine import visible_gpus
+from quantgate.measurement import Measurement
+from quantgate.serving import mixed
+from quantgate.sources import Sources
+from quantgate.verdict import Deviation, Verdict, not_run
+
+Values = NDArray[np.floating[Any]]
+Derive = Callable[[Values], Values]
+
+
+def served_otherwise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge that what a request gets depends neither on its batch, nor on chunks or the cache."""
+    engine = sources.engine(checkpoint, dtype)
+    probe, rows = mixed(sources.probe_of(checkpoint))
+    again = sources.reruns(checkpoint, dtype, probe)
+
+    def deviation(way: str, values: Values, rows: NDArray[np.int64]) -> Deviation:
+        return same(
+            way,
+            values,
+            engine.values[rows],
+            sources,
+            checkpoint,
+            dtype,
+            derive=lambda v: v[rows],
+            limit=INVARIANCE_MAX,
+        )
+
+    deviations = [deviation(way, m.values, rows) for way, m in again.found.items()]
+    said = [again.how]
+    if again.cached is not None:
+        cached, values = again.cached
+        deviations.append(deviation("from the prefix cache", values, rows[cached]))
+        said.append("and from the prefix cache")
+    return verdict_on(
+        deviations,
+        f"{len(probe.windows)} windows give the same in any order and one by one, {' '.join(said)}",
+        engine,
+        wrong=f"what is served depends on how it is served ({again.how})",
+    )
+
+
+def tensor_parallel(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge that two ranks give what one gives; or that one does, where two are served."""
+    size = 2 if checkpoint.engine.tensor_parallel_size == 1 else 1
+    if (gpus := visible_gpus()) is not None and gpus < size:
+        return not_run(f"it needs {size} GPUs, and this machine has {gpus}")
+    return _set_otherwise(
+        sources, checkpoint, dtype, f"tensor_parallel_size={size}", tensor_parallel_size=size
+    )
+
+
+def compiled(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge that a compiled engine gives what an eager one gives."""
+    eager = not checkpoint.engine.enforce_eager
+    return _set_otherwise(sources, checkpoint, dtype, f"enforce_eager={eager}", enforce_eager=eager)
+
+
+def _set_otherwise(
+    sources: Sources, checkpoint: Checkpoint, dtype: str, setting: str, **settings: Any
+) -> Verdict:
+    engine = sources.engine(checkpoint, dtype)
+    probe, rows = mixed(sources.probe_of(checkpoint))
+    changed = dataclasses.replace(checkpoint.engine, **settings)
+    other = sources.engine_again(dataclasses.replace(checkpoint, engine=changed), dtype, probe)
+    deviation = same(
+        setting,
+        other.values,
+        engine.values[rows],
+        sources,
+        checkpoint,
+        dtype,
+        derive=lambda v: v[rows],
+        limit=INVARIANCE_MAX,
+    )
+    right = f"{len(probe.windows)} windows give the same with {setting}"
+    return verdict_on([deviation], right, engine, wrong=f"{setting} gives something else")
+
+
+def same(
+    what: str,
+    measured: Values,
+    expected: Values,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    dtype: str,
+    *,
+    derive: Derive,
+    limit: float | None = None,
+) -> Deviation:
+    """Return how far two ways of serving the same are apart, beside what that may be.
+
+    In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
+    and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
+    `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise: either way
+    of serving is within that, so the two are within twice it of each other.
+    """
+    delta = np.abs(measured.astype(np.float64) - expected)
+    allowed = fp32_max(checkpoint.task) if limit is None else limit
+    if dtype == "float32" and not checkpoint.quantizes_activations:
+        return Deviation(f"{what}: max |Δ|", largest(delta), allowed, "")
+    rounded, exact = (
+        derive(sources.reference(checkpoint, name).values)
+        for name in ("float64" if dtype == "float32" else dtype, "float32")
+    )
+    noise = float(np.mean(np.abs(rounded.astype(np.float64) - exact)))
+    allowed = max(allowed, noise * ROUNDING_FACTOR)
+    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "")
+
+
+def verdict_on(
+    deviations: list[Deviation],
+    right: str,
+    engine: Measurement,
+    *,
+    wrong: str,
+    evidence: Sequence[str] = (),
+) -> Verdict:
+    """Return the verdict of several deviations, the one nearest to its limit first."""
+    exceeded = [deviation for deviation in deviations if deviation.exceeded]
+    # The one that is nearest to its limit, or furthest beyond, is what a table shows.
+    deviations = sorted(deviations, key=_part_of_limit, reverse=True)
+    return Verdict(
+        "fail" if exceeded else "pass",
+        wrong if exceeded else right,
+        tuple(deviations),
+        n=len(engine.values),
+        kernels=engine.provenance.kernels,
+        emulated=engine.provenance.emulated,
+        evidence=tuple(f"found      {line}" for line in evidence),
+    )
+
+
+def _part_of_limit(deviation: Deviation) -> float:
+    if np.isnan(deviation.measured):
+        return float("inf")
+    if deviation.allowed == 0:
+        return float("inf") if deviation.measured else 0.0
+    return deviation.measured / deviation.allowed
+
+
+def largest(values: Values) -> float:
+    """Return the largest of values; NaN wins, and exceeds every allowance."""
+    return float(values.max())

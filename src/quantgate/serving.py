@@ -1,0 +1,112 @@
+"""Ways of serving the same windows, none of which may matter: chunks, order, batches, the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate import engine
+from quantgate.measurement import Measurement, Provenance
+from quantgate.probe import Probe
+from quantgate.task import GENERATE
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# How many tokens an engine takes at a time that cuts prompts into chunks.
+CHUNK = 64
+# How many windows show whether a way of serving matters.
+MIXED = 16
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reruns:
+    """One probe, served again by one engine in several ways."""
+
+    how: str
+    """What all of them have in common, e.g. "in chunks of 64 tokens"."""
+    found: Mapping[str, Measurement]
+    """By the way: in order, shuffled, one by one."""
+    cached: tuple[Rows, NDArray[np.float32]] | None = None
+    """Rows [m] whose windows' beginnings came from the prefix cache, and their log-probabilities;
+    None where nothing was cached, or where a model pools."""
+
+
+def chunking(*, chunked: bool) -> dict[str, Any]:
+    """Return what `vllm.LLM` is given to cut prompts into chunks; {} leaves them whole."""
+    if chunked:
+        return {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
+    return {}
+
+
+def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
+    """Serve a probe in order, shuffled and one by one, and what is cached of it from the cache."""
+    windows = range(len(probe.windows))
+    shuffled: list[int] = np.random.default_rng(0).permutation(len(windows)).tolist()
+    ways: dict[str, Sequence[Sequence[int]]] = {
+        "in order": [windows],
+        "shuffled": [shuffled],
+        "one by one": [[window] for window in windows],
+    }
+    provenance = engine.provenance_of(llm, dtype)
+    found = {way: _in_batches(llm, probe, batches, provenance) for way, batches in ways.items()}
+    cached = _from_the_cache(llm, probe) if probe.task == GENERATE else None
+    return Reruns(f"in chunks of {CHUNK} tokens" if chunked else "prompts whole", found, cached)
+
+
+def mixed(probe: Probe) -> tuple[Probe, Rows]:
+    """Return `MIXED` of a probe's windows, of evenly spaced ranks by length, and their rows [m]."""
+    by_length = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
+    ranks = np.linspace(0, len(by_length) - 1, min(MIXED, len(by_length))).astype(int)
+    chosen = sorted({by_length[rank] for rank in ranks})
+    return _part(probe, chosen), _rows(probe, chosen)
+
+
+def _part(probe: Probe, windows: Sequence[int]) -> Probe:
+    return dataclasses.replace(probe, windows=tuple(probe.windows[i] for i in windows))
+
+
+def _rows(probe: Probe, windows: Sequence[int]) -> Rows:
+    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in windows])
+
+
+def _in_batches(
+    llm: LLM, probe: Probe, batches: Sequence[Sequence[int]], provenance: Provenance
+) -> Measurement:
+    """Serve batches of windows one after another; the rows are in the probe's order again."""
+    parts = [engine.serve(llm, _part(probe, batch), provenance) for batch in batches]
+    order = np.argsort(np.concatenate([_rows(probe, batch) for batch in batches]))
+    hidden = [part.hidden for part in parts if part.hidden is not None]
+    return Measurement(
+        np.concatenate([part.values for part in parts])[order],
+        np.concatenate([part.top1 for part in parts])[order],
+        provenance,
+        np.concatenate(hidden)[order] if hidden else None,
+    )
+
+
+def _from_the_cache(llm: LLM, probe: Probe) -> tuple[Rows, NDArray[np.float32]] | None:
+    """Score the second half of each window, whose first half the engine has in its prefix cache."""
+    starts = [max(w.score_from - 1, len(w.ids) // 2) for w in probe.windows]
+    found = engine.generate_scores(
+        llm,
+        [window.ids for window in probe.windows],
+        [{"score_start": start} for start in starts],
+    )
+    if not any(output.num_cached_tokens for output in found):
+        return None
+    # Row i of a window is of its token score_from + i; the first one here is of start + 1.
+    rows = [
+        _rows(probe, [index])[start + 1 - window.score_from :]
+        for index, (window, start) in enumerate(zip(probe.windows, starts, strict=True))
+    ]
+    values = [output.prompt_logprobs.logprobs for output in found]
+    return np.concatenate(rows), np.concatenate(values)

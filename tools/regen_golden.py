@@ -10,6 +10,9 @@ import datetime
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from quantgate import noise
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
 from quantgate.compare import largest_difference
@@ -58,6 +61,19 @@ def describe(old: Golden | None, new: Golden, probe: Probe) -> str:
     return line + (f"; another {', '.join(changed)}" if changed else "")
 
 
+def keep_noise(checkpoint: Checkpoint, sources: Sources, dtype: str, *, anew: bool) -> None:
+    """Write the noise floor beside a golden: with a new golden, or where there is none for it."""
+    platform = sources.engine(checkpoint, dtype).provenance.platform
+    path = noise.noise_path(checkpoint, dtype, platform)
+    find = noise.measured_once if anew else noise.floor_of
+    floor = find(sources, checkpoint, dtype)
+    text = noise.to_json(floor)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        worst = floor.of("max_abs")
+        print(f"{path.relative_to(ROOT)}: {len(floor.reruns)} reruns, max |Δ| {worst:.3g}")
+        write_atomically(path, text)
+
+
 def regenerate(checkpoint: Checkpoint, sources: Sources, reason: str) -> None:
     """Measure a checkpoint and replace its goldens for this platform."""
     probe = sources.probe_of(checkpoint)
@@ -83,8 +99,15 @@ def regenerate(checkpoint: Checkpoint, sources: Sources, reason: str) -> None:
             kept,
             ((*old.history, entry) if old else (entry,)),
         )
+        unchanged = (
+            old is not None
+            and old.key == new.key
+            and np.array_equal(old.measurement.values, kept.values)
+        )
         print(f"{path.relative_to(ROOT)}: {describe(old, new, probe)}")
-        write_atomically(path, to_json(new, probe))
+        if not unchanged:
+            write_atomically(path, to_json(new, probe))
+        keep_noise(checkpoint, sources, dtype, anew=not unchanged)
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +21,22 @@ from quantgate.budget import (
     fp32_max,
 )
 from quantgate.divergence import Divergence, llama_cpp_statistics
+from quantgate.evidence import divergence_by_group, kernels_line, where_they_differ
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe
 from quantgate.replay import ModuleError, Replay
-from quantgate.stats import ALPHA, FEWEST_CLUSTERS, PairedMean, paired_mean
+from quantgate.stats import (
+    ALPHA,
+    FEWEST_CLUSTERS,
+    PairedMean,
+    documents_to_decide,
+    paired_mean,
+    unpaired_mean,
+)
 from quantgate.task import GENERATE, is_classifier, quantity_of
-from quantgate.verdict import Deviation, Outcome, Verdict
+from quantgate.verdict import Deviation, Outcome, Statistic, Verdict, one_sided
 
-WORST_TOKENS = 5
 WORST_MODULES = 5
-CONFIDENCE_BUCKETS = (0.5, 0.95)
-POSITION_BUCKETS = (64, 256, 512)
 
 
 def fidelity_fp32(
@@ -84,7 +89,8 @@ def fidelity_chaotic(
 def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
     """Judge every linear on the engine's own inputs, and the log-probabilities that come of it.
 
-    In a 16-bit dtype only outputs are judged: inputs carry the rounding of all layers before.
+    In a 16-bit dtype only outputs are judged: inputs carry the rounding of all layers before. What
+    the engine was given is given, so no noise of its own moves these numbers.
     """
     dtype = engine.provenance.dtype
     output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
@@ -94,9 +100,9 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
         deviations = [
             Deviation("largest module error", output.output, REPLAY_MODULE, "of its rms"),
             Deviation("largest input mismatch", entry.input, REPLAY_MODULE, "of its rms"),
-            _deviation("mean", float(np.mean(delta)), REPLAY_MEAN, probe)
+            _deviation("mean", float(np.mean(delta)), REPLAY_MEAN, probe, noisy=False)
             if probe.task == GENERATE
-            else _deviation("max", _max(delta), FP32_MAX_RAW, probe),
+            else _deviation("max", _max(delta), FP32_MAX_RAW, probe, noisy=False),
         ]
     else:
         limit = REPLAY_MODULE_16_BIT[dtype]
@@ -115,6 +121,7 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
         tuple(deviations),
         figures=_figures(delta, probe),
         n=len(replay.tokens),
+        dtype=dtype,
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,
         evidence=() if outcome == "pass" else tuple(worst_modules(engine, replay)),
@@ -168,14 +175,19 @@ def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: flo
     if engine.nonfinite or base.nonfinite:
         return _verdict("fail", "a log-probability is not finite", [], engine, base, probe)
     paired = paired_mean(delta, probe.documents)
-    lower, upper = paired.bounds()
-    cost = Deviation(f"upper {1 - ALPHA:.0%} bound of mean ΔNLL", upper, margin, "nat/token")
-    outcome: Outcome = "pass" if upper <= margin else "fail" if lower > margin else "inconclusive"
+    cost = _upper_bound("mean ΔNLL", paired, margin, "mean")
+    outcome = one_sided(*paired.bounds(), margin)
     detail = (
         f"mean ΔNLL is {paired.mean:.4g} ± {paired.standard_error:.2g} nat/token, perplexity "
         f"{base.perplexity:.4f} → {engine.perplexity:.4f}"
     )
-    return _statistical(outcome, detail, [cost], paired, margin, engine, base, probe)
+    verdict = _statistical(outcome, detail, [cost], paired, margin, engine, base, probe)
+    return dataclasses.replace(
+        verdict,
+        p_value=paired.p_above(margin),
+        unpaired_mde=_unpaired_mde(base, engine, probe),
+        figures={**verdict.figures, **_decided(delta, probe, margin)},
+    )
 
 
 def divergence_from_base(
@@ -185,13 +197,30 @@ def divergence_from_base(
     if not np.isfinite(found.kld).all():
         return _verdict("fail", "a distribution is not finite", [], engine, base, probe)
     paired = paired_mean(found.kld, probe.documents)
-    lower, upper = paired.bounds()
-    cost = Deviation(f"upper {1 - ALPHA:.0%} bound of mean KLD", upper, margin, "nat/token")
-    outcome: Outcome = "pass" if upper <= margin else "fail" if lower > margin else "inconclusive"
+    cost = _upper_bound("mean KLD", paired, margin, "kld")
+    outcome = one_sided(*paired.bounds(), margin)
     verdict = _statistical(
         outcome, _divergence_detail(found), [cost], paired, margin, engine, base, probe
     )
+    verdict = dataclasses.replace(verdict, p_value=paired.p_above(margin))
     return _with_divergence(verdict, found, probe)
+
+
+def _upper_bound(what: str, paired: PairedMean, margin: float, statistic: Statistic) -> Deviation:
+    what = f"upper {1 - ALPHA:.0%} bound of {what}"
+    return Deviation(what, paired.bounds()[1], margin, "nat/token", statistic=statistic)
+
+
+def _unpaired_mde(a: Measurement, b: Measurement, probe: Probe) -> float:
+    """Return what would be detected had the two been measured on different text."""
+    unpaired = unpaired_mean(a.logprob, b.logprob, probe.documents)
+    return unpaired.minimum_detectable_effect()
+
+
+def _decided(delta: NDArray[np.float64], probe: Probe, margin: float) -> dict[str, float]:
+    """Say after how many documents, in their order, an early stop would have known."""
+    documents = documents_to_decide(delta, probe.documents, margin)
+    return {} if documents is None else {"documents until decided": documents}
 
 
 def divergence_from_reference(
@@ -207,7 +236,7 @@ def divergence_from_reference(
     `ROUNDING_FACTOR` times what rounding to the dtype costs the reference itself.
     """
     allowed = float(rounded.kld.mean()) * ROUNDING_FACTOR**2
-    mean = Deviation("mean KLD", float(found.kld.mean()), allowed)
+    mean = Deviation("mean KLD", float(found.kld.mean()), allowed, statistic="kld")
     outcome: Outcome = "fail" if mean.exceeded else "pass"
     detail = f"{_divergence_detail(found)}; the reference itself moves by {rounded.kld.mean():.3g}"
     verdict = _verdict(outcome, detail, [mean], engine, reference, probe)
@@ -222,30 +251,17 @@ def _divergence_detail(found: Divergence) -> str:
 
 
 def _with_divergence(verdict: Verdict, found: Divergence, probe: Probe) -> Verdict:
-    """Return a verdict with llama.cpp's statistics, and where the divergence is, if not a pass."""
-    statistics = {name: one.value for name, one in llama_cpp_statistics(found).items()}
+    """Return a verdict with llama.cpp's statistics, their ±, and where the divergence is."""
+    figures = {}
+    for name, estimate in llama_cpp_statistics(found).items():
+        figures[name] = estimate.value
+        if estimate.error is not None:
+            figures[f"± {name}"] = estimate.error
+    groups = divergence_by_group(found, probe)
     evidence = verdict.evidence
     if verdict.outcome != "pass":
-        evidence = (*evidence, *_where_it_diverges(found, probe))
-    return dataclasses.replace(verdict, figures=statistics, evidence=evidence)
-
-
-def _where_it_diverges(found: Divergence, probe: Probe) -> list[str]:
-    """List the mean KLD by stratum, by position and by how sure the base is."""
-    sure = np.digitize(found.confidence, CONFIDENCE_BUCKETS)
-    names = [f"p < {CONFIDENCE_BUCKETS[0]}", *(f"p >= {p}" for p in CONFIDENCE_BUCKETS)]
-    places = np.digitize(probe.positions, POSITION_BUCKETS)
-    positions = [f"< {POSITION_BUCKETS[0]}", *(f">= {p}" for p in POSITION_BUCKETS)]
-    groups = {
-        "stratum": [(s, probe.strata == s) for s in _unique(probe.strata)],
-        "position": [(name, places == i) for i, name in enumerate(positions)],
-        "base's p": [(name, sure == i) for i, name in enumerate(names)],
-    }
-    return [
-        f"KLD by     {kind}: "
-        + ", ".join(f"{name} {found.kld[rows].mean():.3g}" for name, rows in parts if rows.any())
-        for kind, parts in groups.items()
-    ]
+        evidence = (*evidence, *(f"{name:<10} {kld:.3g} nat" for name, kld in groups.items()))
+    return dataclasses.replace(verdict, figures=figures | groups, evidence=evidence)
 
 
 def drift_exact(
@@ -270,14 +286,22 @@ def drift_mean(engine: Measurement, golden: Measurement, probe: Probe, *, margin
     paired = paired_mean(_delta(golden, engine), probe.documents)
     lower, upper = paired.bounds()
     furthest = max(lower, upper, key=abs)
-    moved = Deviation("bound of mean ΔNLL", furthest, margin, "nat/token", two_sided=True)
-    inside, outside = -margin <= lower and upper <= margin, lower > margin or upper < -margin
+    moved = Deviation(
+        "bound of mean ΔNLL", furthest, margin, "nat/token", two_sided=True, statistic="mean"
+    )
+    inside, outside = -margin < lower and upper < margin, lower > margin or upper < -margin
     outcome: Outcome = "pass" if inside else "fail" if outside else "inconclusive"
     detail = (
         f"mean ΔNLL is {paired.mean:.4g} ± {paired.standard_error:.2g} nat/token, perplexity "
         f"{golden.perplexity:.4f} → {engine.perplexity:.4f}"
     )
-    return _statistical(outcome, detail, [moved], paired, margin, engine, golden, probe)
+    verdict = _statistical(outcome, detail, [moved], paired, margin, engine, golden, probe)
+    return dataclasses.replace(
+        verdict,
+        # Outside on either side; at the margin's edge only one of the two can be.
+        p_value=min(paired.p_above(margin), paired.p_below(-margin)),
+        unpaired_mde=_unpaired_mde(golden, engine, probe),
+    )
 
 
 def drift_rounding(
@@ -323,9 +347,18 @@ def _max(values: NDArray[np.float64]) -> float:
     return float(values.max())  # NaN wins, and exceeds every allowance
 
 
-def _deviation(kind: str, measured: float, allowed: float, probe: Probe) -> Deviation:
+def _deviation(
+    kind: Literal["mean", "max"],
+    measured: float,
+    allowed: float,
+    probe: Probe,
+    *,
+    noisy: bool = True,
+) -> Deviation:
     what = f"{kind} |Δ {quantity_of(probe.task)}|"
-    return Deviation(what, measured, allowed, "nat" if probe.task == GENERATE else "")
+    unit = "nat" if probe.task == GENERATE else ""
+    statistic: Statistic = "mean_abs" if kind == "mean" else "max_abs"
+    return Deviation(what, measured, allowed, unit, statistic=statistic if noisy else None)
 
 
 def _figures(size: NDArray[np.float64], probe: Probe) -> dict[str, float]:
@@ -384,56 +417,9 @@ def _verdict(
         deviations=tuple(deviations),
         figures=_figures(np.abs(_delta(a, b)), probe),
         n=len(a.values),
+        dtype=a.provenance.dtype,
         mde=mde,
         kernels=a.provenance.kernels,
         emulated=a.provenance.emulated,
-        evidence=() if outcome == "pass" else tuple(_evidence(a, b, probe)),
+        evidence=() if outcome == "pass" else (*where_they_differ(a, b, probe), *kernels_line(a)),
     )
-
-
-def _evidence(a: Measurement, b: Measurement, probe: Probe) -> list[str]:
-    delta = np.abs(_delta(a, b)).reshape(probe.scored, -1)
-    delta = np.where(np.isfinite(delta), delta, np.inf)
-    ids = np.concatenate([np.array(w.ids[w.score_from :]) for w in probe.windows])
-    lines = []
-    for i in np.argsort(-delta.max(axis=1), kind="stable")[:WORST_TOKENS]:
-        place = f"{probe.documents[i]}[{probe.positions[i]}]"
-        column = int(delta[i].argmax())
-        ours, theirs = (m.values.reshape(probe.scored, -1)[i, column] for m in (a, b))
-        of = f" {_column(column, probe)}" if a.values.ndim > 1 else ""
-        lines.append(f"worst      {place} token {ids[i]}{of}: {ours:.6f} against {theirs:.6f}")
-    by_stratum = (f"{s} {np.mean(delta[probe.strata == s]):.3g}" for s in _unique(probe.strata))
-    lines.append(f"mean |Δ|   {', '.join(by_stratum)}")
-    if is_classifier(probe.task):
-        by_label = (f"{_column(i, probe)} {d:.3g}" for i, d in enumerate(delta.mean(axis=0)))
-        lines.append(f"by label   {', '.join(by_label)}")
-    lines += _differences(a, b)
-    return lines
-
-
-def _column(index: int, probe: Probe) -> str:
-    """Return the name of a column of raw outputs: of a label, or its number."""
-    return probe.labels[index] if index < len(probe.labels) else f"[{index}]"
-
-
-def _unique(labels: NDArray[Any]) -> list[str]:
-    return list(dict.fromkeys(labels.tolist()))
-
-
-def _differences(a: Measurement, b: Measurement) -> list[str]:
-    """List what the environment of one measurement has otherwise than the other's."""
-    kernels = ", ".join(f"{kind} {name}" for kind, name in a.provenance.kernels.items())
-    lines = [f"kernels    {kernels}"] if kernels else []
-    ours, theirs = a.provenance, b.provenance
-    changed = [
-        f"{name} {theirs.versions[name]} → {ours.versions[name]}"
-        for name in ours.versions
-        if theirs.versions.get(name, ours.versions[name]) != ours.versions[name]
-    ]
-    if theirs.source == "golden":
-        changed += [
-            f"{kind} {theirs.kernels.get(kind, 'absent')} → {name}"
-            for kind, name in ours.kernels.items()
-            if theirs.kernels.get(kind) != name
-        ]
-    return [*lines, *([f"since then {', '.join(changed)}"] if changed else [])]

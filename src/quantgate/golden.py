@@ -171,6 +171,28 @@ def _decode_documents(
     return values
 
 
+def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
+    """Say what a measurement's versions and kernels have otherwise than the golden's.
+
+    None where a checkpoint has no golden that says it.
+    """
+    dtype = "float32" if measured.dtype == "float32" else "serving"
+    path = golden_path(checkpoint.root, checkpoint.id, f"drift-{dtype}", measured.platform)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        then, taken = content["provenance"], content["history"][-1]["date"]
+        before = {**then["versions"], **then["kernels"]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None  # whoever reads the golden itself says what is wrong with it
+    now = {**measured.versions, **measured.kernels}
+    changed = [
+        f"{name} {before.get(name, 'absent')} → {now.get(name, 'absent')}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    return f"{', '.join(changed) or 'same versions, same kernels'} (golden of {taken})"
+
+
 def judge_golden(
     snapshot: SnapshotAssertion,
     checkpoint: Checkpoint,

@@ -20,7 +20,7 @@ from quantgate.engine import visible_gpus
 from quantgate.measurement import Measurement
 from quantgate.serving import mixed
 from quantgate.sources import Sources
-from quantgate.verdict import Deviation, Verdict, not_run
+from quantgate.verdict import Deviation, Statistic, Verdict, not_run
 
 Values = NDArray[np.floating[Any]]
 Derive = Callable[[Values], Values]
@@ -105,25 +105,31 @@ def same(
     *,
     derive: Derive,
     limit: float | None = None,
+    raw: bool = True,
 ) -> Deviation:
     """Return how far two ways of serving the same are apart, beside what that may be.
 
     In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
     and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
     `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise: either way
-    of serving is within that, so the two are within twice it of each other.
+    of serving is within that, so the two are within twice it of each other. `raw` says whether
+    these are rows of the measurement itself, whose noise is known.
     """
     delta = np.abs(measured.astype(np.float64) - expected)
     allowed = fp32_max(checkpoint.task) if limit is None else limit
     if dtype == "float32" and not checkpoint.quantizes_activations:
-        return Deviation(f"{what}: max |Δ|", largest(delta), allowed, "")
+        return Deviation(
+            f"{what}: max |Δ|", largest(delta), allowed, "", statistic="max_abs" if raw else None
+        )
     rounded, exact = (
         derive(sources.reference(checkpoint, name).values)
         for name in ("float64" if dtype == "float32" else dtype, "float32")
     )
     noise = float(np.mean(np.abs(rounded.astype(np.float64) - exact)))
     allowed = max(allowed, noise * ROUNDING_FACTOR)
-    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "")
+    mean = float(np.mean(delta))
+    statistic: Statistic | None = "mean_abs" if raw else None
+    return Deviation(f"{what}: mean |Δ|", mean, allowed, "", statistic=statistic)
 
 
 def verdict_on(
@@ -143,6 +149,7 @@ def verdict_on(
         wrong if exceeded else right,
         tuple(deviations),
         n=len(engine.values),
+        dtype=engine.provenance.dtype,
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,
         evidence=tuple(f"found      {line}" for line in evidence),

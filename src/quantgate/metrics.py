@@ -48,6 +48,12 @@ class PairedLoss:
         """The one-sided 1 - alpha bound on the other side."""
         return self.loss - self._half()
 
+    def p_above(self, margin: float) -> float:
+        """Return the p-value of "the true loss is at most `margin`"."""
+        from scipy.stats import norm
+
+        return float(norm.sf((self.loss - margin) / self.standard_error))
+
     def minimum_detectable_effect(self) -> float:
         """Return the loss that a one-sided test at alpha finds with the usual power."""
         from scipy.stats import norm

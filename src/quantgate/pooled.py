@@ -39,6 +39,7 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             "float32",
             derive=lambda values: _activated(values, checkpoint)[1],
             limit=INVARIANCE_MAX,
+            raw=False,
         )
     ]
     if kind == "softmax":
@@ -165,7 +166,15 @@ def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     limit = fp32_max(checkpoint.task) * longest
     served, expected = sources.late_interaction(checkpoint, probe), scores(engine.values)
     deviation = same(
-        "score", served, expected, sources, checkpoint, "float32", derive=scores, limit=limit
+        "score",
+        served,
+        expected,
+        sources,
+        checkpoint,
+        "float32",
+        derive=scores,
+        limit=limit,
+        raw=False,
     )
     right = f"{expected.size} scores of LLM.score are the max-sim of the token embeddings"
     return verdict_on([deviation], right, engine, wrong="LLM.score is not max-sim")

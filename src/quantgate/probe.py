@@ -7,8 +7,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,8 @@ class Probe:
     task: Task = GENERATE
     labels: tuple[str, ...] = ()
     """The names of its labels."""
+    tokenizer: Path | None = field(default=None, compare=False)
+    """The checkpoint whose tokenizer turns its ids into text again, for messages."""
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -142,16 +145,14 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
     another vocabulary, the probe's texts are tokenized once, here, and frozen for every source of
     this run.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = _tokenizer(directory)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{directory}: its tokenizer cannot be loaded ({reason}).") from None
     encoded = [tuple(tokenizer(window.text)["input_ids"]) for window in probe.windows]
     if encoded == [window.ids for window in probe.windows]:
-        return probe, None
+        return dataclasses.replace(probe, tokenizer=directory), None
     if (bos := tokenizer.bos_token_id) is not None and any(
         ids[:2] == (bos, bos) for ids in encoded
     ):
@@ -170,7 +171,39 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
         f"{sum(w.scored for w in windows)} scored tokens"
     )
     name = f"{probe.name}-retokenized"
-    return Probe(name, len(tokenizer), windows, probe.task, probe.labels), note
+    return Probe(name, len(tokenizer), windows, probe.task, probe.labels, directory), note
+
+
+CONTEXT_TOKENS = 8
+
+
+def passage(probe: Probe, row: int) -> str:
+    """Return a scored token in its text, e.g. "…he founded »Duhein« Labs in…"; its id without."""
+    ends = np.cumsum([window.scored for window in probe.windows])
+    index = int(np.searchsorted(ends, row, side="right"))
+    window, place = probe.windows[index], int(probe.positions[row])
+    if probe.tokenizer is None:
+        return f"token {window.ids[place]}"
+    tokenizer = _tokenizer(probe.tokenizer)
+    parts = (
+        window.ids[max(0, place - CONTEXT_TOKENS) : place],
+        window.ids[place : place + 1],
+        window.ids[place + 1 : place + 1 + CONTEXT_TOKENS // 2],
+    )
+    before, token, after = (_printable(tokenizer.decode(list(ids))) for ids in parts)
+    return f"…{before}»{token}«{after}…"
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def _printable(text: str) -> str:
+    """Escape what is no character of a line: line ends, controls."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:

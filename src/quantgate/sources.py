@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -31,6 +31,7 @@ from quantgate.serving import Reruns
 from quantgate.task import Task
 
 SERVING = "serving"
+Derived = TypeVar("Derived")
 # Settings from outside that change how a CPU computes: a measurement under others is another.
 _ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
@@ -179,6 +180,14 @@ class Sources:
             serving.chunking(chunked=chunked),
             lambda llm, probe: serving.reruns(llm, probe, dtype, chunked=chunked),
         )
+        return found
+
+    def once(
+        self, name: str, checkpoint: Checkpoint, dtype: str, derive: Callable[[], Derived]
+    ) -> Derived:
+        """Return what `derive` makes of measurements, made at the first call for a dtype."""
+        key = self._key(name, checkpoint, resolve_dtype(checkpoint, dtype))
+        found: Derived = self._once(key, checkpoint, lambda _: derive(), None)
         return found
 
     def engine_again(self, checkpoint: Checkpoint, dtype: str, probe: Probe) -> Measurement:

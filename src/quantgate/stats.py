@@ -100,6 +100,32 @@ def paired_mean(difference: NDArray[Any], clusters: NDArray[Any]) -> PairedMean:
     return PairedMean(found.mean, found.clustered_error, found.n, found.clusters, variance**0.5)
 
 
+def unpaired_mean(one: NDArray[Any], other: NDArray[Any], clusters: NDArray[Any]) -> PairedMean:
+    """Return mean(one) - mean(other) [n] as if the two came from different texts of this size.
+
+    Their variances add up. With the smaller sample's degrees of freedom, G - 1, which Welch's
+    (1947) are never below.
+    """
+    a, b = paired_mean(one, clusters), paired_mean(other, clusters)
+    error = float(np.hypot(a.standard_error, b.standard_error))
+    return PairedMean(a.mean - b.mean, error, a.n, a.clusters)
+
+
+def documents_to_decide(
+    difference: NDArray[Any], clusters: NDArray[Any], margin: float
+) -> int | None:
+    """Return after how many documents, in their order, the mean is known to be on one side.
+
+    By `confidence_sequence`, so that stopping there is as safe as going on; None where it never is.
+    """
+    _, index = np.unique(clusters, return_inverse=True)
+    order = np.argsort(np.unique(index, return_index=True)[1])
+    sums, sizes = np.bincount(index, weights=difference)[order], np.bincount(index)[order]
+    lower, upper = confidence_sequence(sums / sizes, sizes)
+    clear = np.flatnonzero((lower > margin) | (upper < margin))
+    return int(clear[0]) + 1 if len(clear) else None
+
+
 def clustered_mean(sums: NDArray[Any], counts: NDArray[Any]) -> PairedMean:
     """Return the mean over all of G clusters' members, of which sums [G] and counts [G] are known.
 

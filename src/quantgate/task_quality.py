@@ -11,12 +11,12 @@ from quantgate import metrics
 from quantgate.budget import METRIC_LOSS
 from quantgate.checkpoint import Checkpoint, read_config
 from quantgate.measurement import Measurement
-from quantgate.metrics import Metric, PairedLoss
+from quantgate.metrics import Metric
 from quantgate.probe import Probe
 from quantgate.sources import Sources
 from quantgate.stats import ALPHA, FEWEST_CLUSTERS
 from quantgate.task import EMBED, SEQUENCE_REWARD, label_names, quantity_of
-from quantgate.verdict import Deviation, Outcome, Verdict
+from quantgate.verdict import Deviation, Verdict, one_sided
 
 Values = NDArray[np.floating[Any]]
 # The metric of a checkpoint and of its base, and what else a reader wants to know.
@@ -37,30 +37,36 @@ def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     found = metrics.paired_loss(ours, theirs, len(every))
     override = checkpoint.budget.get("quality")
     margin = override.margin if override else METRIC_LOSS * theirs.of(every)
-    outcome, why = _outcome(found, margin)
+    outcome = one_sided(found.lower, found.upper, margin)
+    why = ""
+    if outcome == "inconclusive":
+        why = f"; {found.documents} documents cannot decide"
+    elif outcome == "pass" and found.documents < FEWEST_CLUSTERS:
+        outcome = "inconclusive"
+        why = f"; {found.documents} documents are too few, {FEWEST_CLUSTERS} are needed"
     bound = f"upper {1 - ALPHA:.0%} bound of the loss of {ours.name}"
     return Verdict(
         outcome,
         f"{ours.name} {theirs.of(every):.4f} → {ours.of(every):.4f}, a loss of {found.loss:.4g} "
         f"± {found.standard_error:.2g}; {said}{why}",
-        (Deviation(bound, found.upper, margin, ""),),
+        (Deviation(bound, found.upper, margin, "", statistic="metric"),),
         figures={ours.name: ours.of(every), f"{ours.name} of the base": theirs.of(every)},
         n=found.documents,
+        dtype=engine.provenance.dtype,
+        p_value=found.p_above(margin),
         mde=found.minimum_detectable_effect(),
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,
     )
 
 
-def _outcome(found: PairedLoss, margin: float) -> tuple[Outcome, str]:
-    if found.lower > margin:
-        return "fail", ""
-    if found.upper > margin:
-        return "inconclusive", f"; {found.documents} documents cannot decide"
-    if found.documents < FEWEST_CLUSTERS:
-        few = f"{found.documents} documents are too few, {FEWEST_CLUSTERS} are needed"
-        return "inconclusive", f"; {few}"
-    return "pass", ""
+def metric_of(sources: Sources, checkpoint: Checkpoint, measured: Measurement) -> float:
+    """Return the task's metric of outputs for the larger probe, as `quality` takes it."""
+    base = checkpoint.base_checkpoint
+    assert base is not None
+    probe = sources.probe_of(checkpoint, quality=True)
+    metric, _, _ = _compare(checkpoint, base, measured, sources.for_quality(base), probe)
+    return metric.of(np.arange(len(dict.fromkeys(probe.documents))))
 
 
 def _compare(

@@ -8,6 +8,10 @@ from typing import Literal
 
 Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
 
+# What a limit limits, for those that noise moves: |mean Δ|, mean |Δ|, max |Δ|, mean KLD, or what a
+# task is measured by.
+Statistic = Literal["mean", "mean_abs", "max_abs", "kld", "metric"]
+
 # From worst to best: the verdict on many checks is the worst among them.
 SEVERITY: tuple[Outcome, ...] = ("fail", "not-run", "inconclusive", "pass")
 
@@ -21,6 +25,10 @@ class Deviation:
     allowed: float
     unit: str = "nat"
     two_sided: bool = False
+    statistic: Statistic | None = None
+    """What noise moves of it; None for what noise does not move."""
+    floor: float | None = None
+    """How far noise alone moves it."""
 
     @property
     def exceeded(self) -> bool:
@@ -30,9 +38,9 @@ class Deviation:
 
     def __str__(self) -> str:
         relation = "within ±" if self.two_sided else "<= "
-        return (
-            f"{self.what} is {self.measured:.6g} {self.unit}, allowed {relation}{self.allowed:.6g}"
-        )
+        floor = "" if self.floor is None else f", noise floor {self.floor:.3g}"
+        measured = f"{self.measured:.6g} {self.unit}".rstrip()
+        return f"{self.what} is {measured}, allowed {relation}{self.allowed:.6g}{floor}"
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,22 @@ class Verdict:
     figures: Mapping[str, float] = field(default_factory=dict)
     """What was measured besides, by name, in nat: for tables."""
     n: int | None = None
+    dtype: str | None = None
+    """What was served, as torch calls it; None where nothing was."""
     mde: float | None = None
+    """The effect that would be found in 8 of 10 such runs, in the first deviation's unit."""
+    unpaired_mde: float | None = None
+    """The same, had the two sides been measured on different text."""
+    p_value: float | None = None
+    """Of a statistical check: how likely such a value is where it is within its margin, at most.
+    Small in a fail, and adjusted by `results.upheld` for a checkpoint's several such checks."""
     kernels: Mapping[str, str] = field(default_factory=dict)
     """Kernel that served each kind of layer, read from the loaded model."""
     emulated: tuple[str, ...] = ()
     """The kernels among them that are emulations."""
     evidence: tuple[str, ...] = ()
+    since_golden: str = ""
+    """What the environment has otherwise than when the golden was taken."""
     next_step: str = ""
     attribution: str = ""
     """Whose fault a failure is, and what shows it: "ENGINE: …"."""
@@ -70,6 +88,7 @@ class Verdict:
         """Return the text of a failure: cause, evidence, next step."""
         lines = [f"{subject}: {self.outcome.upper()}: {self.detail}"]
         lines += [f"  {deviation}" for deviation in self.deviations]
+        lines += self._sample()
         if self.attribution:
             lines.append(f"  fault      {self.attribution}")
         lines += [f"  {line}" for line in self.evidence]
@@ -77,10 +96,29 @@ class Verdict:
             lines.append(
                 f"  emulated   {', '.join(self.emulated)}: no evidence about a real kernel"
             )
+        if self.since_golden:
+            lines.append(f"  since then {self.since_golden}")
         if self.next_step:
             lines.append(f"  next       {self.next_step}")
         # Names of modules come from a checkpoint, and may hold what a terminal would obey.
         return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
+    def _sample(self) -> list[str]:
+        if self.n is None:
+            return []
+        line = f"  n          {self.n:,}"
+        if self.mde is not None:
+            line += f", MDE {self.mde:.3g}"
+        if self.unpaired_mde is not None:
+            line += f" (unpaired {self.unpaired_mde:.3g})"
+        if self.p_value is not None:
+            line += f", p of a fail {self.p_value:.3g}"
+        return [line]
+
+
+def one_sided(lower: float, upper: float, margin: float) -> Outcome:
+    """Return what confidence bounds say of "at most `margin`": a tie decides nothing."""
+    return "pass" if upper < margin else "fail" if lower > margin else "inconclusive"
 
 
 def not_run(detail: str, next_step: str = "") -> Verdict:

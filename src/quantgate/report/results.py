@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from quantgate.stats import ALPHA, holm
 from quantgate.task import GENERATE, Task
 from quantgate.verdict import Outcome, Verdict, worst
 
@@ -32,6 +33,34 @@ class CheckResult:
     def from_dict(cls, values: dict[str, Any]) -> CheckResult:
         """Undo `to_dict`."""
         return msgspec.convert(values, cls)
+
+
+def upheld(results: list[CheckResult]) -> list[CheckResult]:
+    """Return results where a statistical fail is one only if Holm's adjustment upholds it.
+
+    Over the statistical checks of each checkpoint: with several of them, one shows a fault by
+    chance more often than alpha. A pass needs no adjustment: all of them must pass, and the
+    chance that all do is not above any single one's (Berger 1982, intersection-union tests).
+    """
+    family: dict[str, list[int]] = {}
+    for index, result in enumerate(results):
+        if result.verdict.p_value is not None:
+            family.setdefault(result.checkpoint, []).append(index)
+    found = list(results)
+    for indices in family.values():
+        adjusted = holm([results[i].verdict.p_value or 0.0 for i in indices])
+        for index, p in zip(indices, adjusted, strict=True):
+            verdict = results[index].verdict
+            if verdict.outcome != "fail" or verdict.known_failure or p <= ALPHA:
+                continue
+            why = (
+                f"as one of {len(indices)} statistical checks this may be chance (Holm's p {p:.2g})"
+            )
+            verdict = dataclasses.replace(
+                verdict, outcome="inconclusive", detail=f"{verdict.detail}; {why}"
+            )
+            found[index] = dataclasses.replace(results[index], verdict=verdict)
+    return found
 
 
 def overall(results: list[CheckResult]) -> Outcome:

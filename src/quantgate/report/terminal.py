@@ -75,7 +75,7 @@ def _outcome(verdict: Verdict) -> str:
 
 def _checks(results: list[CheckResult]) -> Table:
     rows = _table("checkpoint", "scheme", "check", "verdict")
-    for heading in ("measured", "allowed", "n", "MDE"):
+    for heading in ("measured", "allowed", "noise", "n", "MDE", "unpaired"):
         rows.add_column(heading, justify="right", no_wrap=True)
     rows.add_column("kernels", no_wrap=True)
     for result in results:
@@ -109,12 +109,13 @@ def _kernels(verdict: Verdict) -> str:
 def _cells(result: CheckResult) -> list[Text]:
     verdict = result.verdict
     headline = verdict.deviations[0] if verdict.deviations else None
-    figures = ["", ""]
+    figures = ["", "", ""]
     if headline:
         sign = "±" if headline.two_sided else ""
         figures = [
             f"{headline.measured:.3g} {headline.unit}".rstrip(),
             f"{sign}{headline.allowed:.3g}",
+            "" if headline.floor is None else f"{headline.floor:.2g}",
         ]
     cells: list[str | Text] = [
         result.checkpoint,
@@ -124,6 +125,7 @@ def _cells(result: CheckResult) -> list[Text]:
         *figures,
         "" if verdict.n is None else f"{verdict.n:,}",
         "" if verdict.mde is None else f"{verdict.mde:.2g}",
+        "" if verdict.unpaired_mde is None else f"{verdict.unpaired_mde:.2g}",
         _kernels(verdict),
     ]
     # Text, not markup: ids and schemes come from files.

@@ -1,0 +1,68 @@
+"""Where two measurements differ most: tokens in their text, strata, labels, positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.divergence import Divergence
+from quantgate.measurement import Measurement
+from quantgate.probe import Probe, passage
+from quantgate.task import is_classifier
+
+WORST_TOKENS = 5
+CONFIDENCE_BUCKETS = (0.5, 0.95)
+POSITION_BUCKETS = (64, 256, 512)
+
+
+def where_they_differ(a: Measurement, b: Measurement, probe: Probe) -> list[str]:
+    """Return lines for the worst values, each with its text, and the mean by stratum and label."""
+    delta = np.abs(a.values.astype(np.float64) - b.values).reshape(probe.scored, -1)
+    delta = np.where(np.isfinite(delta), delta, np.inf)
+    lines = []
+    for row in np.argsort(-delta.max(axis=1), kind="stable")[:WORST_TOKENS].tolist():
+        column = int(delta[row].argmax())
+        ours, theirs = (m.values.reshape(probe.scored, -1)[row, column] for m in (a, b))
+        of = f" {_column(column, probe)}" if a.values.ndim > 1 else ""
+        place = f"{probe.documents[row]}[{probe.positions[row]}]"
+        lines.append(
+            f"worst      {place} {passage(probe, row)}{of}: {ours:.6f} against {theirs:.6f}"
+        )
+    by_stratum = (f"{s} {np.mean(delta[probe.strata == s]):.3g}" for s in _unique(probe.strata))
+    lines.append(f"mean |Δ|   {', '.join(by_stratum)}")
+    if is_classifier(probe.task):
+        by_label = (f"{_column(i, probe)} {d:.3g}" for i, d in enumerate(delta.mean(axis=0)))
+        lines.append(f"by label   {', '.join(by_label)}")
+    return lines
+
+
+def divergence_by_group(found: Divergence, probe: Probe) -> dict[str, float]:
+    """Return the mean KLD by stratum, by position and by how sure the base is, in nat."""
+    sure = np.digitize(found.confidence, CONFIDENCE_BUCKETS)
+    names = [f"p < {CONFIDENCE_BUCKETS[0]}", *(f"p >= {p}" for p in CONFIDENCE_BUCKETS)]
+    places = np.digitize(probe.positions, POSITION_BUCKETS)
+    positions = [f"< {POSITION_BUCKETS[0]}", *(f">= {p}" for p in POSITION_BUCKETS)]
+    groups = [
+        *((f"stratum {s}", probe.strata == s) for s in _unique(probe.strata)),
+        *((f"position {name}", places == i) for i, name in enumerate(positions)),
+        *((f"base's {name}", sure == i) for i, name in enumerate(names)),
+    ]
+    return {f"KLD, {name}": float(found.kld[rows].mean()) for name, rows in groups if rows.any()}
+
+
+def kernels_line(measured: Measurement) -> list[str]:
+    """Return a line that names the kernel of each kind of layer; none where none is known."""
+    kernels = measured.provenance.kernels
+    listed = ", ".join(f"{kind} {name}" for kind, name in kernels.items())
+    return [f"kernels    {listed}"] if listed else []
+
+
+def _column(index: int, probe: Probe) -> str:
+    """Return the name of a column of raw outputs: of a label, or its number."""
+    return probe.labels[index] if index < len(probe.labels) else f"[{index}]"
+
+
+def _unique(labels: NDArray[Any]) -> list[str]:
+    return list(dict.fromkeys(labels.tolist()))

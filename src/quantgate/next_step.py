@@ -1,0 +1,52 @@
+"""What a person does next when a check does not pass: one line, a command where there is one."""
+
+from __future__ import annotations
+
+import shlex
+
+from quantgate.checkpoint import Checkpoint
+from quantgate.verdict import Outcome
+
+_WHICH_MODULE = "which module it is: {pytest} -k replay"
+_OTHERWISE = (
+    "change kernels, enforce_eager or kv_cache_dtype in [engine], and try again: {pytest} -k "
+    '"{family}"'
+)
+_COST = "if this cost is meant, give [budget.quality] a margin and a reason in {file}"
+_MORE = "more documents in the probe decide it; tools/sequential_quality.py takes any text"
+_EXPORT = "export the checkpoint again with its base's head and config.json: docs/pooling.md"
+
+# By the beginning of a check's name.
+_STEPS = {
+    "fidelity": _WHICH_MODULE,
+    "divergence-from-reference": _WHICH_MODULE,
+    "replay": _OTHERWISE,
+    "invariance": _OTHERWISE,
+    "tensor-parallel": _OTHERWISE,
+    "compiled": _OTHERWISE,
+    "quality": _COST,
+    "divergence-from-base": _COST,
+    "activation": _EXPORT,
+    "head": _EXPORT,
+    "steps": _EXPORT,
+    "late-interaction": _EXPORT,
+}
+
+
+def next_step(check: str, outcome: Outcome, checkpoint: Checkpoint) -> str:
+    """Return what to do about a check that did not pass."""
+    step = next((s for name, s in _STEPS.items() if check.startswith(name)), "")
+    if outcome == "inconclusive" and step == _COST:
+        step = _MORE
+    return step.format(
+        pytest=f"pytest suites {_selection(checkpoint)}",
+        family=check.removesuffix("-float32").removesuffix("-serving").replace("-", "_"),
+        file=f"fixtures/checkpoints/{checkpoint.id}.toml",
+    )
+
+
+def _selection(checkpoint: Checkpoint) -> str:
+    if checkpoint.scheme is not None:  # it has a file
+        return f"--checkpoint {checkpoint.id}"
+    base = f" --base {shlex.quote(checkpoint.base)}" if checkpoint.base else ""
+    return f"--checkpoint {shlex.quote(checkpoint.source)}{base}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from quantgate.checkpoint import BadInput, Checkpoint
 from quantgate.task import GENERATE, Task
 
@@ -40,26 +42,36 @@ REPLAY_MEAN = 1e-6
 # rounded once, to half a unit in the last place of bfloat16 (2^-9) or float16 (2^-12).
 REPLAY_MODULE_16_BIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
-# Mean ΔNLL against the unquantized base, in nat per token, that a scheme may cost, by the beginning
-# of its name: published ln(PPL(Q)/PPL(base)) of the plainest quantization of the same width.
-#
-# 4 bits: llama.cpp's scoreboard for Llama 3 8B on WikiText-2 (tools/perplexity/README.md): f16
-# 6.233160, q4_0 (4 bits, round to nearest, groups of 32) 6.700147; ln of the ratio is 0.0722.
-# 8 bits: the perplexities that vLLM's tests hold for Qwen3-0.6B and Qwen3-0.6B-FP8 on WikiText-2
-# (tests/models/language/generation_ppl_test): 23.864 and 24.313; ln of the ratio is 0.0186.
-FOUR_BITS, EIGHT_BITS = 0.0722, 0.0186
-QUALITY_MARGIN = {
-    "W4": FOUR_BITS,
-    "NVFP4": FOUR_BITS,
-    "MXFP4": FOUR_BITS,
-    "W8": EIGHT_BITS,
-    "FP8": EIGHT_BITS,
-    "MXFP8": EIGHT_BITS,
-    "KV_FP8": EIGHT_BITS,
-}
+
+@dataclass(frozen=True)
+class SchemeBudget:
+    """What schemes may cost: mean ΔNLL against the unquantized base, nat per token."""
+
+    schemes: tuple[str, ...]
+    """By the beginnings of their names."""
+    margin: float
+    source: str
 
 
-# What mean KL divergence from the base a scheme may have, in nat, is what `QUALITY_MARGIN` says: of
+# Published ln(PPL(Q)/PPL(base)) of the plainest quantization of the same width: what costs more
+# than that was done worse than it can be.
+SCHEME_BUDGETS = (
+    SchemeBudget(
+        ("W4", "NVFP4", "MXFP4"),
+        0.0722,
+        "llama.cpp tools/perplexity/README.md, Llama 3 8B on WikiText-2: f16 6.233160, q4_0 (4 "
+        "bits, round to nearest, groups of 32) 6.700147; ln of the ratio",
+    ),
+    SchemeBudget(
+        ("W8", "FP8", "MXFP8", "KV_FP8"),
+        0.0186,
+        "vLLM tests/models/language/generation_ppl_test on WikiText-2: Qwen3-0.6B 23.864, "
+        "Qwen3-0.6B-FP8 24.313; ln of the ratio",
+    ),
+)
+
+
+# What mean KL divergence from the base a scheme may have, in nat, is what `SCHEME_BUDGETS` says: of
 # text that the base itself would write the two are one number, since the expectation of ΔNLL under
 # the base is KL(base || other). llama.cpp's q4_0 of Llama 3 8B has 0.0722 and a mean KLD of 0.0719.
 
@@ -76,6 +88,81 @@ ACTIVATION_MAX = 8 * 2.0**-23
 # How far a value in float32 may move with the way that it is served: sums of the same terms in
 # another order, as FP32_MAX.
 INVARIANCE_MAX = FP32_MAX
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit that is the same for every scheme."""
+
+    check: str
+    what: str
+    allowed: str
+    source: str
+
+
+_OWN = "what the same rounding costs the reference, measured in the run"
+LIMITS = (
+    Limit(
+        "fidelity-float32, drift-float32",
+        "max |Δ log-prob|",
+        f"{FP32_MAX:g} nat",
+        f"float32 sums (Higham 2002, chapter 4); beyond it {ROUNDING_FACTOR:g} x float32's error",
+    ),
+    Limit(
+        "the same of models that pool",
+        "max |Δ| of raw outputs",
+        f"{FP32_MAX_RAW:g}",
+        "values up to 20, relative errors of 1e-6",
+    ),
+    Limit(
+        "fidelity, drift where inputs are quantized or in 16 bits",
+        "mean |Δ|",
+        f"{ROUNDING_FACTOR:g} x rounding",
+        f"{_OWN}; by the triangle inequality",
+    ),
+    Limit(
+        "divergence-from-reference",
+        "mean KLD",
+        f"{ROUNDING_FACTOR**2:g} x rounding",
+        f"{_OWN}; divergence goes with the square of an error",
+    ),
+    Limit(
+        "drift-serving, drift-float32 where inputs are quantized",
+        "mean ΔNLL, both sides",
+        f"{DRIFT_MEAN:g} nat/token",
+        "a tenth of vLLM's own 1 % (tests/models/language/generation_ppl_test)",
+    ),
+    Limit(
+        "replay-float32",
+        "error of a linear, of its rms",
+        f"{REPLAY_MODULE:g}",
+        "sqrt(K) x 2^-24 for K = 28,000 (Higham 2002, section 4.2)",
+    ),
+    Limit(
+        "replay-float32",
+        "mean |Δ log-prob|",
+        f"{REPLAY_MEAN:g} nat",
+        "two roundings of a logit below 30",
+    ),
+    Limit(
+        "replay-serving",
+        "error of a linear, of its rms",
+        ", ".join(f"{limit:.2g} ({name})" for name, limit in REPLAY_MODULE_16_BIT.items()),
+        "half a unit in the last place, twice",
+    ),
+    Limit(
+        "invariance, tensor-parallel, compiled",
+        "max |Δ| in float32",
+        f"{INVARIANCE_MAX:g}",
+        "as fidelity-float32; elsewhere the mean, as fidelity",
+    ),
+    Limit(
+        "quality of models that pool",
+        "loss of the task's metric",
+        f"{METRIC_LOSS:.0%} of the base's",
+        "MLPerf Inference rules, Model Quality: 99 %",
+    ),
+)
 
 
 def fp32_max(task: Task) -> float:
@@ -98,7 +185,7 @@ def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:
 
 
 def _margin_of(part: str) -> float | None:
-    return next((m for name, m in QUALITY_MARGIN.items() if part.startswith(name)), None)
+    return next((b.margin for b in SCHEME_BUDGETS if part.startswith(b.schemes)), None)
 
 
 def drift_margin(checkpoint: Checkpoint) -> float:

@@ -28,6 +28,8 @@ from quantgate.task import (
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PINNED_REVISION = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
+# The checks whose margin a checkpoint's file may give.
+BUDGETS = ("drift", "quality")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -188,6 +190,12 @@ def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
             f"{path}: step_tag_id is for task 'token_reward', but task is '{checkpoint.task}'; "
             "leave it out, or correct task."
         )
+    for name, override in checkpoint.budget.items():
+        if name not in BUDGETS:
+            nearest = difflib.get_close_matches(name, BUDGETS, n=1, cutoff=0.0)[0]
+            raise BadInput(f"{path}: unknown table [budget.{name}]; did you mean '{nearest}'?")
+        if not override.reason.strip():
+            raise BadInput(f"{path}: the reason in [budget.{name}] is empty; say why it differs.")
     for known in checkpoint.known_failure:
         if known.when is not None and known.when not in CONDITIONS:
             raise BadInput(

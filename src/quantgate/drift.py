@@ -31,17 +31,22 @@ def drift(
     """
     measured = sources.engine(checkpoint, dtype)
     probe = sources.probe_of(checkpoint)
+    judge = partial(against, sources, checkpoint, dtype)
+    return judge_golden(snapshot, checkpoint, probe, measured, check=check, compare=judge)
 
-    def against(engine: Measurement, golden: Measurement) -> Verdict:
-        if dtype == "float32" and not checkpoint.quantizes_activations:
-            rounding = partial(fidelity.rounding, sources, checkpoint)
-            return compare.drift_exact(engine, golden, probe, rounding=rounding)
-        if probe.task == GENERATE:
-            return compare.drift_mean(engine, golden, probe, margin=drift_margin(checkpoint))
-        noise = _noise(sources, checkpoint, dtype)
-        return compare.drift_rounding(engine, golden, probe, noise=noise)
 
-    return judge_golden(snapshot, checkpoint, probe, measured, check=check, compare=against)
+def against(
+    sources: Sources, checkpoint: Checkpoint, dtype: str, engine: Measurement, golden: Measurement
+) -> Verdict:
+    """Judge what a golden would keep of an engine's measurement against what it keeps."""
+    probe = sources.probe_of(checkpoint)
+    if dtype == "float32" and not checkpoint.quantizes_activations:
+        rounding = partial(fidelity.rounding, sources, checkpoint)
+        return compare.drift_exact(engine, golden, probe, rounding=rounding)
+    if probe.task == GENERATE:
+        return compare.drift_mean(engine, golden, probe, margin=drift_margin(checkpoint))
+    noise = _noise(sources, checkpoint, dtype)
+    return compare.drift_rounding(engine, golden, probe, noise=noise)
 
 
 def _noise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> float:

@@ -56,7 +56,7 @@ def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
         "one by one": [[window] for window in windows],
     }
     provenance = engine.provenance_of(llm, dtype)
-    found = {way: _in_batches(llm, probe, batches, provenance) for way, batches in ways.items()}
+    found = {way: in_batches(llm, probe, batches, provenance) for way, batches in ways.items()}
     cached = _from_the_cache(llm, probe) if probe.task == GENERATE else None
     return Reruns(f"in chunks of {CHUNK} tokens" if chunked else "prompts whole", found, cached)
 
@@ -78,7 +78,7 @@ def _rows(probe: Probe, windows: Sequence[int]) -> Rows:
     return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in windows])
 
 
-def _in_batches(
+def in_batches(
     llm: LLM, probe: Probe, batches: Sequence[Sequence[int]], provenance: Provenance
 ) -> Measurement:
     """Serve batches of windows one after another; the rows are in the probe's order again."""

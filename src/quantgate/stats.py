@@ -114,12 +114,12 @@ def unpaired_mean(one: NDArray[Any], other: NDArray[Any], clusters: NDArray[Any]
 def documents_to_decide(
     difference: NDArray[Any], clusters: NDArray[Any], margin: float
 ) -> int | None:
-    """Return after how many documents, in their order, the mean is known to be on one side.
+    """Return after how many documents, shuffled, the mean is known to be on one side of `margin`.
 
     By `confidence_sequence`, so that stopping there is as safe as going on; None where it never is.
     """
     _, index = np.unique(clusters, return_inverse=True)
-    order = np.argsort(np.unique(index, return_index=True)[1])
+    order = np.random.default_rng(0).permutation(index.max() + 1)
     sums, sizes = np.bincount(index, weights=difference)[order], np.bincount(index)[order]
     lower, upper = confidence_sequence(sums / sizes, sizes)
     clear = np.flatnonzero((lower > margin) | (upper < margin))

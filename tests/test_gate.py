@@ -1,21 +1,36 @@
 """The gate end to end, on real engines: what it passes, what it fails, and what it says."""
 
+import dataclasses
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
 
 from quantgate import compare, engine, reference
-from quantgate.checkpoint import EngineSettings
+from quantgate.checkpoint import EngineSettings, read_checkpoint_files
+from quantgate.golden import from_json, golden_path
 from quantgate.measurement import Measurement
-from quantgate.probe import Probe
+from quantgate.next_step import next_step
+from quantgate.probe import Probe, passage, probe_for
+from quantgate.scoremode import logprob
 from quantgate.verdict import Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
 CHECKS = [
     "divergence-from-reference",
     "divergence-from-base",
+    "invariance-float32",
+    "invariance-serving",
+    "tensor-parallel-float32",
+    "tensor-parallel-serving",
+    "compiled-float32",
+    "compiled-serving",
     "fidelity-float32",
     "fidelity-serving",
     "replay-float32",
@@ -162,3 +177,62 @@ def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, pr
         assert verdict.outcome == "fail"
         assert verdict.deviations[0].what == "non-finite log-probs"
         assert verdict.deviations[0].measured == probe.scored
+
+
+def test_engines_that_differ_by_a_ten_thousandth_of_a_nat_are_told_apart(
+    quantized: Path, root: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every log-probability by the same 1e-4: too little for any average of a benchmark."""
+    path = golden_path(root, "tiny-llama-w4a16", "drift-float32", "cpu")
+    golden = from_json(path.read_text(encoding="utf-8"), probe, path).measurement
+
+    def judge(measured: Measurement) -> Verdict:
+        return compare.drift_exact(measured, golden, probe, rounding=lambda: 0.0)
+
+    assert judge(measure_engine(quantized, probe)).outcome == "pass"
+    honest = logprob.score_rows
+
+    def shifted(head: Any, hidden: Any, targets: Any) -> Any:
+        found = honest(head, hidden, targets)
+        return found._replace(logprob=found.logprob - 1e-4)
+
+    monkeypatch.setattr(logprob, "score_rows", shifted)
+    verdict = judge(measure_engine(quantized, probe))
+    assert verdict.outcome == "fail"
+    (largest,) = verdict.deviations
+    assert (largest.what, largest.allowed) == ("max |Δ log-prob|", 1e-5)
+    assert largest.measured == pytest.approx(1e-4, rel=0.1)
+    # The mean alone would not have told: a tenth of its margin.
+    mean = compare.drift_mean(measure_engine(quantized, probe), golden, probe, margin=1e-3)
+    assert mean.outcome == "pass"
+
+
+def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
+    """Drift says it itself, with the tool that approves."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "suites", "--co", "-q"],
+        cwd=root, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    names = {name.replace("_", "-") for name in re.findall(r"::test_(\w+)\[", listed)}
+    assert names >= {"quality", "drift", "replay", "invariance", "head"}
+    known = read_checkpoint_files(root)["tiny-llama-w4a16"]
+    by_path = dataclasses.replace(known, scheme=None, source="/my models/x", base="org/base")
+    for name in names - {"drift"}:
+        assert next_step(name, "fail", known), name
+    assert next_step("fidelity-float32", "fail", known).endswith(
+        "pytest suites --checkpoint tiny-llama-w4a16 -k replay"
+    )
+    assert "--checkpoint '/my models/x' --base org/base" in next_step("replay", "fail", by_path)
+    assert "sequential_quality" in next_step("quality", "inconclusive", known)
+
+
+def test_a_token_is_shown_in_its_text(quantized: Path, probe: Probe) -> None:
+    found, _ = probe_for(probe, quantized)
+    window = found.windows[0]
+    row = 40
+    shown = passage(found, row)
+    token = re.fullmatch(r"…(.*)»(.*)«(.*)…", shown)
+    assert token is not None
+    text = window.text.replace("\n", "\\n")
+    assert "".join(token.groups()) in text
+    assert passage(probe, row) == f"token {window.ids[window.score_from + row]}"

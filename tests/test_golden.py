@@ -131,12 +131,24 @@ def tooled(project: Path, root: Path) -> Path:
     return project
 
 
-def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path) -> None:
-    path = tooled / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
-    before = json.loads(path.read_text())
+def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path, probe: Probe) -> None:
+    """Of a golden that was taken of something else; the other one is as it was, and stays so."""
+    folder = tooled / "golden" / "tiny-llama-w4a16"
+    path, other = folder / "drift-float32.cpu.json", folder / "drift-serving.cpu.json"
+    golden = from_json(path.read_text(), probe, path)
+    moved = dataclasses.replace(golden.measurement, values=golden.measurement.values - 0.25)
+    path.write_text(to_json(dataclasses.replace(golden, measurement=moved), probe))
+    before, untouched = json.loads(path.read_text()), other.read_bytes()
+    floor = folder / "noise-float32.cpu.json"
+    taken = json.loads(floor.read_text())
+    floor.unlink()
     result = regenerate(tooled, "--checkpoint", "tiny-llama-w4a16", "--reason", "because")
     assert result.returncode == 0, result.stderr
     after = json.loads(path.read_text())
+    assert other.read_bytes() == untouched
+    assert "golden/tiny-llama-w4a16/drift-serving.cpu.json: unchanged" in result.stdout
+    again = json.loads(floor.read_text())
+    assert (again["key"], list(again["reruns"])) == (taken["key"], list(taken["reruns"]))
     old, new = before["measured"]["mean_nll"], after["measured"]["mean_nll"]
     assert (
         f"golden/tiny-llama-w4a16/drift-float32.cpu.json: mean_nll {old:.9g} → {new:.9g}"

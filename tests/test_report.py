@@ -8,7 +8,7 @@ import pytest
 
 from quantgate.report.gate_json import gate_json
 from quantgate.report.junit import junit_xml
-from quantgate.report.results import CheckResult
+from quantgate.report.results import CheckResult, upheld
 from quantgate.report.terminal import table
 from quantgate.verdict import Deviation, Outcome, Verdict, not_run
 
@@ -35,7 +35,8 @@ def test_gate_json_keeps_its_contract() -> None:
     assert (x["id"], x["scheme"], x["task"], x["emulated"]) == ("x", "W4A16", "generate", ["K"])
     assert x["checks"][0] == {
         "name": "quality", "verdict": "pass", "measured": 0.5, "allowed": 1.0, "unit": "nat",
-        "n": 7, "mde": 0.25, "detail": HOSTILE, "attribution": None, "known_failure": None,
+        "noise_floor": None, "n": 7, "mde": 0.25, "unpaired_mde": None, "p_value": None,
+        "detail": HOSTILE, "attribution": None, "known_failure": None,
         "figures": {}, "kernels": {}, "emulated": ["K"],
     }  # fmt: skip
     assert x["checks"][1]["measured"] == "nan"
@@ -101,3 +102,19 @@ def test_a_check_that_did_not_happen_claims_no_kernel() -> None:
 def test_a_result_survives_the_way_from_a_worker() -> None:
     before = result("pass")
     assert CheckResult.from_dict(json.loads(json.dumps(before.to_dict()))) == before
+
+
+def statistical(outcome: Outcome, p_value: float, checkpoint: str = "x") -> CheckResult:
+    before = result(outcome, checkpoint=checkpoint)
+    return replace(before, verdict=replace(before.verdict, p_value=p_value))
+
+
+def test_a_statistical_fail_stands_where_holm_upholds_it() -> None:
+    """One of three at 0.03 is chance; at 0.01 it is not, and alone 0.03 is not."""
+    others = [statistical("pass", 0.9), statistical("inconclusive", 0.4)]
+    for p_value, expected in ((0.03, "inconclusive"), (0.01, "fail")):
+        found = upheld([*others, statistical("fail", p_value), result("fail")])
+        assert [r.verdict.outcome for r in found] == ["pass", "inconclusive", expected, "fail"]
+    assert "Holm's p 0.09" in upheld([*others, statistical("fail", 0.03)])[2].verdict.detail
+    alone = [statistical("pass", 0.9, "y"), statistical("fail", 0.03)]
+    assert upheld(alone) == alone

@@ -15,9 +15,11 @@ from quantgate.stats import (
     FEWEST_CLUSTERS,
     PairedMean,
     confidence_sequence,
+    documents_to_decide,
     holm,
     paired_mean,
     stationary_variance,
+    unpaired_mean,
 )
 
 
@@ -206,3 +208,29 @@ def test_tokens_to_decide_brings_the_bound_to_the_margin() -> None:
 def test_misuse_is_refused(d: np.ndarray, clusters: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_mean(d, clusters)
+
+
+def test_an_unpaired_error_is_that_of_two_samples() -> None:
+    """What is common to both sides cancels when paired, and counts twice when not."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=400)
+    one, other = hard + rng.normal(0, 0.01, 400), hard
+    documents = np.arange(400)
+    unpaired, paired = unpaired_mean(one, other, documents), paired_mean(one - other, documents)
+    assert unpaired.mean == pytest.approx(paired.mean)
+    welch = np.sqrt(one.var(ddof=1) / 400 + other.var(ddof=1) / 400)
+    assert unpaired.standard_error == pytest.approx(welch, rel=1e-9)
+    assert unpaired.minimum_detectable_effect() > 50 * paired.minimum_detectable_effect()
+
+
+def test_a_clear_answer_needs_few_documents_and_none_at_the_margin() -> None:
+    rng = np.random.default_rng(0)
+    documents = np.repeat([f"d{i}" for i in range(200)], 5)
+    difference = rng.normal(0, 0.1, 1000)
+    difference -= difference.mean()
+    assert documents_to_decide(difference, documents, 0.2) == FEWEST_CLUSTERS
+    assert documents_to_decide(difference, documents, -0.2) == FEWEST_CLUSTERS
+    later = documents_to_decide(difference, documents, 0.012)
+    assert later is not None
+    assert FEWEST_CLUSTERS < later < 200
+    assert documents_to_decide(difference, documents, 0.0) is None

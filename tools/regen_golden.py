@@ -104,7 +104,8 @@ def regenerate(checkpoint: Checkpoint, sources: Sources, reason: str) -> None:
             and old.key == new.key
             and np.array_equal(old.measurement.values, kept.values)
         )
-        print(f"{path.relative_to(ROOT)}: {describe(old, new, probe)}")
+        line = "unchanged" if unchanged else describe(old, new, probe)
+        print(f"{path.relative_to(ROOT)}: {line}")
         if not unchanged:
             write_atomically(path, to_json(new, probe))
         keep_noise(checkpoint, sources, dtype, anew=not unchanged)

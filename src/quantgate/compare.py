@@ -260,7 +260,8 @@ def _with_divergence(verdict: Verdict, found: Divergence, probe: Probe) -> Verdi
     groups = divergence_by_group(found, probe)
     evidence = verdict.evidence
     if verdict.outcome != "pass":
-        evidence = (*evidence, *(f"{name:<10} {kld:.3g} nat" for name, kld in groups.items()))
+        parts = (f"{name.removeprefix('KLD, ')} {kld:.3g}" for name, kld in groups.items())
+        evidence = (*evidence, f"KLD by     {', '.join(parts)}")
     return dataclasses.replace(verdict, figures=figures | groups, evidence=evidence)
 
 

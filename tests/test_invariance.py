@@ -1,0 +1,159 @@
+"""Invariance: ways of serving that must not matter, and faults that make them matter."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantgate import engine, invariance, serving
+from quantgate.checkpoint import Checkpoint, read_checkpoint_file
+from quantgate.measurement import Measurement, Provenance
+from quantgate.probe import Probe, Window, embedded_probe
+from quantgate.serving import MIXED, mixed
+from quantgate.sources import Sources
+from quantgate.task import Task
+
+ROOT = Path(__file__).resolve().parent.parent
+PROVENANCE = Provenance("engine", "cpu", "cpu", "float32")
+
+
+def few(task: Task, quality: bool) -> Probe:
+    whole = embedded_probe(ROOT, task, quality=quality)
+    return dataclasses.replace(whole, windows=whole.windows[::3])
+
+
+@pytest.fixture
+def sources() -> Sources:
+    return Sources(few, lambda _: None)
+
+
+@pytest.fixture
+def w4a16() -> Checkpoint:
+    path = ROOT / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml"
+    return read_checkpoint_file(path, ROOT)
+
+
+lengths = st.lists(st.integers(2, 9), min_size=1, max_size=40)
+
+
+def probe_of(lengths: Sequence[int]) -> Probe:
+    windows = [Window(f"d{i}", "s", 1, tuple(range(i, i + n)), "") for i, n in enumerate(lengths)]
+    return Probe("p", 99, tuple(windows))
+
+
+@given(lengths=lengths, seed=st.integers(0, 99), data=st.data())
+def test_rows_come_back_in_the_probes_order(
+    lengths: list[int], seed: int, data: st.DataObject
+) -> None:
+    """Whatever the batches: each row is known by its token's id."""
+    probe = probe_of(lengths)
+    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    cut = data.draw(st.integers(0, len(order)))
+
+    def serve(_llm: Any, part: Probe, provenance: Provenance) -> Measurement:
+        ids = np.concatenate([window.ids[1:] for window in part.windows])
+        return Measurement(ids.astype(np.float32), ids.astype(np.int32), provenance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "serve", serve)
+        batches = [batch for batch in (order[:cut], order[cut:]) if batch]
+        found = serving.in_batches(None, probe, batches, PROVENANCE)
+    expected = np.concatenate([window.ids[1:] for window in probe.windows])
+    assert found.values.tolist() == found.top1.tolist() == expected.tolist()
+
+
+@given(lengths=lengths)
+def test_mixed_windows_are_of_all_lengths_and_know_their_rows(lengths: list[int]) -> None:
+    probe = probe_of(lengths)
+    part, rows = mixed(probe)
+    assert 1 <= len(part.windows) <= MIXED
+    sizes = [len(window.ids) for window in part.windows]
+    assert {min(sizes), max(sizes)} == {min(lengths), max(lengths)}
+    assert probe.documents[rows].tolist() == part.documents.tolist()
+    assert probe.positions[rows].tolist() == part.positions.tolist()
+
+
+def test_an_honest_engine_gives_the_same_and_from_its_cache(
+    sources: Sources, w4a16: Checkpoint
+) -> None:
+    verdict = invariance.served_otherwise(sources, w4a16, "float32")
+    assert verdict.outcome == "pass", verdict.message("it")
+    assert {deviation.what for deviation in verdict.deviations} == {
+        "in order: max |Δ|",
+        "shuffled: max |Δ|",
+        "one by one: max |Δ|",
+        "from the prefix cache: max |Δ|",
+    }
+    assert "in chunks of 64 tokens and from the prefix cache" in verdict.detail
+
+
+def test_scores_that_depend_on_the_batch_are_found(
+    sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a ten-thousandth of how full the batch is."""
+    from quantgate.scoremode import logprob
+
+    honest = logprob.score_rows
+
+    def crowded(head: Any, hidden: Any, targets: Any) -> Any:
+        found = honest(head, hidden, targets)
+        return found._replace(logprob=found.logprob + 1e-4 * len(hidden) / 4096)
+
+    monkeypatch.setattr(logprob, "score_rows", crowded)
+    verdict = invariance.served_otherwise(sources, w4a16, "float32")
+    assert verdict.outcome == "fail"
+    assert "what is served depends on how it is served" in verdict.detail
+
+
+def test_a_prefix_cache_that_gives_another_prompts_blocks_is_found(
+    sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are found by a hash of their tokens: here it knows only how many they are."""
+    from vllm.v1.core import kv_cache_utils
+
+    def careless(
+        hash_function: Any, parent: Any, token_ids: Sequence[int], extra_keys: Any = None
+    ) -> Any:
+        return kv_cache_utils.BlockHash(hash_function((parent, len(token_ids), extra_keys)))
+
+    monkeypatch.setattr(kv_cache_utils, "hash_block_tokens", careless)
+    verdict = invariance.served_otherwise(sources, w4a16, "float32")
+    assert verdict.outcome == "fail", verdict.message("it")
+    assert verdict.deviations[0].what == "from the prefix cache: max |Δ|"
+
+
+@pytest.mark.parametrize("check", [invariance.tensor_parallel, invariance.compiled])
+def test_an_engine_that_is_set_otherwise_is_compared(
+    check: Any, sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make gate` starts such engines; here only what is made of their answers."""
+    settings = []
+    shifts: list[float] = []
+
+    def again(other: Checkpoint, dtype: str, probe: Probe) -> Measurement:
+        settings.append(other.engine)
+        _, rows = mixed(sources.probe_of(w4a16))
+        found = sources.engine(w4a16, dtype)
+        return dataclasses.replace(found, values=found.values[rows] + np.float32(shifts[-1]))
+
+    monkeypatch.setattr(sources, "engine_again", again)
+    for shift, outcome in ((0.0, "pass"), (5e-6, "pass"), (5e-5, "fail"), (np.nan, "fail")):
+        shifts.append(shift)
+        assert check(sources, w4a16, "float32").outcome == outcome
+    changed = [f.name for f in dataclasses.fields(settings[0])
+               if getattr(settings[0], f.name) != getattr(w4a16.engine, f.name)]  # fmt: skip
+    assert changed in (["tensor_parallel_size"], ["enforce_eager"])
+
+
+def test_ranks_that_a_machine_does_not_have_are_not_run(
+    sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invariance, "visible_gpus", lambda: 1)
+    verdict = invariance.tensor_parallel(sources, w4a16, "float32")
+    assert verdict.outcome == "not-run"
+    assert verdict.detail == "it needs 2 GPUs, and this machine has 1"

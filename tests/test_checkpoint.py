@@ -39,6 +39,15 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
         (GOOD + "[engine]\nmax_modle_len = 1", "in [engine]; did you mean 'max_model_len'?"),
         (GOOD + "shceme = 1", "unknown key 'shceme'; did you mean 'scheme'?"),
         (GOOD + "[budget.quality]\nmargn = 1", "in [budget.quality]; did you mean 'margin'?"),
+        (
+            GOOD + "[budget.qualty]\nmargin = 1\nreason = 'r'",
+            "unknown table [budget.qualty]; did you mean 'quality'?",
+        ),
+        (
+            GOOD + "[budget.drift]\nmargin = 1\nreason = ' '",
+            "the reason in [budget.drift] is empty",
+        ),
+        (GOOD + 'invariance = ["tp"]', "tp"),
         (GOOD + "[budget.quality]\nmargin = 1.0", "missing required field `reason`"),
         (GOOD + "[engine]\nmax_model_len = 'long'", "got `str` - at `$.engine.max_model_len`"),
         (GOOD + "[engine]\nkernels = 'fast'", "Invalid enum value 'fast' - at `$.engine.kernels`"),

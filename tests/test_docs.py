@@ -99,3 +99,41 @@ def test_the_perplexity_commands_are_accepted(
     for command in commands:
         arguments = tool("perplexity").parse_arguments(shlex.split(command))
         assert (root / arguments.model).is_dir()
+
+
+def test_the_budgets_are_what_the_command_prints(root: Path) -> None:
+    text = (root / "docs" / "budgets.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    result = subprocess.run(
+        [sys.executable, "-m", "quantgate", "budgets"], cwd=root, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, printed)
+
+
+def test_an_override_is_printed_with_its_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "fixtures" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "x.toml").write_text(
+        'source = "./x"\nscheme = "W4A16"\n[budget.quality]\nmargin = 0.05\nreason = "[b]small"\n'
+    )
+    command = [sys.executable, "-m", "quantgate", "budgets", "--project", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert re.search(r"^x +quality +0\.05 nat/token +\[b\]small$", result.stdout, re.MULTILINE)
+    (folder / "x.toml").write_text("source = 1")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("document", ["budgets", "formats", "pooling", "score-mode", "statistics"])
+def test_the_tools_that_documents_name_take_their_options(root: Path, document: str) -> None:
+    text = (root / "docs" / f"{document}.md").read_text(encoding="utf-8")
+    for command in re.findall(r"^    python3? (tools/\w+\.py.*)$", text, re.MULTILINE):
+        script, *arguments = shlex.split(command)
+        helped = subprocess.run(
+            [sys.executable, script, "--help"], cwd=root, capture_output=True, text=True
+        )
+        assert helped.returncode == 0, command
+        options = [argument for argument in arguments if argument.startswith("--")]
+        assert [option for option in options if option not in helped.stdout] == [], command

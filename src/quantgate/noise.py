@@ -81,7 +81,7 @@ def beside(verdict: Verdict, floor: Callable[[], NoiseFloor]) -> Verdict:
 
 def _is_drowned(deviation: Deviation) -> bool:
     floor, allowed = deviation.floor, deviation.allowed
-    if floor is None or floor <= allowed:
+    if floor is None or floor <= allowed or np.isnan(deviation.measured):
         return False
     return not abs(deviation.measured) - allowed > floor
 

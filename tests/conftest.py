@@ -85,7 +85,7 @@ def project(tmp_path: Path) -> Path:
     Its checkpoint is read where `make checkpoints` built it.
     """
     copy = tmp_path / "project"
-    for name in ("suites", "fixtures", "golden"):
+    for name in ("suites", "fixtures", "golden/tiny-llama-w4a16"):
         shutil.copytree(ROOT / name, copy / name)
     for path in (copy / "fixtures" / "checkpoints").glob("*.toml"):
         if path.stem != "tiny-llama-w4a16":

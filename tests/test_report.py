@@ -9,6 +9,7 @@ import pytest
 from quantgate.report.gate_json import gate_json
 from quantgate.report.junit import junit_xml
 from quantgate.report.results import CheckResult, upheld
+from quantgate.report.run import Run
 from quantgate.report.terminal import table
 from quantgate.verdict import Deviation, Outcome, Verdict, not_run
 
@@ -25,7 +26,7 @@ RESULTS = [result("pass"), result("fail", "drift"), result("not-run", "quality",
 
 
 def test_gate_json_keeps_its_contract() -> None:
-    text = gate_json(RESULTS, started="now", duration_s=1.23456, environment={"vllm": "1"})
+    text = gate_json(Run(RESULTS, "now", 1.23456, {"vllm": "1"}))
     content = json.loads(text, parse_constant=pytest.fail)
     assert list(content) == [
         "schema", "verdict", "started", "duration_s", "environment", "checkpoints",
@@ -78,7 +79,7 @@ def test_a_known_failure_is_shown_and_does_not_count() -> None:
     known = replace(failed, verdict=replace(failed.verdict, known_failure=f"{HOSTILE} (issue 7)"))
     assert "FAIL (known)" in table([known], width=160, color=False)
     assert table([known], width=160, color=False).rstrip().endswith("verdict: PASS")
-    content = json.loads(gate_json([known], started="", duration_s=0, environment={}))
+    content = json.loads(gate_json(Run([known], "", 0, {})))
     (check,) = content["checkpoints"][0]["checks"]
     assert (content["verdict"], check["verdict"]) == ("pass", "fail")
     assert check["known_failure"].endswith("(issue 7)")

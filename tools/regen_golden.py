@@ -1,143 +1,121 @@
-"""Take a checkpoint's goldens anew: the only way to write one.
+"""Take checkpoints' goldens anew: the only way to write one.
 
     python tools/regen_golden.py --checkpoint tiny-llama-w4a16 --reason "first release"
+    python tools/regen_golden.py --all --reason "vLLM 0.33" --dry-run
 
-Shows old → new for every golden before it is written. Each file is replaced in one step.
+Shows old → new for every golden before it is written, each in one step. What is within tolerance is
+not rewritten. Exits 0 where all is as it should be now, 1 where a golden was refused, 2 for bad
+input.
 """
 
 import argparse
-import datetime
+import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from quantgate import noise
-from quantgate.atomic import write_atomically
+from quantgate import approval
+from quantgate.cache import DiskCache
 from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
-from quantgate.compare import largest_difference
 from quantgate.engine import EngineFailure
-from quantgate.golden import (
-    Golden,
-    as_stored,
-    figures_of,
-    from_json,
-    golden_key,
-    golden_path,
-    to_json,
-)
-from quantgate.probe import Probe, embedded_probe
+from quantgate.golden import DTYPES, unclaimed
+from quantgate.probe import embedded_probe
 from quantgate.sources import Sources
-from quantgate.task import quantity_of
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("float32", "serving")
 
 
-def previous(path: Path, probe: Probe) -> Golden | None:
-    """Return the stored golden; None where there is none or it cannot be read."""
-    try:
-        return from_json(path.read_text(encoding="utf-8"), probe, path)
-    except FileNotFoundError:
-        return None
-    except BadInput as error:
-        print(f"  {error}", file=sys.stderr)
-        return None
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Take checkpoints' goldens anew.")
+    selection = parser.add_mutually_exclusive_group(required=True)
+    selection.add_argument("--checkpoint", action="append", metavar="ID", help="may be repeated")
+    selection.add_argument("--all", action="store_true", help="every checkpoint that has goldens")
+    parser.add_argument("--reason", required=True, help="kept in the golden's history")
+    parser.add_argument("--dry-run", action="store_true", help="show what would change, write none")
+    parser.add_argument(
+        "--accept-failing",
+        action="store_true",
+        help="approve what fails fidelity too; the golden's history says so",
+    )
+    return parser.parse_args()
 
 
-def describe(old: Golden | None, new: Golden, probe: Probe) -> str:
-    """Return one line: old → new."""
-    after = figures_of(new.measurement, probe)
-    if old is None:
-        return "none → " + ", ".join(f"{name} {value:.9g}" for name, value in after.items())
-    changed = [
-        field for field in vars(new.key) if getattr(old.key, field) != getattr(new.key, field)
-    ]
-    before = figures_of(old.measurement, probe)
-    line = ", ".join(f"{name} {before[name]:.9g} → {value:.9g}" for name, value in after.items())
-    if old.key.probe == new.key.probe:
-        largest = largest_difference(new.measurement, old.measurement)
-        line += f", max |Δ {quantity_of(probe.task)}| {largest:.3g}"
-    return line + (f"; another {', '.join(changed)}" if changed else "")
-
-
-def keep_noise(checkpoint: Checkpoint, sources: Sources, dtype: str, *, anew: bool) -> None:
-    """Write the noise floor beside a golden: with a new golden, or where there is none for it."""
-    platform = sources.engine(checkpoint, dtype).provenance.platform
-    path = noise.noise_path(checkpoint, dtype, platform)
-    find = noise.measured_once if anew else noise.floor_of
-    floor = find(sources, checkpoint, dtype)
-    text = noise.to_json(floor)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        worst = floor.of("max_abs")
-        print(f"{path.relative_to(ROOT)}: {len(floor.reruns)} reruns, max |Δ| {worst:.3g}")
-        write_atomically(path, text)
-
-
-def regenerate(checkpoint: Checkpoint, sources: Sources, reason: str) -> None:
-    """Measure a checkpoint and replace its goldens for this platform."""
-    probe = sources.probe_of(checkpoint)
-    for dtype in DTYPES:
-        measured = sources.engine(checkpoint, dtype)
-        if measured.nonfinite:
+def selected(arguments: argparse.Namespace) -> list[Checkpoint]:
+    """Return the checkpoints to take goldens of; errors of the user are one sentence."""
+    if os.environ.get("CI") or os.environ.get("PYTEST_XDIST_WORKER"):
+        raise BadInput(
+            "CI or an xdist worker takes no golden: a person looks at it and commits it; run this "
+            "on the machine it is for."
+        )
+    if not arguments.reason.strip():
+        raise BadInput("--reason is empty; say why the golden changes.")
+    known = read_checkpoint_files(ROOT)
+    if orphans := unclaimed(ROOT, known):
+        raise BadInput(
+            f"{orphans[0].relative_to(ROOT)}: no checkpoint file claims it"
+            + (f", nor {len(orphans) - 1} others" if len(orphans) > 1 else "")
+            + "; remove it (git rm), or add the file."
+        )
+    names = arguments.checkpoint or [name for name, one in known.items() if one.golden]
+    for name in names:
+        if name not in known:
             raise BadInput(
-                f"{checkpoint.id}: {measured.nonfinite} values in {dtype} are not finite; no "
-                "golden is made of that."
+                f"--checkpoint {name}: not an id in fixtures/checkpoints ({', '.join(known)}); "
+                "only those have goldens."
             )
-        kept = as_stored(measured)
-        check = f"drift-{dtype}"
-        path = golden_path(ROOT, checkpoint.id, check, measured.provenance.platform)
-        old = previous(path, probe)
-        entry = {
-            "date": datetime.date.today().isoformat(),
-            **figures_of(kept, probe),
-            "reason": reason,
-            "versions": dict(measured.provenance.versions),
-        }
-        new = Golden(
-            golden_key(checkpoint, probe, measured),
-            kept,
-            ((*old.history, entry) if old else (entry,)),
+        if not known[name].golden:
+            raise BadInput(f"--checkpoint {name}: its file says golden = false.")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def regenerate(
+    checkpoint: Checkpoint, sources: Sources, arguments: argparse.Namespace
+) -> list[approval.Proposal]:
+    """Show what changes in a checkpoint's goldens, write it, and return what was refused."""
+    refused = []
+    for dtype in DTYPES:
+        proposal = approval.propose(
+            sources,
+            checkpoint,
+            dtype,
+            arguments.reason.strip(),
+            accept_failing=arguments.accept_failing,
         )
-        unchanged = (
-            old is not None
-            and old.key == new.key
-            and np.array_equal(old.measurement.values, kept.values)
-        )
-        line = "unchanged" if unchanged else describe(old, new, probe)
-        print(f"{path.relative_to(ROOT)}: {line}")
-        if not unchanged:
-            write_atomically(path, to_json(new, probe))
-        keep_noise(checkpoint, sources, dtype, anew=not unchanged)
+        path = proposal.path.relative_to(ROOT)
+        if proposal.refusals:
+            refused.append(proposal)
+        if proposal.within_tolerance and not proposal.refusals:
+            print(f"{path}: within tolerance, kept")
+        else:
+            print(f"{path}: {'new' if proposal.old is None else 'changed'}")
+            print("".join(f"  {line}\n" for line in proposal.lines()), end="", flush=True)
+        if arguments.dry_run:
+            continue
+        for written in approval.write(sources, checkpoint, dtype, proposal):
+            print(f"  wrote {written.relative_to(ROOT)}", flush=True)
+    return refused
 
 
 def main() -> int:
     """Parse the command line; errors of the user are one sentence."""
-    parser = argparse.ArgumentParser(description="Take a checkpoint's goldens anew.")
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="ID")
-    parser.add_argument("--reason", required=True, help="kept in the golden's history")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
+    refused = []
     try:
-        if not arguments.reason.strip():
-            raise BadInput("--reason is empty; say why the golden changes.")
-        known = read_checkpoint_files(ROOT)
-        sources = Sources(
-            lambda task, quality: embedded_probe(ROOT, task, quality=quality),
-            lambda text: print(f"  {text}", file=sys.stderr),
-        )
-        unknown = sorted(set(arguments.checkpoint) - set(known))
-        if unknown:
-            raise BadInput(
-                f"--checkpoint {unknown[0]}: not an id in fixtures/checkpoints "
-                f"({', '.join(known)}); only those have goldens."
+        for checkpoint in selected(arguments):
+            verify(checkpoint)
+            # One at a time: what was measured of one checkpoint is of no use for the next.
+            sources = Sources(
+                lambda task, quality: embedded_probe(ROOT, task, quality=quality),
+                lambda text: print(f"  {text}", file=sys.stderr),
+                DiskCache(ROOT / ".gate-cache"),
             )
-        for name in dict.fromkeys(arguments.checkpoint):
-            verify(known[name])
-            regenerate(known[name], sources, arguments.reason.strip())
+            refused += regenerate(checkpoint, sources, arguments)
     except (BadInput, EngineFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    if refused:
+        print(f"refused: {len(refused)}; nothing of these was written.")
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,13 @@ from quantgate.budget import (
     fp32_max,
 )
 from quantgate.divergence import Divergence, llama_cpp_statistics
-from quantgate.evidence import divergence_by_group, kernels_line, where_they_differ
+from quantgate.evidence import (
+    divergence_by_group,
+    kernels_line,
+    kld_decades,
+    profile_of,
+    where_they_differ,
+)
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe
 from quantgate.replay import ModuleError, Replay
@@ -262,7 +268,10 @@ def _with_divergence(verdict: Verdict, found: Divergence, probe: Probe) -> Verdi
     if verdict.outcome != "pass":
         parts = (f"{name.removeprefix('KLD, ')} {kld:.3g}" for name, kld in groups.items())
         evidence = (*evidence, f"KLD by     {', '.join(parts)}")
-    return dataclasses.replace(verdict, figures=figures | groups, evidence=evidence)
+    profile = dataclasses.replace(verdict.profile, kld=kld_decades(found))
+    return dataclasses.replace(
+        verdict, figures=figures | groups, evidence=evidence, profile=profile
+    )
 
 
 def drift_exact(
@@ -412,6 +421,8 @@ def _verdict(
     nonfinite = Deviation(f"non-finite {quantity_of(probe.task)}s", a.nonfinite, 0, "values")
     if nonfinite.exceeded:
         outcome, deviations = "fail", [nonfinite, *deviations]
+    profile = profile_of(a, b, probe)
+    shown = outcome != "pass"
     return Verdict(
         outcome=outcome,
         detail=detail,
@@ -422,5 +433,6 @@ def _verdict(
         mde=mde,
         kernels=a.provenance.kernels,
         emulated=a.provenance.emulated,
-        evidence=() if outcome == "pass" else (*where_they_differ(a, b, probe), *kernels_line(a)),
+        evidence=(*where_they_differ(a, b, probe, profile), *kernels_line(a)) if shown else (),
+        profile=profile,
     )

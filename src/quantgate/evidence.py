@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,31 +12,62 @@ from quantgate.divergence import Divergence
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe, passage
 from quantgate.task import is_classifier
+from quantgate.verdict import KLD_DECADES, Profile, WorstToken
 
-WORST_TOKENS = 5
+WORST_TOKENS, WORST_LINES = 10, 5
+POSITION_BINS = 32
 CONFIDENCE_BUCKETS = (0.5, 0.95)
 POSITION_BUCKETS = (64, 256, 512)
 
 
-def where_they_differ(a: Measurement, b: Measurement, probe: Probe) -> list[str]:
-    """Return lines for the worst values, each with its text, and the mean by stratum and label."""
-    delta = np.abs(a.values.astype(np.float64) - b.values).reshape(probe.scored, -1)
-    delta = np.where(np.isfinite(delta), delta, np.inf)
-    lines = []
+def profile_of(a: Measurement, b: Measurement, probe: Probe) -> Profile:
+    """Return the ten worst values, each in its text, and |Δ| by position."""
+    delta = _size_of_difference(a, b, probe)
+    columns = delta.argmax(axis=1)
+    worst = []
     for row in np.argsort(-delta.max(axis=1), kind="stable")[:WORST_TOKENS].tolist():
-        column = int(delta[row].argmax())
-        ours, theirs = (m.values.reshape(probe.scored, -1)[row, column] for m in (a, b))
-        of = f" {_column(column, probe)}" if a.values.ndim > 1 else ""
+        column = int(columns[row])
+        ours, theirs = (float(m.values.reshape(probe.scored, -1)[row, column]) for m in (a, b))
+        named = _column(column, probe) if a.values.ndim > 1 else ""
         place = f"{probe.documents[row]}[{probe.positions[row]}]"
-        lines.append(
-            f"worst      {place} {passage(probe, row)}{of}: {ours:.6f} against {theirs:.6f}"
-        )
+        worst.append(WorstToken(place, passage(probe, row), named, ours, theirs))
+    return Profile(tuple(_by_position(delta, probe)), tuple(worst))
+
+
+def _by_position(delta: NDArray[np.float64], probe: Probe) -> Iterator[tuple[int, float, float]]:
+    last = int(probe.positions.max())
+    width = max(1, -(-(last + 1) // POSITION_BINS))
+    bins = probe.positions // width
+    for index in np.unique(bins).tolist():
+        there = delta[bins == index]
+        yield index * width, float(there.mean()), float(there.max())
+
+
+def kld_decades(found: Divergence) -> tuple[int, ...]:
+    """Return how many tokens have a KL divergence in each decade of `KLD_DECADES`."""
+    first, last = KLD_DECADES
+    with np.errstate(divide="ignore"):
+        decades = np.floor(np.log10(np.nan_to_num(found.kld, nan=np.inf)))
+    places = np.clip(decades, first, last).astype(int) - first
+    return tuple(np.bincount(places, minlength=last - first + 1).tolist())
+
+
+def where_they_differ(a: Measurement, b: Measurement, probe: Probe, worst: Profile) -> list[str]:
+    """Return lines for the worst values, each with its text, and the mean by stratum and label."""
+    delta = _size_of_difference(a, b, probe)
+    lines = [f"worst      {token}" for token in worst.worst[:WORST_LINES]]
     by_stratum = (f"{s} {np.mean(delta[probe.strata == s]):.3g}" for s in _unique(probe.strata))
     lines.append(f"mean |Δ|   {', '.join(by_stratum)}")
     if is_classifier(probe.task):
         by_label = (f"{_column(i, probe)} {d:.3g}" for i, d in enumerate(delta.mean(axis=0)))
         lines.append(f"by label   {', '.join(by_label)}")
     return lines
+
+
+def _size_of_difference(a: Measurement, b: Measurement, probe: Probe) -> NDArray[np.float64]:
+    """Return |Δ| [n, D], or [n, 1]; what is not finite is infinite."""
+    delta = np.abs(a.values.astype(np.float64) - b.values).reshape(probe.scored, -1)
+    return np.where(np.isfinite(delta), delta, np.inf)
 
 
 def divergence_by_group(found: Divergence, probe: Probe) -> dict[str, float]:

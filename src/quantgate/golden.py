@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SKETCH = 16
-_RESTORE = "restore it with git, or take it again with tools/regen_golden.py"
+# What lies in a checkpoint's folder: `<kind>-<dtype>.<platform>.json`.
+KINDS, DTYPES = ("drift", "noise"), ("float32", "serving")
+_RESTORE = "restore it with git, or remove it and take a new one with tools/regen_golden.py"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,23 @@ def golden_key(checkpoint: Checkpoint, probe: Probe, measured: Measurement) -> G
         kv_dtype=checkpoint.engine.kv_cache_dtype,
         kernels=checkpoint.engine.kernels,
     )
+
+
+def unclaimed(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[Path]:
+    """Return what lies in `golden` and belongs to no checkpoint file, or is no golden's name."""
+    names = {f"{kind}-{dtype}" for kind in KINDS for dtype in DTYPES}
+    found = []
+    for path in sorted((root / "golden").glob("*")):
+        checkpoint = checkpoints.get(path.name)
+        if checkpoint is None or not checkpoint.golden:
+            found.append(path)
+            continue
+        for file in sorted(path.glob("*")):
+            kind = file.name.split(".")[0]
+            # A file that begins with a dot is what a killed run was writing.
+            if not file.name.startswith(".") and (kind not in names or file.suffix != ".json"):
+                found.append(file)
+    return found
 
 
 def golden_path(root: Path, checkpoint_id: str, check: str, platform: str) -> Path:
@@ -191,6 +210,19 @@ def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
         if before.get(name) != now.get(name)
     ]
     return f"{', '.join(changed) or 'same versions, same kernels'} (golden of {taken})"
+
+
+def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return who approved a checkpoint's golden in the served dtype when and why, oldest first.
+
+    Of whatever platform has one; [] where none can be read.
+    """
+    for path in sorted((checkpoint.root / "golden" / checkpoint.id).glob("drift-serving.*.json")):
+        try:
+            return list(json.loads(path.read_text(encoding="utf-8"))["history"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return []
 
 
 def judge_golden(

@@ -180,8 +180,8 @@ def from_json(text: str, path: Path | str) -> NoiseFloor:
         if isinstance(error, BadInput):
             raise
         raise BadInput(
-            f"{path}: damaged ({type(error).__name__}: {error}); restore it with git, or take it "
-            "again with tools/regen_golden.py."
+            f"{path}: damaged ({type(error).__name__}: {error}); restore it with git, or remove it "
+            "and take a new one with tools/regen_golden.py."
         ) from None
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from quantgate.checkpoint import BadInput
 from quantgate.task import GENERATE, SEQUENCE_REWARD, Task
+from quantgate.verdict import Passage
 
 
 @dataclass(frozen=True)
@@ -175,23 +176,23 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
 
 
 CONTEXT_TOKENS = 8
+LONGEST_TEXT = 200
 
 
-def passage(probe: Probe, row: int) -> str:
-    """Return a scored token in its text, e.g. "…he founded »Duhein« Labs in…"; its id without."""
+def passage(probe: Probe, row: int) -> Passage:
+    """Return a scored token in its text, escaped; its id where no tokenizer is known."""
     ends = np.cumsum([window.scored for window in probe.windows])
     index = int(np.searchsorted(ends, row, side="right"))
     window, place = probe.windows[index], int(probe.positions[row])
     if probe.tokenizer is None:
-        return f"token {window.ids[place]}"
+        return Passage("", f"token {window.ids[place]}", "")
     tokenizer = _tokenizer(probe.tokenizer)
     parts = (
         window.ids[max(0, place - CONTEXT_TOKENS) : place],
         window.ids[place : place + 1],
         window.ids[place + 1 : place + 1 + CONTEXT_TOKENS // 2],
     )
-    before, token, after = (_printable(tokenizer.decode(list(ids))) for ids in parts)
-    return f"…{before}»{token}«{after}…"
+    return Passage(*(_printable(tokenizer.decode(list(ids))) for ids in parts))
 
 
 @functools.lru_cache(maxsize=2)
@@ -202,8 +203,8 @@ def _tokenizer(directory: Path) -> Any:
 
 
 def _printable(text: str) -> str:
-    """Escape what is no character of a line: line ends, controls."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Escape what is no character of a line, such as its end; cut what is no token's length."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:LONGEST_TEXT])
 
 
 def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:

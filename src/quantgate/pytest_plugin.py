@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from quantgate import noise
-from quantgate.atomic import write_atomically
 from quantgate.cache import DiskCache
 from quantgate.checkpoint import (
     BadInput,
@@ -27,13 +26,13 @@ from quantgate.checkpoint import (
     with_own_task,
 )
 from quantgate.engine import EngineFailure, available_devices, library_versions
-from quantgate.golden import since_golden
+from quantgate.golden import history_of, since_golden, unclaimed
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
-from quantgate.report.gate_json import gate_json
-from quantgate.report.junit import junit_xml
 from quantgate.report.results import CheckResult, overall, upheld
+from quantgate.report.run import Run
 from quantgate.report.terminal import table
+from quantgate.report.write import FILES, write_reports
 from quantgate.sources import Sources
 from quantgate.task import Task
 from quantgate.verdict import Verdict, not_run
@@ -61,7 +60,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the unquantized model that a --checkpoint given by path is compared with",
     )
     group.addoption(
-        "--gate-report", metavar="DIR", type=Path, help="write gate.json and junit.xml into DIR"
+        "--gate-report",
+        metavar="DIR",
+        type=Path,
+        help="write gate.json, junit.xml, gate.md and index.html into DIR",
     )
     group.addoption(
         "--gate-cache",
@@ -173,6 +175,11 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
         raise BadInput(
             f"{run.root / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
             "nothing to judge; add one or give --checkpoint PATH."
+        )
+    if not names and (orphans := unclaimed(run.root, known)):
+        raise BadInput(
+            f"{orphans[0]}: no checkpoint file claims this golden; remove it (git rm), or add the "
+            "file."
         )
     repeated = [name for name, count in Counter(c.id for c in wanted).items() if count > 1]
     if repeated:
@@ -328,11 +335,12 @@ class Gate:
         if dtype is None:
             return verdict
         verdict = noise.beside(verdict, lambda: noise.floor_of(self.sources, checkpoint, dtype))
+        changed = since_golden(checkpoint, self.sources.engine(checkpoint, dtype).provenance)
+        verdict = replace(verdict, since_golden=changed or "")
         if verdict.outcome == "pass":
             return verdict
-        changed = since_golden(checkpoint, self.sources.engine(checkpoint, dtype).provenance)
         step = verdict.next_step or next_step(self.check, verdict.outcome, checkpoint)
-        return replace(verdict, since_golden=changed or "", next_step=step)
+        return replace(verdict, next_step=step)
 
 
 @pytest.fixture
@@ -428,7 +436,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if directory := session.config.getoption("gate_report"):
         started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
-        text = gate_json(
+        finished = Run(
             results,
             started=started.isoformat(timespec="seconds"),
             duration_s=time.time() - run.started,
@@ -438,9 +446,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
                 "machine": platform.machine(),
                 "devices": ", ".join(available_devices().values()),
             },
+            left_out=run.left_out,
+            notes=run.sources.notes if run.sources else (),
+            histories={c.id: history_of(c) for c in run.checkpoints or () if c.golden},
         )
-        write_atomically(directory / "gate.json", text)
-        write_atomically(directory / "junit.xml", junit_xml(results))
+        write_reports(finished, directory)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -459,4 +469,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for note in run.sources.notes if run.sources else ():
         terminalreporter.write_line(f"note: {note}")
     if directory := config.getoption("gate_report"):
-        terminalreporter.write_line(f"report: {directory}/gate.json, {directory}/junit.xml")
+        names = ", ".join(f"{directory}/{name}" for name in FILES)
+        terminalreporter.write_line(f"report: {names}")

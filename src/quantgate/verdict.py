@@ -44,6 +44,50 @@ class Deviation:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A scored token in its text."""
+
+    before: str
+    token: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"…{self.before}»{self.token}«{self.after}…"
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A token at which two measurements differ most."""
+
+    place: str
+    """Its document and position."""
+    passage: Passage
+    column: str
+    """The label, or number, of a pooling output; "" of a log-probability."""
+    ours: float
+    theirs: float
+
+    def __str__(self) -> str:
+        of = f" {self.column}" if self.column else ""
+        return f"{self.place} {self.passage}{of}: {self.ours:.6f} against {self.theirs:.6f}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where two measurements differ: for a report's charts and tables."""
+
+    by_position: tuple[tuple[int, float, float], ...] = ()
+    """Of each bin of positions its first one, and the mean and largest |Δ| there."""
+    worst: tuple[WorstToken, ...] = ()
+    kld: tuple[int, ...] = ()
+    """How many tokens have a KL divergence in each decade, from `KLD_DECADES[0]` on."""
+
+
+# The powers of ten that bound a profile's KL divergences, in nat; what is beyond joins the end.
+KLD_DECADES = (-10, 2)
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The outcome of one check of one checkpoint.
 
@@ -71,6 +115,7 @@ class Verdict:
     emulated: tuple[str, ...] = ()
     """The kernels among them that are emulations."""
     evidence: tuple[str, ...] = ()
+    profile: Profile = field(default_factory=Profile)
     since_golden: str = ""
     """What the environment has otherwise than when the golden was taken."""
     next_step: str = ""

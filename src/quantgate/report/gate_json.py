@@ -7,22 +7,22 @@ import math
 from typing import Any
 
 from quantgate.report.results import CheckResult, overall
+from quantgate.report.run import Run
 from quantgate.verdict import worst
 
 SCHEMA = 1
 
 
-def gate_json(
-    results: list[CheckResult], *, started: str, duration_s: float, environment: dict[str, str]
-) -> str:
-    """Return the report: schema 1, one object a checkpoint, one object a check."""
+def gate_json(run: Run) -> str:
+    """Return the report, as `gate.schema.json` describes it."""
+    results = list(run.results)
     ids = list(dict.fromkeys(result.checkpoint for result in results))
     content = {
         "schema": SCHEMA,
         "verdict": overall(results),
-        "started": started,
-        "duration_s": round(duration_s, 3),
-        "environment": environment,
+        "started": run.started,
+        "duration_s": round(run.duration_s, 3),
+        "environment": dict(run.environment),
         "checkpoints": [
             _checkpoint([result for result in results if result.checkpoint == name]) for name in ids
         ],
@@ -59,6 +59,19 @@ def _check(result: CheckResult) -> dict[str, Any]:
         "figures": {name: _number(value) for name, value in verdict.figures.items()},
         "kernels": dict(verdict.kernels),
         "emulated": list(verdict.emulated),
+        "deviations": [
+            {
+                "what": d.what,
+                "measured": _number(d.measured),
+                "allowed": d.allowed,
+                "unit": d.unit,
+                "two_sided": d.two_sided,
+                "noise_floor": None if d.floor is None else _number(d.floor),
+            }
+            for d in verdict.deviations
+        ],
+        "since_golden": verdict.since_golden or None,
+        "next_step": verdict.next_step or None,
         "attribution": verdict.attribution or None,
         "known_failure": verdict.known_failure or None,
     }

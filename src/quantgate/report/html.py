@@ -1,0 +1,177 @@
+"""`index.html`: one page that a person can decide from, without network and without scripts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantgate.report.results import CheckResult, overall
+from quantgate.report.run import Run
+from quantgate.verdict import KLD_DECADES, Deviation, Profile, worst
+
+# Of a chart, in the units of its SVG.
+WIDTH, HEIGHT = 320, 72
+# Below this a bar of a logarithmic chart is not seen: all that float32 adds up to is above.
+SMALLEST = 1e-9
+
+
+def index_html(run: Run) -> str:
+    """Return the page. Strings from a checkpoint are escaped by the template, all of them."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("quantgate.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    template = environment.get_template("index.html.jinja")
+    results = list(run.results)
+    return template.render(
+        run=run,
+        verdict=overall(results),
+        groups=[_group(results, task) for task in dict.fromkeys(r.task for r in results)],
+        checkpoints=[
+            _checkpoint([r for r in results if r.checkpoint == name], run)
+            for name in dict.fromkeys(r.checkpoint for r in results)
+        ],
+        left_out=_counted(run.left_out),
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number as a table shows it; nothing where there is none."""
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def _group(results: Sequence[CheckResult], task: str) -> dict[str, Any]:
+    """Return the matrix of one task's checkpoints and checks."""
+    own = [result for result in results if result.task == task]
+    checks = list(dict.fromkeys(result.check for result in own))
+    rows = []
+    for name in dict.fromkeys(result.checkpoint for result in own):
+        found = {result.check: result for result in own if result.checkpoint == name}
+        rows.append(
+            {
+                "id": name,
+                "scheme": next(iter(found.values())).scheme,
+                "verdict": worst([result.verdict.counted for result in found.values()]),
+                "cells": [found.get(check) for check in checks],
+            }
+        )
+    return {"task": task, "checks": checks, "rows": rows}
+
+
+def _checkpoint(results: list[CheckResult], run: Run) -> dict[str, Any]:
+    kernels: dict[str, str] = {}
+    for result in results:
+        kernels |= result.verdict.kernels
+    changed = [r.verdict.since_golden for r in results if r.verdict.since_golden]
+    return {
+        "id": results[0].checkpoint,
+        "scheme": results[0].scheme,
+        "task": results[0].task,
+        "verdict": worst([result.verdict.counted for result in results]),
+        "results": results,
+        "kernels": kernels,
+        "emulated": {name for result in results for name in result.verdict.emulated},
+        "since_golden": list(dict.fromkeys(changed)),
+        "charts": {result.check: _charts(result) for result in results},
+        "history": _trend(run.histories.get(results[0].checkpoint, ())),
+    }
+
+
+def _charts(result: CheckResult) -> list[dict[str, Any]]:
+    profile, headline = result.verdict.profile, _headline(result)
+    charts = []
+    if len(profile.by_position) > 1:
+        charts.append(_by_position(profile, headline))
+    if sum(profile.kld):
+        charts.append(_kld(profile))
+    return charts
+
+
+def _headline(result: CheckResult) -> Deviation | None:
+    return result.verdict.deviations[0] if result.verdict.deviations else None
+
+
+def _by_position(profile: Profile, headline: Deviation | None) -> dict[str, Any]:
+    """Return bars of the mean and largest |Δ| by position, logarithmic."""
+    sizes = [size for _, _, size in profile.by_position if math.isfinite(size)]
+    top = max([*sizes, SMALLEST * 10])
+    bottom = SMALLEST
+
+    def height(value: float) -> float:
+        if not math.isfinite(value):
+            return HEIGHT
+        share = math.log(max(value, bottom) / bottom) / math.log(top / bottom)
+        return round(HEIGHT * share, 1)
+
+    step = WIDTH / len(profile.by_position)
+    bars = [
+        {
+            "x": round(i * step, 1),
+            "width": round(step * 0.8, 1),
+            "height": height(mean),
+            "tip": height(size),
+            "title": f"from position {start}: mean {mean:.3g}, largest {size:.3g}",
+        }
+        for i, (start, mean, size) in enumerate(profile.by_position)
+    ]
+    last = profile.by_position[-1][0]
+    return {
+        "title": f"|Δ| by position to {last}: mean (solid), largest (pale, to {top:.2g}); log",
+        "bars": bars,
+    }
+
+
+def _kld(profile: Profile) -> dict[str, Any]:
+    """Return bars of how many tokens have a KL divergence in each decade."""
+    most = max(profile.kld)
+    step = WIDTH / len(profile.kld)
+    first, last = KLD_DECADES
+    bars = [
+        {
+            "x": round(i * step, 1),
+            "width": round(step * 0.8, 1),
+            "height": round(HEIGHT * count / most, 1),
+            "tip": 0,
+            "title": f"1e{first + i} to 1e{first + i + 1} nat: {count} tokens",
+        }
+        for i, count in enumerate(profile.kld)
+    ]
+    return {"title": f"tokens by KL divergence, 1e{first} to 1e{last + 1} nat", "bars": bars}
+
+
+def _trend(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a golden's history, its first figure as a line, and its rows."""
+    known = ("date", "reason", "versions", "before", "accepted_failing")
+    rows = [
+        {
+            "date": entry.get("date", ""),
+            "figures": {k: v for k, v in entry.items() if k not in known},
+            "reason": entry.get("reason", ""),
+            "accepted_failing": entry.get("accepted_failing", ""),
+            "versions": ", ".join(f"{k} {v}" for k, v in entry.get("versions", {}).items()),
+        }
+        for entry in history
+    ]
+    values = [next(iter(row["figures"].values())) for row in rows if row["figures"]]
+    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    span = (high - low) or 1.0
+    step = WIDTH / max(1, len(values) - 1)
+    points = " ".join(
+        f"{i * step:.1f},{HEIGHT - 8 - (HEIGHT - 16) * (value - low) / span:.1f}"
+        for i, value in enumerate(values)
+    )
+    return {"rows": rows, "points": points if len(values) > 1 else "", "low": low, "high": high}
+
+
+def _counted(left_out: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return what was left out, by the reason."""
+    found: dict[str, list[str]] = {}
+    for subject, reason in left_out:
+        found.setdefault(reason, []).append(subject)
+    return found

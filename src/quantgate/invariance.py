@@ -20,7 +20,7 @@ from quantgate.engine import visible_gpus
 from quantgate.measurement import Measurement
 from quantgate.serving import mixed
 from quantgate.sources import Sources
-from quantgate.verdict import Deviation, Statistic, Verdict, not_run
+from quantgate.verdict import Deviation, Verdict, not_run
 
 Values = NDArray[np.floating[Any]]
 Derive = Callable[[Values], Values]
@@ -112,8 +112,9 @@ def same(
     In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
     and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
     `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise: either way
-    of serving is within that, so the two are within twice it of each other. `raw` says whether
-    these are rows of the measurement itself, whose noise is known.
+    of serving is within that, so the two are within twice it of each other. It is the floor that
+    is shown: of these rows, which the checkpoint's own is not. `raw` says whether these are values
+    of the measurement itself, whose largest move is known.
     """
     delta = np.abs(measured.astype(np.float64) - expected)
     allowed = fp32_max(checkpoint.task) if limit is None else limit
@@ -127,9 +128,7 @@ def same(
     )
     noise = float(np.mean(np.abs(rounded.astype(np.float64) - exact)))
     allowed = max(allowed, noise * ROUNDING_FACTOR)
-    mean = float(np.mean(delta))
-    statistic: Statistic | None = "mean_abs" if raw else None
-    return Deviation(f"{what}: mean |Δ|", mean, allowed, "", statistic=statistic)
+    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "", floor=noise)
 
 
 def verdict_on(

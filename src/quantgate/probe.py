@@ -175,7 +175,7 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
     return Probe(name, len(tokenizer), windows, probe.task, probe.labels, directory), note
 
 
-CONTEXT_TOKENS = 8
+CONTEXT_TOKENS = 16
 LONGEST_TEXT = 200
 
 

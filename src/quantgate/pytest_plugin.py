@@ -35,7 +35,7 @@ from quantgate.report.terminal import table
 from quantgate.report.write import FILES, write_reports
 from quantgate.sources import Sources
 from quantgate.task import Task
-from quantgate.verdict import Verdict, not_run
+from quantgate.verdict import Verdict, not_run, printable
 
 DEVICES = ("cpu", "cuda")
 OTHER_ENGINES = ("tensor-parallel", "compiled")
@@ -311,6 +311,7 @@ class Gate:
         __tracebackhide__ = True
         result = self.run.results[self.item.nodeid]
         checkpoint: Checkpoint = _params(self.item)["checkpoint"]
+        verdict = replace(verdict, detail=printable(verdict.detail))
         verdict = self._completed(verdict, checkpoint)
         known = checkpoint.known_failure_of(result.check)
         if known is not None and verdict.outcome == "fail":

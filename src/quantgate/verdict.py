@@ -8,6 +8,8 @@ from typing import Literal
 
 Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
 
+LONGEST_LINE = 2000
+
 # What a limit limits, for those that noise moves: |mean Δ|, mean |Δ|, max |Δ|, mean KLD, or what a
 # task is measured by.
 Statistic = Literal["mean", "mean_abs", "max_abs", "kld", "metric"]
@@ -145,8 +147,7 @@ class Verdict:
             lines.append(f"  since then {self.since_golden}")
         if self.next_step:
             lines.append(f"  next       {self.next_step}")
-        # Names of modules come from a checkpoint, and may hold what a terminal would obey.
-        return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+        return "\n".join(map(printable, lines))
 
     def _sample(self) -> list[str]:
         if self.n is None:
@@ -159,6 +160,15 @@ class Verdict:
         if self.p_value is not None:
             line += f", p of a fail {self.p_value:.3g}"
         return [line]
+
+
+def printable(line: str) -> str:
+    """Return a line without what a terminal would obey, and cut where nobody reads on.
+
+    Names of modules, labels and tokens come from a checkpoint.
+    """
+    cut = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
+    return "".join(c if c.isprintable() else "?" for c in cut)
 
 
 def one_sided(lower: float, upper: float, margin: float) -> Outcome:

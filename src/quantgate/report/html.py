@@ -12,7 +12,7 @@ from quantgate.verdict import KLD_DECADES, Deviation, Profile, worst
 
 # Of a chart, in the units of its SVG.
 WIDTH, HEIGHT = 320, 72
-# Below this a bar of a logarithmic chart is not seen: all that float32 adds up to is above.
+# A logarithmic chart has four decades, and none below what float32 can be off by.
 SMALLEST = 1e-9
 
 
@@ -101,7 +101,7 @@ def _by_position(profile: Profile, headline: Deviation | None) -> dict[str, Any]
     """Return bars of the mean and largest |Δ| by position, logarithmic."""
     sizes = [size for _, _, size in profile.by_position if math.isfinite(size)]
     top = max([*sizes, SMALLEST * 10])
-    bottom = SMALLEST
+    bottom = max(SMALLEST, top * 1e-4)
 
     def height(value: float) -> float:
         if not math.isfinite(value):

@@ -4,11 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from harness import ENGINE_ENVIRONMENT
 
 
@@ -27,7 +29,8 @@ def test_its_options_exist(readme: str, root: Path) -> None:
         ).stdout
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert options
-    assert {option for option in options if f"{option} " not in helped.replace("=", " ")} == set()
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", helped))
+    assert options - known == set()
 
 
 def test_its_make_targets_and_files_exist(readme: str, root: Path) -> None:
@@ -121,7 +124,7 @@ def test_an_override_is_printed_with_its_reason(tmp_path: Path) -> None:
     assert re.search(r"^x +quality +0\.05 nat/token +\[b\]small$", result.stdout, re.MULTILINE)
     (folder / "x.toml").write_text("source = 1")
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
+    assert result.returncode == 4
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
 
@@ -137,3 +140,74 @@ def test_the_tools_that_documents_name_take_their_options(root: Path, document: 
         assert helped.returncode == 0, command
         options = [argument for argument in arguments if argument.startswith("--")]
         assert [option for option in options if option not in helped.stdout] == [], command
+
+
+def test_the_github_actions_example_gives_commands_that_exist(root: Path, readme: str) -> None:
+    """Each of its steps is the README's, or asks for options and extras that there are."""
+    workflow = yaml.safe_load((root / "docs/examples/github-actions.yml").read_text())
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"]
+             if "run" in step]  # fmt: skip
+    made = [step for step in steps if step.startswith("make ")]
+    assert made == re.findall(r"^    (make \w+)$", readme, re.MULTILINE)
+    helped = subprocess.run(
+        [sys.executable, "-m", "pytest", "--help"], cwd=root, capture_output=True, text=True
+    ).stdout
+    for step in steps:
+        if "pytest" in step:
+            for option in re.findall(r"(?<!\S)--[a-z-]+", step):
+                assert f"{option}" in helped, step
+            assert f"pytest {step.split('pytest ')[1].split()[0]}" in readme, step
+        if "quantgate" in step and "-m" in step:
+            command = step.split("quantgate ")[1]
+            known = subprocess.run(
+                [sys.executable, "-m", "quantgate", command, "--help"], capture_output=True
+            )
+            assert known.returncode == 0, step
+        if "pip install" in step:
+            extra = re.findall(r"\[(\w+)\]", step)
+            project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+            assert set(extra) <= set(project["optional-dependencies"])
+    assert sum('cat report/gate.md >> "$GITHUB_STEP_SUMMARY"' in step for step in steps) == 2
+
+
+def test_the_gate_in_one_line_is_pytests(root: Path) -> None:
+    """Its status too: bad input is 4, and so is a directory without suites."""
+    command = [sys.executable, "-m", "quantgate", "gate"]
+    for arguments, message in (
+        (["tiny-lama"], "--checkpoint tiny-lama: neither a directory nor an id"),
+        (["tiny-llama-w4a16", "--base", "x/y"], "names its base in its own file"),
+        (["tiny-llama-w4a16", "--project", "/nowhere"], "no suites here"),
+    ):
+        result = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True)
+        assert result.returncode == 4, result.stdout
+        assert message in result.stdout + result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
+    listed = subprocess.run(
+        [*command, "tiny-llama-w4a16", "--", "--co", "-q", "-k", "quality"],
+        cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    assert listed.returncode == 0
+    assert "test_quality[tiny-llama-w4a16-cpu]" in listed.stdout
+
+
+def test_the_doctor_says_what_is_certified_and_what_is_missing(tmp_path: Path) -> None:
+    from quantgate import doctor
+    from quantgate.checkpoint import Checkpoint
+
+    known = {"x": Checkpoint("x", "./build/x", "W4A16", root=tmp_path)}
+    assert doctor.missing(tmp_path, known)[0].endswith("are not built: run `make checkpoints`")
+    (found,) = doctor.format_kernels(known)
+    assert (found.scheme, found.certifies) == ("W4A16", False)
+    assert "no such directory" in found.kernels
+    assert doctor.machine()["vllm"] != "not installed"
+    assert doctor.cache_state(tmp_path) == f"{tmp_path}: 0 measurements, 0 MiB"
+
+
+def test_the_doctor_names_the_kernel_of_a_format(root: Path) -> None:
+    """By loading it; one format, of which every build says something."""
+    from quantgate import doctor
+    from quantgate.checkpoint import read_checkpoint_files
+
+    known = read_checkpoint_files(root)
+    text = doctor.report(root, {"tiny-llama": known["tiny-llama"]}, lambda _: None)
+    assert re.search(r"^none +yes +UnquantizedLinearMethod$", text, re.MULTILINE)

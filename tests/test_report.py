@@ -38,6 +38,13 @@ def test_gate_json_keeps_its_contract() -> None:
         "name": "quality", "verdict": "pass", "measured": 0.5, "allowed": 1.0, "unit": "nat",
         "noise_floor": None, "n": 7, "mde": 0.25, "unpaired_mde": None, "p_value": None,
         "detail": HOSTILE, "attribution": None, "known_failure": None,
+        "since_golden": None, "next_step": None,
+        "deviations": [
+            {
+                "what": "mean ΔNLL", "measured": 0.5, "allowed": 1.0, "unit": "nat",
+                "two_sided": False, "noise_floor": None,
+            }
+        ],
         "figures": {}, "kernels": {}, "emulated": ["K"],
     }  # fmt: skip
     assert x["checks"][1]["measured"] == "nan"

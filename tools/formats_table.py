@@ -24,6 +24,7 @@ from quantgate.checkpoint import (
     actual_scheme,
     read_checkpoint_files,
 )
+from quantgate.doctor import linear_kernels
 from quantgate.engine import EngineFailure
 from quantgate.task import GENERATE
 
@@ -51,19 +52,6 @@ POOLING_HEADINGS = (
 )
 # Built by tools/quantize_tiny.py and refused by vLLM, so that there is nothing to gate.
 NOT_LOADABLE = ("tiny-llama-w4a16-actorder",)
-UNQUANTIZED_KERNEL = "Unquantized"
-
-
-def linear_kernels(directory: Path, settings: EngineSettings) -> tuple[list[str], bool]:
-    """Load a checkpoint and return what serves its linears, and whether any of it is emulated."""
-    from quantgate.engine import kernel_fingerprint, running_engine
-
-    with running_engine(directory, settings=settings, dtype="bfloat16") as llm:
-        kernels, emulated = kernel_fingerprint(llm)
-    linears = (joined for kind, joined in kernels.items() if kind.endswith("_proj"))
-    names = dict.fromkeys(name for joined in linears for name in joined.split(" + "))
-    quantized = [name for name in names if not name.startswith(UNQUANTIZED_KERNEL)]
-    return quantized or list(names), bool(emulated)
 
 
 def native_kernel(checkpoint: Checkpoint) -> str:

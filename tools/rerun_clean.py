@@ -4,7 +4,7 @@
 
 Nothing is wrong with any of them, so that every fail is a false alarm. Each run draws a checkpoint,
 a dtype, and how it is served: order, batch limits, chunks, block size, prefix caching, a KV cache
-so small that requests are preempted. Its checks are those that a way of serving can move: fidelity,
+that holds a part of the probe. Its checks are those that a way of serving can move: fidelity,
 divergence, quality and drift. Exits 0 without a fail.
 """
 
@@ -43,7 +43,7 @@ BLOCK_SIZES = (32, 64, 128)
 # Tokens a step, and sequences at a time.
 TOKENS = (64, 192, 1024, 4096, 16384)
 SEQUENCES = (1, 3, 16, 256)
-# The smallest holds one window of the probe; requests are preempted there.
+# The smallest holds a third of the probe in bfloat16, and a sixth in float32.
 CACHE_BYTES = (12 << 20, 128 << 20)
 
 

@@ -1,27 +1,74 @@
-"""`python -m quantgate budgets`: what every check allows, and where the number comes from."""
+"""`python -m quantgate`: the gate in one line, what it allows, and what a machine can certify."""
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
 
 from quantgate.checkpoint import BadInput, read_checkpoint_files
-from quantgate.report.budgets import budgets_table
+
+BAD_INPUT = 4  # pytest's own status for it
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Parse the command line; errors of the user are one sentence."""
     parser = argparse.ArgumentParser(prog="python -m quantgate")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    budgets = commands.add_parser("budgets", help="print what every check allows, and why")
-    budgets.add_argument(
-        "--project", type=Path, default=Path.cwd(), help="where fixtures/checkpoints lies"
+    gate = commands.add_parser(
+        "gate",
+        help="judge one checkpoint; what follows -- goes to pytest",
+        description=_gate.__doc__,
     )
-    arguments = parser.parse_args()
+    gate.add_argument("checkpoint", metavar="PATH_OR_ID")
+    gate.add_argument("--base", metavar="PATH_OR_ID", help="the unquantized model it was made from")
+    gate.add_argument("--report", type=Path, default=Path("report"), metavar="DIR")
+    gate.add_argument("pytest", nargs="*", help="pytest's own arguments, after --")
+    gate.set_defaults(run=_gate)
+    budgets = commands.add_parser("budgets", help="print what every check allows, and why")
+    budgets.set_defaults(run=_budgets)
+    doctor = commands.add_parser("doctor", help="print what this machine can certify")
+    doctor.set_defaults(run=_doctor)
+    for command in (gate, budgets, doctor):
+        command.add_argument(
+            "--project", type=Path, default=Path.cwd(), help="where suites and fixtures lie"
+        )
+    given = parser.parse_args(arguments)
     try:
-        print(budgets_table(read_checkpoint_files(arguments.project).values()), end="")
+        return int(given.run(given))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
+
+
+def _gate(given: argparse.Namespace) -> int:
+    """Judge one checkpoint with every suite, and write the report; exits as pytest does."""
+    import pytest
+
+    if not (given.project / "suites").is_dir():
+        raise BadInput(
+            f"{given.project}: no suites here; run it in a clone of quantgate, or give --project."
+        )
+    report = given.report.absolute()
+    options = ["--checkpoint", given.checkpoint, "--gate-report", str(report)]
+    if given.base is not None:
+        options += ["--base", given.base]
+    root = ["--rootdir", str(given.project), "-c", str(given.project / "pyproject.toml")]
+    return pytest.main([str(given.project / "suites"), *root, *options, *given.pytest])
+
+
+def _budgets(given: argparse.Namespace) -> int:
+    from quantgate.report.budgets import budgets_table
+
+    print(budgets_table(read_checkpoint_files(given.project).values()), end="")
+    return 0
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from quantgate import doctor
+
+    known = read_checkpoint_files(given.project)
+    print(doctor.report(given.project, known, lambda text: print(f"  {text}", file=sys.stderr)))
     return 0
 
 

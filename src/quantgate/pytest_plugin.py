@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from quantgate import noise
+from quantgate import devices, noise
 from quantgate.cache import DiskCache
 from quantgate.checkpoint import (
     BadInput,
@@ -89,9 +89,19 @@ class GateRun:
     results: dict[str, CheckResult] = field(default_factory=dict)
     """By node id: "not-run" for every selected check, until its test has judged it."""
     sources: Sources | None = None
+    order: dict[str, int] = field(default_factory=dict)
+    """Where each check stands in xdist's workers' collection: results come as they are ready."""
+    notes: list[str] = field(default_factory=list)
+    """What xdist's workers want its reader to know."""
+
+    @property
+    def all_notes(self) -> list[str]:
+        """What the run's reader must know, wherever it was measured."""
+        return [*self.notes, *(self.sources.notes if self.sources else ())]
 
 
 RUN = pytest.StashKey[GateRun]()
+WORKER = "quantgate"
 PENDING = not_run("the run ended before its test")
 
 
@@ -115,6 +125,7 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if (worker := getattr(config, "workerinput", None)) is not None:
         _share_processors(worker["workercount"])
+        _own_gpus(int(worker["workerid"].removeprefix("gw")), worker["workercount"])
     config.stash[RUN] = GateRun(config.rootpath)
     config.pluginmanager.register(ResultCollector(config.stash[RUN]))
 
@@ -124,6 +135,15 @@ def _share_processors(workers: int) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _own_gpus(worker: int, workers: int) -> None:
+    """Leave each xdist worker GPUs of its own."""
+    try:
+        if owned := devices.share(worker, workers, devices.gpus()):
+            os.environ[devices.VISIBLE] = ",".join(owned)
+    except BadInput as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -188,7 +208,11 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
             "own name, or gate them one by one."
         )
     wanted = [c if c.id in known else with_own_task(c) for c in wanted]
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
     for checkpoint in wanted:
+        if workers > 1 and (owned := devices.gpus()):
+            needed = checkpoint.engine.tensor_parallel_size
+            devices.require_gpus(checkpoint.id, needed, len(owned), workers)
         verify(checkpoint)
         run.schemes[checkpoint.id] = actual_scheme(checkpoint.directory)
         if checkpoint.base_checkpoint is not None:
@@ -212,8 +236,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 f"'{config.option.markexpr}' leave none; `pytest --co` lists them."
             )
         return
-    devices = available_devices()
-    reasons = {item: _why_left_out(item, devices) for item in checks}
+    available = available_devices()
+    reasons = {item: _why_left_out(item, available) for item in checks}
     runnable = [item for item in checks if reasons[item] is None]
     if not runnable:
         why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
@@ -235,11 +259,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _keep_together(items: list[pytest.Item]) -> None:
-    """Let a checkpoint's checks follow one another, on one worker: they share its measurements."""
+    """Let a checkpoint's checks follow one another: they share its measurements."""
     items.sort(key=lambda item: getattr(_params(item).get("checkpoint"), "id", ""))
-    for item in items:
-        if checkpoint := _params(item).get("checkpoint"):
-            item.add_marker(pytest.mark.xdist_group(checkpoint.id))
 
 
 def _params(item: pytest.Item) -> dict[str, Any]:
@@ -252,9 +273,9 @@ def _is_check(item: pytest.Item) -> bool:
     return "checkpoint" in getattr(getattr(item, "callspec", None), "params", {})
 
 
-def _why_left_out(item: pytest.Item, devices: dict[str, str]) -> str | None:
+def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
     params = _params(item)
-    if params["device"] not in devices:
+    if params["device"] not in available:
         return (
             "it needs a GPU and this machine has none"
             if params["device"] == "cuda"
@@ -405,12 +426,33 @@ class ResultCollector:
         if (values := getattr(report, "quantgate", None)) is not None:
             self.run.results[report.nodeid] = CheckResult.from_dict(values)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """Called by xdist: keep a checkpoint on one worker, whatever loads the others."""
+        from quantgate.scheduling import CheckpointScheduling
+
+        return CheckpointScheduling(config, log)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        """Called by xdist when a worker has collected: all of them the same, in one order."""
+        self.run.order = {nodeid: place for place, nodeid in enumerate(ids)}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Called by xdist when a worker has ended: all of them left out the same."""
+        said = getattr(node, "workeroutput", {}).get(WORKER, {})
+        self.run.left_out = [(subject, why) for subject, why in said.get("left_out", ())]
+        self.run.notes += [note for note in said.get("notes", ()) if note not in self.run.notes]
+
 
 # Reporting ---------------------------------------------------------------------------------------
 
 
 def _in_order(run: GateRun) -> list[CheckResult]:
-    return sorted(run.results.values(), key=lambda result: result.checkpoint)
+    places = run.order or {nodeid: place for place, nodeid in enumerate(run.results)}
+    found = sorted(run.results.items(), key=lambda item: places.get(item[0], 0))
+    return sorted((result for _, result in found), key=lambda result: result.checkpoint)
 
 
 def _uphold(config: pytest.Config, run: GateRun) -> None:
@@ -430,6 +472,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if run is None or not run.results or session.config.option.collectonly:
         return
     if hasattr(session.config, "workerinput"):  # an xdist worker; its controller reports
+        output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]
+        output[WORKER] = {"left_out": run.left_out, "notes": run.all_notes}
         return
     _uphold(session.config, run)
     results = _in_order(run)
@@ -448,10 +492,16 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
                 "devices": ", ".join(available_devices().values()),
             },
             left_out=run.left_out,
-            notes=run.sources.notes if run.sources else (),
-            histories={c.id: history_of(c) for c in run.checkpoints or () if c.golden},
+            notes=run.all_notes,
+            histories=_histories(run),
         )
         write_reports(finished, directory)
+
+
+def _histories(run: GateRun) -> dict[str, list[dict[str, Any]]]:
+    judged = {result.checkpoint for result in run.results.values()}
+    known = read_checkpoint_files(run.root).values()
+    return {one.id: history_of(one) for one in known if one.golden and one.id in judged}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -467,7 +517,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         first = next(subject for subject, why in run.left_out if why == reason)
         others = f" and {count - 1} more" if count > 1 else ""
         terminalreporter.write_line(f"left out: {first}{others}: {reason}")
-    for note in run.sources.notes if run.sources else ():
+    for note in run.all_notes:
         terminalreporter.write_line(f"note: {note}")
     if directory := config.getoption("gate_report"):
         names = ", ".join(f"{directory}/{name}" for name in FILES)

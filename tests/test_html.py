@@ -1,0 +1,186 @@
+"""The page and the comment: whole, silent, self-contained, and harmless whatever they hold."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from quantgate.report.gate_json import gate_json
+from quantgate.report.html import index_html
+from quantgate.report.junit import junit_xml
+from quantgate.report.markdown import gate_md
+from quantgate.report.results import CheckResult
+from quantgate.report.run import Run
+from quantgate.report.write import FILES, write_reports
+from quantgate.verdict import Deviation, Outcome, Passage, Profile, Verdict, WorstToken
+
+CHROMIUM = shutil.which("chromium")
+MEGABYTE = "<i>A</i>" * 130_000
+HOSTILE = [
+    "<script>document.title='owned';console.log('owned')</script>",
+    "<img src=http://evil.example/x onerror=console.log('owned')>",
+    "../../etc/passwd",
+    "\x1b[31m\x00\u202e",
+    "'\"></details><h1>owned",
+    "| a | b |\n## owned `` ```\n[x](http://evil.example)",
+    "{{ 7 * 7 }}{% raw %}",
+    MEGABYTE,
+]
+
+
+def result(
+    text: str, outcome: Outcome = "pass", checkpoint: str = "x", check: str = "quality"
+) -> CheckResult:
+    """A check whose every string is `text`."""
+    worst = WorstToken(
+        text[:200], Passage(text[:200], text[:200], text[:200]), text[:200], -1.5, -0.25
+    )
+    positions = ((0, 1e-7, 1e-6), (32, float("inf"), float("inf")), (64, 0.0, 0.0))
+    verdict = Verdict(
+        outcome,
+        text[:2000],
+        (Deviation(text[:200], float("nan") if outcome == "fail" else 0.5, 1.0, floor=0.01),),
+        figures={text[:200]: 1.0},
+        n=7,
+        mde=0.25,
+        kernels={text[:200]: text[:200]},
+        emulated=(text[:200],),
+        evidence=(text,),
+        profile=Profile(positions, (worst,) * 10, (0, 3, 9, 1)),
+        since_golden=text[:2000],
+        next_step=text[:2000],
+        attribution=text[:2000],
+    )
+    return CheckResult(checkpoint, text[:200], check, verdict, seconds=1.5)
+
+
+def run_of(results: list[CheckResult], text: str = "text") -> Run:
+    entry = {"date": "2026-11-21", "mean_nll": 1.5, "reason": text, "versions": {text[:99]: text}}
+    return Run(
+        results,
+        "2026-11-21T12:00:00+00:00",
+        12.5,
+        {"vllm": text[:99]},
+        [(text[:99], text[:99])],
+        [text[:99]],
+        {"x": [entry, {**entry, "mean_nll": 1.25}]},
+    )
+
+
+class Elements(HTMLParser):
+    """Counts elements and keeps what could load or run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: dict[str, int] = {}
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        for name, value in attrs:
+            if name.startswith("on") or name in ("src", "href", "action", "srcset"):
+                self.loads.append(f"{name}={value}")
+
+
+def elements(page: str) -> Elements:
+    found = Elements()
+    found.feed(page)
+    return found
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:20]))
+def test_no_string_becomes_an_element(text: str) -> None:
+    """The page has the same elements whatever the strings are."""
+    plain, hostile = (
+        elements(index_html(run_of([result(t), result(t, "fail")], t))) for t in ("text", text)
+    )
+    assert hostile.tags == plain.tags
+    assert hostile.loads == plain.loads
+    assert all(load.startswith(("href=#", "href=data:,")) for load in plain.loads)
+    assert "script" not in plain.tags
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:20]))
+def test_no_report_grows_or_breaks_by_a_string(text: str, tmp_path: Path) -> None:
+    results = [result(text), result(text, "fail", "y"), result(text, "not-run", "z")]
+    write_reports(run_of(results, text[:2000]), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) < 200_000
+    comment = (tmp_path / "gate.md").read_text()
+    assert "<script" not in re.sub(r"^    .*$", "", comment, flags=re.MULTILINE)
+    assert "<img" not in re.sub(r"^    .*$", "", comment, flags=re.MULTILINE)
+    assert len([line for line in comment.splitlines() if line.startswith("| ")]) == 4
+    assert not re.search(r"^#+ owned", comment, re.MULTILINE)
+
+
+def test_the_page_says_what_a_decision_needs() -> None:
+    page = index_html(run_of([result("text"), result("text", "fail", check="drift")]))
+    for words in (
+        "FAIL", "noise floor", "MDE", "<mark>text</mark>", "-1.500000", "tokens by KL divergence",
+        "by position", "emulated, no evidence about a real kernel",
+        "2 approved, last on 2026-11-21",
+        "<polyline", "Since then", "0.01",
+    ):  # fmt: skip
+        assert words in page, words
+
+
+def test_gate_json_is_what_its_schema_says(root: Path) -> None:
+    schema = json.loads((root / "src/quantgate/report/gate.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    outcomes: list[Outcome] = ["pass", "fail", "inconclusive", "not-run"]
+    text = gate_json(run_of([result("a", outcome, outcome) for outcome in outcomes]))
+    jsonschema.validate(json.loads(text), schema)
+    broken = json.loads(text)
+    broken["checkpoints"][0]["checks"][0]["verdict"] = "skipped"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema)
+
+
+def test_a_comment_names_what_did_not_pass_and_no_more_than_fits() -> None:
+    many = [result(f"text {i}", "fail", f"c{i}") for i in range(200)]
+    comment = gate_md(run_of([result("text"), *many]))
+    assert comment.startswith("## ❌ Quantgate: FAIL\n")
+    assert len(comment) < 65_536
+    assert "… and 180 more: see index.html." in comment
+    assert gate_md(run_of([result("text")])).startswith("## ✅ Quantgate: PASS\n")
+
+
+def test_a_known_failure_is_no_failure_in_the_comment() -> None:
+    one = result("text", "fail")
+    known = replace(one, verdict=replace(one.verdict, known_failure="why (issue)"))
+    comment = gate_md(run_of([known]))
+    assert comment.startswith("## ✅ Quantgate: PASS\n")
+    assert "quality FAIL \\(known\\)" in comment
+    assert 'failures="0"' in junit_xml([known])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="not run: no chromium here, apt-get install chromium")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_it_silently_and_asks_nobody(tmp_path: Path, dark: bool) -> None:
+    """Rendered, without a console message, without a request but for the file itself."""
+    results = [result(text, "fail", f"c{i}") for i, text in enumerate(HOSTILE[:-1])]
+    page, log = tmp_path / "index.html", tmp_path / "net.json"
+    page.write_text(index_html(run_of(results)), encoding="utf-8")
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            "--disable-background-networking", "--disable-component-update", "--no-first-run",
+            f"--log-net-log={log}", f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr
+    assert "<title>Quantgate: FAIL</title>" in done.stdout
+    assert done.stdout.count("<details") >= len(results)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    assert "evil.example" not in log.read_text(errors="replace")

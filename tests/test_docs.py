@@ -1,5 +1,6 @@
 """The README is true: its commands exist, its options are real, its code runs."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -129,10 +130,13 @@ def test_an_override_is_printed_with_its_reason(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("document", ["budgets", "formats", "pooling", "score-mode", "statistics"])
+DOCUMENTS = [path.stem for path in sorted((Path(__file__).parent.parent / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_tools_that_documents_name_take_their_options(root: Path, document: str) -> None:
     text = (root / "docs" / f"{document}.md").read_text(encoding="utf-8")
-    for command in re.findall(r"^    python3? (tools/\w+\.py.*)$", text, re.MULTILINE):
+    for command in re.findall(r"^ {4,}python3? (tools/\w+\.py.*)$", text, re.MULTILINE):
         script, *arguments = shlex.split(command)
         helped = subprocess.run(
             [sys.executable, script, "--help"], cwd=root, capture_output=True, text=True
@@ -211,3 +215,46 @@ def test_the_doctor_names_the_kernel_of_a_format(root: Path) -> None:
     known = read_checkpoint_files(root)
     text = doctor.report(root, {"tiny-llama": known["tiny-llama"]}, lambda _: None)
     assert re.search(r"^none +yes +UnquantizedLinearMethod$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in DOCUMENTS)])
+def test_the_files_that_documents_link_to_exist(root: Path, document: str) -> None:
+    text = (root / document).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", text)
+    folder = (root / document).parent
+    assert [link for link in links if not (folder / link).exists()] == []
+    named = re.findall(r"`((?:src|tests|tools|suites|fixtures|docs)/[\w/.-]+\.\w+)`", text)
+    assert [name for name in named if not (root / name).exists()] == []
+
+
+def test_the_commands_for_a_real_checkpoint_are_accepted(root: Path, project: Path) -> None:
+    """Each of them, of an embedded checkpoint in place of the one from the hub."""
+    text = (root / "docs" / "adding-a-checkpoint.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^ {4,}((?:pytest|python -m quantgate).*)$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command.replace("llama-3.1-8b-instruct-w4a16", "tiny-llama-w4a16"))
+        if words[0] == "pytest":
+            # No GPU here: -m gpu is refused in a sentence, so that the rest of it is looked at.
+            words = [word for word in words if word not in ("-m", "gpu")]
+            asked = [sys.executable, "-m", "pytest", "suites", "--co", "-q", *words[1:]]
+            asked = [word for word in asked if word not in ("-n", "4")]
+        else:
+            asked = [sys.executable, *words[1:], *(["--", "--co", "-q"] if "gate" in words else [])]
+            asked += ["--help"] if "doctor" in words else []
+        result = subprocess.run(asked, cwd=project, capture_output=True, text=True)
+        assert result.returncode == 0, (command, result.stdout, result.stderr)
+
+
+def test_the_file_of_a_real_checkpoint_is_one(root: Path, tmp_path: Path) -> None:
+    from quantgate.checkpoint import Checkpoint, read_checkpoint_file
+
+    text = (root / "docs" / "adding-a-checkpoint.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "example.toml").write_text(block)
+    checkpoint = read_checkpoint_file(tmp_path / "example.toml", tmp_path)
+    assert checkpoint.invariance == ("tensor-parallel",)
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    keys = {key for row in rows for key in re.findall(r"`\[*([a-z_]+)", row)}
+    known = {field.name for field in dataclasses.fields(Checkpoint)}
+    assert known - keys == {"id", "root", "is_base", "step_tag_id"}

@@ -27,9 +27,7 @@ LONGEST = 25.0
 FEW = "float32 and (fidelity or drift)"
 
 
-def kill_at_random(
-    command: Sequence[str], project: Path, longest: float, rng: random.Random
-) -> None:
+def kill_at_random(command: Sequence[str], project: Path, rng: random.Random) -> None:
     """Start a command, and kill it and all it started, without warning."""
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     with subprocess.Popen(

@@ -157,3 +157,24 @@ def test_ranks_that_a_machine_does_not_have_are_not_run(
     verdict = invariance.tensor_parallel(sources, w4a16, "float32")
     assert verdict.outcome == "not-run"
     assert verdict.detail == "it needs 2 GPUs, and this machine has 1"
+
+
+def test_what_was_measured_of_another_checkpoint_is_let_go(
+    sources: Sources, w4a16: Checkpoint
+) -> None:
+    """Memory and captures; a base that the next one shares is kept."""
+    path = ROOT / "fixtures" / "checkpoints" / "tiny-llama-w8a16.toml"
+    other = read_checkpoint_file(path, ROOT)
+    base = w4a16.base_checkpoint
+    assert base is not None
+    sources.replay(w4a16, "float32")
+    kept = sources.engine(base, "float32")
+    assert sources._scratch is not None
+    (captured,) = sources._scratch.iterdir()
+    before = sources.engine(w4a16, "float32")
+    sources.forget_others(w4a16)
+    assert sources.engine(w4a16, "float32") is before
+    sources.forget_others(other)
+    assert not captured.exists()
+    assert sources.engine(base, "float32") is kept
+    assert sources.engine(w4a16, "float32") is not before

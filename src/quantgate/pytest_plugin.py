@@ -373,6 +373,7 @@ def gate(request: pytest.FixtureRequest) -> Gate:
         cache = DiskCache(request.config.getoption("gate_cache") or run.root / DEFAULT_CACHE)
         announce = _announcer(request.config)
         run.sources = Sources(_probes(run.root), announce, cache)
+    run.sources.forget_others(_params(request.node)["checkpoint"])  # they follow one another
     return Gate(run, run.sources, request.node)
 
 

@@ -66,7 +66,7 @@ class Sources:
         dtype = resolve_dtype(checkpoint, dtype)
         key = self._key("vLLM", checkpoint, dtype)
         # What is compared with another engine's result need not be captured.
-        capture_into = None if checkpoint.is_base else self._capture_directory(len(self._captures))
+        capture_into = None if checkpoint.is_base else self._capture_directory()
 
         def meanwhile(llm: Any) -> None:
             if llm.llm_engine.model_config.is_chunked_prefill_supported:
@@ -287,13 +287,24 @@ class Sources:
             self.notes += [note] if note else []
         return self._probes[key]
 
-    def _capture_directory(self, number: int) -> Path:
+    def forget_others(self, checkpoint: Checkpoint) -> None:
+        """Let go of what was measured of other checkpoints: memory, and captures on disk.
+
+        What the checkpoint and its base have in common with them is kept.
+        """
+        base = checkpoint.base_checkpoint
+        kept = {one.directory for one in (checkpoint, base) if one is not None}
+        for key in [key for key in self._taken if key[2] not in kept]:
+            del self._taken[key]
+        for key in [key for key in self._captures if key[2] not in kept]:
+            if (capture := self._captures.pop(key)) is not None:
+                shutil.rmtree(capture.directory, ignore_errors=True)
+
+    def _capture_directory(self) -> Path:
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="quantgate-"))
             weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
-        directory = self._scratch / str(number)
-        directory.mkdir(exist_ok=True)
-        return directory
+        return Path(tempfile.mkdtemp(dir=self._scratch))
 
     def _key(
         self, source: str, checkpoint: Checkpoint, dtype: str, probe: Probe | None = None

@@ -108,6 +108,9 @@ def test_scores_that_depend_on_the_batch_are_found(
     verdict = invariance.served_otherwise(sources, w4a16, "float32")
     assert verdict.outcome == "fail"
     assert "what is served depends on how it is served" in verdict.detail
+    assert sum(line.startswith("worst      heldout-") for line in verdict.evidence) == 5
+    assert any("»" in line for line in verdict.evidence)
+    assert any(line.startswith("kernels    ") for line in verdict.evidence)
 
 
 def test_a_prefix_cache_that_gives_another_prompts_blocks_is_found(

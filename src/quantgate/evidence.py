@@ -55,13 +55,18 @@ def kld_decades(found: Divergence) -> tuple[int, ...]:
 def where_they_differ(a: Measurement, b: Measurement, probe: Probe, worst: Profile) -> list[str]:
     """Return lines for the worst values, each with its text, and the mean by stratum and label."""
     delta = _size_of_difference(a, b, probe)
-    lines = [f"worst      {token}" for token in worst.worst[:WORST_LINES]]
+    lines = worst_lines(worst)
     by_stratum = (f"{s} {np.mean(delta[probe.strata == s]):.3g}" for s in _unique(probe.strata))
     lines.append(f"mean |Δ|   {', '.join(by_stratum)}")
     if is_classifier(probe.task):
         by_label = (f"{_column(i, probe)} {d:.3g}" for i, d in enumerate(delta.mean(axis=0)))
         lines.append(f"by label   {', '.join(by_label)}")
     return lines
+
+
+def worst_lines(profile: Profile) -> list[str]:
+    """Return a line for each of the worst tokens that a message shows."""
+    return [f"worst      {token}" for token in profile.worst[:WORST_LINES]]
 
 
 def _size_of_difference(a: Measurement, b: Measurement, probe: Probe) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from quantgate.budget import INVARIANCE_MAX, ROUNDING_FACTOR, fp32_max
 from quantgate.checkpoint import Checkpoint
 from quantgate.engine import visible_gpus
+from quantgate.evidence import kernels_line, profile_of, worst_lines
 from quantgate.measurement import Measurement
 from quantgate.serving import mixed
 from quantgate.sources import Sources
-from quantgate.verdict import Deviation, Verdict, not_run
+from quantgate.verdict import Deviation, Profile, Verdict, not_run
 
 Values = NDArray[np.floating[Any]]
 Derive = Callable[[Values], Values]
@@ -31,31 +33,15 @@ def served_otherwise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Ve
     engine = sources.engine(checkpoint, dtype)
     probe, rows = mixed(sources.probe_of(checkpoint))
     again = sources.reruns(checkpoint, dtype, probe)
-
-    def deviation(way: str, values: Values, rows: NDArray[np.int64]) -> Deviation:
-        return same(
-            way,
-            values,
-            engine.values[rows],
-            sources,
-            checkpoint,
-            dtype,
-            derive=lambda v: v[rows],
-            limit=INVARIANCE_MAX,
-        )
-
-    deviations = [deviation(way, m.values, rows) for way, m in again.found.items()]
-    said = [again.how]
+    said = again.how
+    ways = [_Way(way, measured.values, rows) for way, measured in again.found.items()]
     if again.cached is not None:
         cached, values = again.cached
-        deviations.append(deviation("from the prefix cache", values, rows[cached]))
-        said.append("and from the prefix cache")
-    return verdict_on(
-        deviations,
-        f"{len(probe.windows)} windows give the same in any order and one by one, {' '.join(said)}",
-        engine,
-        wrong=f"what is served depends on how it is served ({again.how})",
-    )
+        ways.append(_Way("from the prefix cache", values, rows[cached]))
+        said += " and from the prefix cache"
+    right = f"{len(probe.windows)} windows give the same in any order and one by one, {said}"
+    wrong = f"what is served depends on how it is served ({again.how})"
+    return _verdict_on_ways(sources, checkpoint, dtype, ways, engine, right, wrong)
 
 
 def tensor_parallel(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
@@ -81,18 +67,54 @@ def _set_otherwise(
     probe, rows = mixed(sources.probe_of(checkpoint))
     changed = dataclasses.replace(checkpoint.engine, **settings)
     other = sources.engine_again(dataclasses.replace(checkpoint, engine=changed), dtype, probe)
-    deviation = same(
-        setting,
-        other.values,
-        engine.values[rows],
-        sources,
-        checkpoint,
-        dtype,
-        derive=lambda v: v[rows],
-        limit=INVARIANCE_MAX,
-    )
     right = f"{len(probe.windows)} windows give the same with {setting}"
-    return verdict_on([deviation], right, engine, wrong=f"{setting} gives something else")
+    wrong = f"{setting} gives something else"
+    ways = [_Way(setting, other.values, rows)]
+    return _verdict_on_ways(sources, checkpoint, dtype, ways, engine, right, wrong)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of serving: what it gave for some rows of the checkpoint's probe."""
+
+    name: str
+    values: Values
+    rows: NDArray[np.int64]
+
+
+def _verdict_on_ways(
+    sources: Sources,
+    checkpoint: Checkpoint,
+    dtype: str,
+    ways: Sequence[_Way],
+    engine: Measurement,
+    right: str,
+    wrong: str,
+) -> Verdict:
+    deviations = {
+        way.name: same(
+            way.name,
+            way.values,
+            engine.values[way.rows],
+            sources,
+            checkpoint,
+            dtype,
+            derive=_at(way.rows),
+            limit=INVARIANCE_MAX,
+        )
+        for way in ways
+    }
+    worst = max(ways, key=lambda way: _part_of_limit(deviations[way.name]))
+    other = engine.values.copy()
+    other[worst.rows] = worst.values
+    found = profile_of(
+        dataclasses.replace(engine, values=other), engine, sources.probe_of(checkpoint)
+    )
+    return verdict_on(list(deviations.values()), right, engine, wrong=wrong, profile=found)
+
+
+def _at(rows: NDArray[np.int64]) -> Derive:
+    return lambda values: values[rows]
 
 
 def same(
@@ -138,9 +160,12 @@ def verdict_on(
     *,
     wrong: str,
     evidence: Sequence[str] = (),
+    profile: Profile | None = None,
 ) -> Verdict:
     """Return the verdict of several deviations, the one nearest to its limit first."""
     exceeded = [deviation for deviation in deviations if deviation.exceeded]
+    profile = profile or Profile()
+    shown = [*(f"found      {line}" for line in evidence), *worst_lines(profile)]
     # The one that is nearest to its limit, or furthest beyond, is what a table shows.
     deviations = sorted(deviations, key=_part_of_limit, reverse=True)
     return Verdict(
@@ -151,7 +176,8 @@ def verdict_on(
         dtype=engine.provenance.dtype,
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,
-        evidence=tuple(f"found      {line}" for line in evidence),
+        evidence=(*shown, *kernels_line(engine)) if exceeded else (),
+        profile=profile,
     )
 
 

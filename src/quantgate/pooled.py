@@ -5,6 +5,7 @@ Takes what a check needs from the sources and returns its verdict, as `fidelity`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from quantgate import metrics
 from quantgate.budget import ACTIVATION_MAX, INVARIANCE_MAX, fp32_max
 from quantgate.checkpoint import Checkpoint, read_config
+from quantgate.evidence import profile_of
 from quantgate.formats.stored import StoredTensors
 from quantgate.invariance import Derive, Values, largest, same, verdict_on
 from quantgate.serving import mixed
@@ -53,6 +55,11 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
         f"the config says {kind}; so are the outputs",
         engine,
         wrong=(f"the config says {kind}, which the outputs are not of the raw ones"),
+        profile=profile_of(
+            dataclasses.replace(engine, values=given),
+            dataclasses.replace(engine, values=expected),
+            sources.probe_of(checkpoint),
+        ),
     )
 
 

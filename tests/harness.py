@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,11 @@ class RunGate:
             text=True,
             check=False,
         )
+
+    def remove_its_checkpoint(self) -> None:
+        """Leave the project without its checkpoint's file and goldens: other files follow."""
+        (self.project / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml").unlink()
+        shutil.rmtree(self.project / "golden")
 
     @property
     def report(self) -> dict[str, Any]:

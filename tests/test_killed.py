@@ -22,7 +22,7 @@ from quantgate.cache import DiskCache
 from quantgate.golden import from_json, to_json
 from quantgate.probe import Probe
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 LONGEST = 25.0
 FEW = "float32 and (fidelity or drift)"
 

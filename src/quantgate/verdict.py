@@ -54,6 +54,8 @@ class Passage:
     after: str
 
     def __str__(self) -> str:
+        if not self.before and not self.after:
+            return self.token
         return f"…{self.before}»{self.token}«{self.after}…"
 
 

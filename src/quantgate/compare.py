@@ -224,7 +224,7 @@ def _unpaired_mde(a: Measurement, b: Measurement, probe: Probe) -> float:
 
 
 def _decided(delta: NDArray[np.float64], probe: Probe, margin: float) -> dict[str, float]:
-    """Say after how many documents, in their order, an early stop would have known."""
+    """Say after how many documents, shuffled, an early stop would have known."""
     documents = documents_to_decide(delta, probe.documents, margin)
     return {} if documents is None else {"documents until decided": documents}
 

@@ -89,6 +89,11 @@ def unclaimed(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[Path]:
     return found
 
 
+def stored_dtype(dtype: str) -> str:
+    """Return what file names call a dtype: "float32", or "serving" for what is served."""
+    return "float32" if dtype == "float32" else "serving"
+
+
 def golden_path(root: Path, checkpoint_id: str, check: str, platform: str) -> Path:
     """Return where a golden lies: `golden/<checkpoint id>/<check>.<platform>.json`."""
     return root / "golden" / checkpoint_id / f"{check}.{platform}.json"
@@ -195,8 +200,8 @@ def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
 
     None where a checkpoint has no golden that says it.
     """
-    dtype = "float32" if measured.dtype == "float32" else "serving"
-    path = golden_path(checkpoint.root, checkpoint.id, f"drift-{dtype}", measured.platform)
+    name = f"drift-{stored_dtype(measured.dtype)}"
+    path = golden_path(checkpoint.root, checkpoint.id, name, measured.platform)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         then, taken = content["provenance"], content["history"][-1]["date"]

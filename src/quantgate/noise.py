@@ -19,7 +19,7 @@ import numpy as np
 
 from quantgate import task_quality
 from quantgate.checkpoint import BadInput, Checkpoint
-from quantgate.golden import GoldenKey, golden_key, golden_path
+from quantgate.golden import GoldenKey, golden_key, golden_path, stored_dtype
 from quantgate.measurement import Measurement, Provenance
 from quantgate.task import GENERATE
 from quantgate.verdict import Deviation, Statistic, Verdict
@@ -147,8 +147,8 @@ def _metric_moved(sources: Sources, checkpoint: Checkpoint, dtype: str) -> dict[
 
 def noise_path(checkpoint: Checkpoint, dtype: str, platform: str) -> Path:
     """Return where a floor lies: `golden/<checkpoint id>/noise-<dtype>.<platform>.json`."""
-    name = "float32" if dtype == "float32" else "serving"
-    return golden_path(checkpoint.root, checkpoint.id, f"noise-{name}", platform)
+    name = f"noise-{stored_dtype(dtype)}"
+    return golden_path(checkpoint.root, checkpoint.id, name, platform)
 
 
 def to_json(floor: NoiseFloor) -> str:

@@ -1,12 +1,12 @@
 """GPUs and workers: each worker owns its own; a checkpoint stays on one; reports are the same."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from harness import RunGate
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,42 +58,84 @@ def test_a_checkpoint_is_one_group(nodeid: str, group: str) -> None:
     assert group_of(nodeid) == group
 
 
-def test_two_workers_own_their_gpus_and_judge_a_checkpoint_each(project: Path, root: Path) -> None:
-    """On a made-up list of four: what workers see is written down by a test beside the suites."""
+STARTS = """
+import json, os
+import quantgate.engine as engine
+
+started = engine.running_engine
+
+def running_engine(directory, **arguments):
+    with open("starts.jsonl", "a") as stream:
+        stream.write(json.dumps([os.environ.get("PYTEST_XDIST_WORKER", "serial"),
+                                 str(directory), repr(sorted(arguments.items()))]) + "\\n")
+    return started(directory, **arguments)
+
+engine.running_engine = running_engine
+"""
+SEEN = """
+import os, pathlib
+
+def test_seen(checkpoint, device, worker_id):
+    name = f"{worker_id}-{checkpoint.id}.txt"
+    pathlib.Path(name).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+"""
+
+
+@pytest.fixture
+def two_checkpoints(project: Path, root: Path) -> Path:
+    """A project of two checkpoints with one base, which writes down what its workers do."""
+    RunGate(project).remove_its_checkpoint()
     for name in ("tiny-llama-w8a16", "tiny-llama-mxfp8"):
-        path = project / "fixtures" / "checkpoints" / f"{name}.toml"
-        path.write_text((root / "fixtures" / "checkpoints" / f"{name}.toml").read_text()
-                        + "")  # fmt: skip
-        (project / "golden" / name).symlink_to(root / "golden" / name)
-    (project / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml").unlink()
-    (project / "golden" / "tiny-llama-w4a16").rename(project / "elsewhere")
-    (project / "suites" / "test_seen.py").write_text(
-        "import os, pathlib\n"
-        "def test_seen(checkpoint, device, worker_id):\n"
-        "    name = f'{worker_id}-{checkpoint.id}.txt'\n"
-        "    pathlib.Path(name).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', ''))\n"
-    )
-    command = [sys.executable, "-m", "pytest", "suites", "-k", "drift or seen", "-p",
-               "no:cacheprovider", "--gate-report"]  # fmt: skip
-    serial = subprocess.run([*command, "serial"], cwd=project, capture_output=True, text=True)
-    parallel = subprocess.run(
-        [*command, "parallel", "-n", "2", "--dist", "loadgroup"],
-        cwd=project, capture_output=True, text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
-    )  # fmt: skip
+        file = f"fixtures/checkpoints/{name}.toml"
+        shutil.copy(root / file, project / file)
+        shutil.copytree(root / "golden" / name, project / "golden" / name)
+    with (project / "conftest.py").open("a") as stream:
+        stream.write(STARTS)
+    (project / "suites" / "test_seen.py").write_text(SEEN)
+    return project
+
+
+def checks_of(project: Path, report: str) -> dict[tuple[str, str], dict[str, Any]]:
+    found = json.loads((project / report / "gate.json").read_text())
+    return {(one["id"], check["name"]): check
+            for one in found["checkpoints"] for check in one["checks"]}  # fmt: skip
+
+
+def test_two_workers_start_each_engine_once_and_say_what_one_process_says(
+    two_checkpoints: Path,
+) -> None:
+    """Both workers need the base, on GPUs of their own from a made-up list of four.
+
+    Each process computes with one thread: sums of another number of them may round otherwise.
+    """
+    project, run_gate = two_checkpoints, RunGate(two_checkpoints)
+    arguments = ["suites", "-k", "drift or quality or seen", "-p", "no:cacheprovider"]
+    log = project / "starts.jsonl"
+    starts, checks, output = {}, {}, {}
+    for name, more in (("serial", []), ("parallel", ["-n", "2", "--dist", "loadgroup"])):
+        done = run_gate(
+            *arguments, *more, "--gate-report", name, "--gate-cache", f"cache-{name}",
+            CUDA_VISIBLE_DEVICES="0,1,2,3", OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        starts[name] = [json.loads(line) for line in log.read_text().splitlines()]
+        log.unlink()
+        checks[name], output[name] = checks_of(project, name), done.stdout
     seen = {path.name.partition("-")[2]: (path.name[:3], path.read_text())
             for path in project.glob("gw*.txt")}  # fmt: skip
-    assert sorted(seen.values()) == [("gw0", "0,1"), ("gw1", "2,3")], parallel.stdout
-    reports = [json.loads((project / name / "gate.json").read_text())
-               for name in ("serial", "parallel")]  # fmt: skip
-    checks = [
-        {(c["id"], check["name"]): (check["verdict"], check["measured"])
-         for c in report["checkpoints"] for check in c["checks"] if check["name"] != "seen"}
-        for report in reports
-    ]  # fmt: skip
-    assert len(checks[0]) == 4
-    assert {verdict for verdict, _ in checks[0].values()} == {"pass"}
-    assert [list(found) for found in checks] == [list(checks[0])] * 2
-    assert {verdict for verdict, _ in checks[1].values()} == {"pass"}
-    for result in (serial, parallel):
-        assert "on cuda and 5 more: it needs a GPU and this machine has none" in result.stdout
+    assert sorted(seen.values()) == [("gw0", "0,1"), ("gw1", "2,3")], output["parallel"]
+
+    engines = {name: sorted(what for _, *what in found) for name, found in starts.items()}
+    assert len(engines["serial"]) == 5  # two of each checkpoint, one of their base
+    assert engines["parallel"] == engines["serial"]
+    assert len({str(what) for what in engines["serial"]}) == 5
+    by_worker = {(worker, directory) for worker, directory, _ in starts["parallel"]}
+    assert {worker for worker, _ in by_worker} == {"gw0", "gw1"}
+    assert len(by_worker) == 3
+
+    assert list(checks["parallel"]) == list(checks["serial"])
+    for key, check in checks["serial"].items():
+        if key[1] != "seen":
+            assert check["verdict"] == "pass"
+            assert checks["parallel"][key] == check
+    for text in output.values():
+        assert "on cuda and 7 more: it needs a GPU and this machine has none" in text

@@ -13,7 +13,7 @@ from quantgate.checkpoint import BadInput
 from quantgate.formats import activations
 from quantgate.formats.groups import group_of
 from quantgate.formats.linear import read_linear
-from quantgate.formats.numbers import decode_e2m1, decode_e8m0, unpack_integers
+from quantgate.formats.numbers import E2M1_MAGNITUDES, decode_e2m1, decode_e8m0, unpack_integers
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import dequantize_weight
 from quantgate.library_weights import largest_disagreement
@@ -387,7 +387,8 @@ def test_nvfp4_inputs_are_vllms(rows: int, groups: int, seed: int) -> None:
 
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, groups * 16, generator=generator)
-    half_ways = torch.tensor(activations.E2M1_HALF_WAYS)
+    magnitudes = torch.tensor(E2M1_MAGNITUDES)
+    half_ways = (magnitudes[1:] + magnitudes[:-1]) / 2
     x[:, ::2] = half_ways[torch.randint(7, x[:, ::2].shape, generator=generator)]
     x[:, 0] = 6.0
     for global_scale in (torch.tensor([448.0]), torch.tensor([1234.5])):

@@ -1,13 +1,19 @@
 """Writing files that are whole or not there."""
 
+import glob
 import os
 import tempfile
+import time
 from pathlib import Path
+
+# A file being written that is older is what a killed process left.
+HOUR = 3600
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` in one step: whoever is killed on the way damages nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     with tempfile.NamedTemporaryFile(
         "wb", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as stream:
@@ -21,3 +27,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             raise
     temporary.chmod(0o644)
     temporary.replace(path)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing this file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.stat().st_mtime < time.time() - HOUR:
+            left.unlink(missing_ok=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,10 @@ from numpy.typing import NDArray
 from quantgate.atomic import write_atomically
 
 Arrays = Mapping[str, NDArray[Any]]
+# Entries that nobody read for so long are of a package, or of a model, that is no longer used.
+DAYS_KEPT = 30
+# An entry, its lock, and what a killed process left of writing it.
+_OWN = re.compile(r"\.?[0-9a-f]{64}\.(safetensors|lock)(\..*)?")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class DiskCache:
             raise DamagedEntry(f"{path}: damaged ({error})") from None
         if metadata.get("key") != _canonical(key) or metadata.get("sha256") != _digest(arrays):
             raise DamagedEntry(f"{path}: not what was written")
+        path.touch()
         return arrays
 
     def write(self, key: Mapping[str, Any], arrays: Arrays) -> None:
@@ -56,6 +64,32 @@ class DiskCache:
         metadata = {"key": _canonical(key), "sha256": _digest(arrays)}
         content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata)
         write_atomically(self.path(key), content)
+
+    @contextmanager
+    def alone(self, key: Mapping[str, Any], waiting: Callable[[], None]) -> Iterator[None]:
+        """Let no other process that asks for this be here meanwhile: it computes the same entry.
+
+        `waiting` is called where one is. The lock of a process that was killed is gone with it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path(key).with_suffix(".lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            held = lock.acquire()
+        with held:
+            yield
+
+    def forget_unused(self) -> None:
+        """Remove entries that were not read for `DAYS_KEPT` days; nothing else in the directory."""
+        oldest = time.time() - DAYS_KEPT * 24 * 3600
+        found = self.directory.iterdir() if self.directory.is_dir() else ()
+        for path in found:
+            if _OWN.fullmatch(path.name) and path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
 
 
 class DamagedEntry(ValueError):

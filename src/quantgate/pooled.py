@@ -171,7 +171,7 @@ def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     # A score adds up as many products of unit vectors as its query has tokens.
     longest = max(len(w.ids) for w in probe.windows if w.stratum == "query")
     limit = fp32_max(checkpoint.task) * longest
-    served, expected = sources.late_interaction(checkpoint, probe), scores(engine.values)
+    served, expected = sources.late_interaction(checkpoint), scores(engine.values)
     deviation = same(
         "score",
         served,

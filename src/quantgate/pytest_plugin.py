@@ -370,11 +370,16 @@ def gate(request: pytest.FixtureRequest) -> Gate:
     """The gate, for one check."""
     run = request.config.stash[RUN]
     if run.sources is None:
-        cache = DiskCache(request.config.getoption("gate_cache") or run.root / DEFAULT_CACHE)
+        cache = DiskCache(_cache_directory(request.config))
         announce = _announcer(request.config)
         run.sources = Sources(_probes(run.root), announce, cache)
     run.sources.forget_others(_params(request.node)["checkpoint"])  # they follow one another
     return Gate(run, run.sources, request.node)
+
+
+def _cache_directory(config: pytest.Config) -> Path:
+    found: Path = config.getoption("gate_cache") or config.rootpath / DEFAULT_CACHE
+    return found
 
 
 def _probes(root: Path) -> Callable[[Task, bool], Probe]:
@@ -476,6 +481,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]
         output[WORKER] = {"left_out": run.left_out, "notes": run.all_notes}
         return
+    DiskCache(_cache_directory(session.config)).forget_unused()
     _uphold(session.config, run)
     results = _in_order(run)
     if exitstatus == pytest.ExitCode.OK and overall(results) != "pass":

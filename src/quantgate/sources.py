@@ -9,6 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,6 +75,8 @@ class Sources:
             compared = checkpoint.has_own_metric and (checkpoint.base or checkpoint.is_base)
             if compared and dtype == resolve_dtype(checkpoint, SERVING):
                 self._for_quality(checkpoint, lambda _, serve: serve(llm))
+            if checkpoint.task == "token_embed" and dtype == "float32" and not checkpoint.is_base:
+                self.late_interaction(checkpoint, llm)
 
         def measure(announce: Announce) -> Measurement:
             measured, self._captures[key] = engine.measure(
@@ -213,11 +216,18 @@ class Sources:
         found: Steps = self._served(name, checkpoint, "float32", probe, more, steps)
         return found
 
-    def late_interaction(self, checkpoint: Checkpoint, probe: Probe) -> np.ndarray[Any, Any]:
-        """Return what `LLM.score` gives for a probe's texts in float32 [queries, documents]."""
+    def late_interaction(self, checkpoint: Checkpoint, llm: Any = None) -> np.ndarray[Any, Any]:
+        """Return what `LLM.score` gives for a part of the probe in float32 [queries, documents].
+
+        The part is `serving.mixed`'s. The engine of `engine(checkpoint, "float32")` does it on the
+        way: that is `llm`.
+        """
+        probe, _ = serving.mixed(self.probe_of(checkpoint))
         serve = pooling.late_interaction_scores
         name = "vLLM, LLM.score"
-        found: np.ndarray[Any, Any] = self._served(name, checkpoint, "float32", probe, {}, serve)
+        found: np.ndarray[Any, Any] = self._served(
+            name, checkpoint, "float32", probe, {}, serve, llm
+        )
         return found
 
     def _served(
@@ -228,8 +238,13 @@ class Sources:
         probe: Probe,
         more: Mapping[str, Any],
         serve: Callable[[Any, Probe], Any],
+        llm: Any = None,
     ) -> Any:
+        """Serve a probe with `llm`, or with an engine of its own where that is None."""
+
         def measure(announce: Announce) -> Any:
+            if llm is not None:
+                return serve(llm, probe)
             return self._with_engine(
                 checkpoint, dtype, more, lambda llm: serve(llm, probe), announce
             )
@@ -340,16 +355,25 @@ class Sources:
         def announce(what: str) -> None:
             self.announce(f"{checkpoint.id} · {key[0]} · {key[1]}: {what}")
 
-        if (found := self._recall(stored_as)) is not None:
-            announce("from the cache")
-        else:
-            announce("loading")
-            found = measure(announce)
-            if self.cache is not None and stored_as is not None:
-                self.cache.write(stored_as, to_arrays(found))
-            announce(f"done in {time.monotonic() - started:.1f} s")
+        with self._alone(stored_as, announce):
+            if (found := self._recall(stored_as)) is not None:
+                announce("from the cache")
+            else:
+                announce("loading")
+                found = measure(announce)
+                if self.cache is not None and stored_as is not None:
+                    self.cache.write(stored_as, to_arrays(found))
+                announce(f"done in {time.monotonic() - started:.1f} s")
         self._taken[key] = found
         return found
+
+    def _alone(
+        self, stored_as: Mapping[str, Any] | None, announce: Announce
+    ) -> AbstractContextManager[None]:
+        """Keep xdist's other workers from measuring what will be in the cache."""
+        if self.cache is None or stored_as is None:
+            return nullcontext()
+        return self.cache.alone(stored_as, lambda: announce("another process measures it"))
 
     def _recall(self, key: Mapping[str, Any] | None) -> Measurement | None:
         if self.cache is None or key is None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantgate.formats.numbers import E2M1_MAGNITUDES
-
 if TYPE_CHECKING:
     import torch
 
@@ -21,8 +19,6 @@ E2M1_HIGHEST = 6.0
 # The smallest scale of a dynamic FP8 input (vLLM's `_FP8_MIN_SCALING_FACTOR`).
 FP8_SMALLEST_SCALE = 1.0 / (E4M3_HIGHEST * 512.0)
 NVFP4_GROUP = 16
-# Half-way points between `E2M1_MAGNITUDES`. A value on one goes to the even mantissa's neighbour.
-E2M1_HALF_WAYS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def int8_per_token(x: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
@@ -100,7 +96,6 @@ def nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
 
     Group scale = e4m3(min(448, global x amax / 6)).
     """
-    import torch
 
     rows, columns = x.shape
     if columns % NVFP4_GROUP:
@@ -111,19 +106,17 @@ def nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     scale = _e4m3(global_scale * (amax * (1.0 / E2M1_HIGHEST)))
     back = _reciprocal_or_zero(scale * _reciprocal_or_zero(global_scale))
     scaled = (groups * back).clamp(-E2M1_HIGHEST, E2M1_HIGHEST)
-    magnitudes = torch.tensor(E2M1_MAGNITUDES, device=x.device)
-    values = magnitudes[_nearest_e2m1(scaled.abs())] * scaled.sign()
-    return (values * (scale / global_scale)).view(rows, columns)
+    return (_e2m1(scaled) * (scale / global_scale)).view(rows, columns)
 
 
-def _nearest_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
-    """Return the index of the nearest E2M1 magnitude; ties go to the even index (even mantissa)."""
-    import torch
+def _e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Round to E2M1's 0, 0.5, 1, 1.5, 2, 3, 4 and 6: between powers of two its steps are equal.
 
-    half_ways = torch.tensor(E2M1_HALF_WAYS, device=magnitude.device)
-    below = torch.bucketize(magnitude, half_ways)  # a tie counts as below: the lower neighbour
-    above = torch.bucketize(magnitude, half_ways, right=True)
-    return torch.where(below % 2 == 0, below, above)
+    A tie goes to an even mantissa, which is the even multiple of the step. x is within ±6.
+    """
+    magnitude = x.abs()
+    step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+    return (x / step).round() * step
 
 
 def _reciprocal_or_zero(x: torch.Tensor) -> torch.Tensor:

@@ -4,23 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantgate import engine, reference
-from quantgate.cache import DamagedEntry, DiskCache
-from quantgate.checkpoint import BadInput, Checkpoint, EngineSettings
-from quantgate.measurement import Measurement, Provenance
+from quantgate.checkpoint import BadInput, EngineSettings
 from quantgate.probe import Probe, Window
-from quantgate.sources import Sources
 
 IDS = tuple(int(i) for i in np.random.default_rng(0).integers(3, 500, 60))
 SHORT = Probe(
@@ -230,143 +224,3 @@ def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None
     )
     assert peak <= 2 * layer + rest + activations
     assert np.abs(np.array(scores) - expected).max() <= 1e-6
-
-
-# The cache ---------------------------------------------------------------------------------------
-
-KEY = {"identity": "abc", "dtype": "float32"}
-ARRAYS = {
-    "logprob": np.linspace(-9, 0, 50, dtype=np.float32),
-    "top1": np.arange(50, dtype=np.int32),
-}
-
-
-@pytest.fixture(scope="module")
-def two(probe: Probe) -> Probe:
-    """Two windows in the embedded checkpoint's own token ids."""
-    return replace(probe, windows=probe.windows[:2])
-
-
-def test_a_warm_cache_does_no_forward_pass(
-    quantized: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = Checkpoint(id="x", source=str(quantized))
-    cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
-    monkeypatch.setattr(reference.StreamedModel, "__init__", None)
-    warm = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
-    assert warm.logprob.tobytes() == cold.logprob.tobytes()
-    assert warm.top1.tobytes() == cold.top1.tobytes()
-    assert warm.hidden is not None
-    assert cold.hidden is not None
-    assert warm.hidden.tobytes() == cold.hidden.tobytes()
-    assert warm.provenance == cold.provenance
-    with pytest.raises(TypeError):  # another dtype is another entry
-        Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float64")
-
-
-def test_a_damaged_entry_is_said_to_be_and_computed_anew(
-    quantized: Path, two: Probe, tmp_path: Path
-) -> None:
-    checkpoint = Checkpoint(id="x", source=str(quantized))
-    cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
-    (entry,) = tmp_path.iterdir()
-    content = bytearray(entry.read_bytes())
-    content[-5] ^= 1
-    entry.write_bytes(content)
-    again = Sources(lambda *_: two, quiet, DiskCache(tmp_path))
-    assert again.reference(checkpoint, "float32").logprob.tobytes() == cold.logprob.tobytes()
-    assert again.notes == [f"{entry}: not what was written; it was computed anew"]
-    assert DiskCache(tmp_path).read(json.loads(_key_of(entry))) is not None
-
-
-def _key_of(entry: Path) -> str:
-    from safetensors import safe_open
-
-    with safe_open(entry, framework="numpy") as stream:
-        key: str = stream.metadata()["key"]
-        return key
-
-
-@given(data=st.data())
-@settings(deadline=None, max_examples=300)
-def test_a_flipped_bit_anywhere_is_noticed(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    cache = DiskCache(tmp_path_factory.mktemp("cache"))
-    cache.write(KEY, ARRAYS)
-    content = bytearray(cache.path(KEY).read_bytes())
-    at = data.draw(st.integers(0, len(content) - 1))
-    content[at] ^= 1 << data.draw(st.integers(0, 7))
-    cache.path(KEY).write_bytes(content)
-    try:
-        found = cache.read(KEY)
-    except DamagedEntry:
-        return
-    # What may still be read is what was written: a bit of the padding, e.g.
-    assert found is not None
-    assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in ARRAYS.items()}
-
-
-@pytest.mark.parametrize("length", [0, 1, 100])
-def test_a_cut_off_entry_is_noticed(tmp_path: Path, length: int) -> None:
-    cache = DiskCache(tmp_path)
-    cache.write(KEY, ARRAYS)
-    cache.path(KEY).write_bytes(cache.path(KEY).read_bytes()[:length])
-    with pytest.raises(DamagedEntry):
-        cache.read(KEY)
-
-
-def test_an_interrupted_write_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(_: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        DiskCache(tmp_path).write(KEY, ARRAYS)
-    assert list(tmp_path.iterdir()) == []
-    assert DiskCache(tmp_path).read(KEY) is None
-
-
-def test_an_entry_under_anothers_name_is_not_its(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path)
-    cache.write(KEY, ARRAYS)
-    other = {**KEY, "dtype": "float64"}
-    cache.path(KEY).rename(cache.path(other))
-    with pytest.raises(DamagedEntry, match="not what was written"):
-        cache.read(other)
-
-
-def test_a_base_is_served_once_for_all_runs(
-    root: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A base's engine is remembered on disk, a checkpoint's own never is."""
-    served: list[str] = []
-
-    def measure(directory: Path, probe: Probe, *, dtype: str, **_: Any) -> tuple[Measurement, None]:
-        served.append(directory.name)
-        provenance = Provenance("engine", "cpu", "cpu", dtype, {"mlp": "K"}, ("K",))
-        scores = np.linspace(-3, -1, probe.scored, dtype=np.float32)
-        return Measurement(scores, np.zeros(probe.scored, np.int32), provenance), None
-
-    monkeypatch.setattr(engine, "measure", measure)
-    checkpoint = Checkpoint(
-        id="x",
-        source=str(root / "build" / "tiny-llama-w4a16"),
-        base=str(root / "fixtures" / "tiny" / "llama"),
-    )
-    base = checkpoint.base_checkpoint
-    assert base is not None
-    taken = []
-    for _ in range(2):
-        sources = Sources(lambda *_: two, quiet, DiskCache(tmp_path))
-        sources.engine(checkpoint, "float32")
-        taken.append(sources.engine(base, "float32"))
-    assert served == ["tiny-llama-w4a16", "llama", "tiny-llama-w4a16"]
-    assert taken[0].provenance == taken[1].provenance
-    assert taken[0].logprob.tobytes() == taken[1].logprob.tobytes()
-    # Under other settings it is another measurement.
-    other = replace(base, engine=EngineSettings(max_num_batched_tokens=64))
-    Sources(lambda *_: two, quiet, DiskCache(tmp_path)).engine(other, "float32")
-    assert served[-1] == "llama"

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ class DiskCache:
             raise DamagedEntry(f"{path}: damaged ({error})") from None
         if metadata.get("key") != _canonical(key) or metadata.get("sha256") != _digest(arrays):
             raise DamagedEntry(f"{path}: not what was written")
-        path.touch()
+        with suppress(OSError):  # others' entries may be read, too
+            path.touch()
         return arrays
 
     def write(self, key: Mapping[str, Any], arrays: Arrays) -> None:

@@ -9,7 +9,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -355,33 +354,41 @@ class Sources:
         def announce(what: str) -> None:
             self.announce(f"{checkpoint.id} · {key[0]} · {key[1]}: {what}")
 
-        with self._alone(stored_as, announce):
-            if (found := self._recall(stored_as)) is not None:
-                announce("from the cache")
-            else:
-                announce("loading")
-                found = measure(announce)
-                if self.cache is not None and stored_as is not None:
-                    self.cache.write(stored_as, to_arrays(found))
-                announce(f"done in {time.monotonic() - started:.1f} s")
+        def anew() -> Any:
+            announce("loading")
+            found = measure(announce)
+            announce(f"done in {time.monotonic() - started:.1f} s")
+            return found
+
+        if self.cache is None or stored_as is None:
+            found = anew()
+        elif (found := self._recall(self.cache, stored_as)) is not None:
+            announce("from the cache")
+        else:
+            found = self._stored(self.cache, stored_as, anew, announce)
         self._taken[key] = found
         return found
 
-    def _alone(
-        self, stored_as: Mapping[str, Any] | None, announce: Announce
-    ) -> AbstractContextManager[None]:
-        """Keep xdist's other workers from measuring what will be in the cache."""
-        if self.cache is None or stored_as is None:
-            return nullcontext()
-        return self.cache.alone(stored_as, lambda: announce("another process measures it"))
+    def _stored(
+        self,
+        cache: DiskCache,
+        key: Mapping[str, Any],
+        anew: Callable[[], Measurement],
+        announce: Announce,
+    ) -> Measurement:
+        """Measure what is not in the cache, unless another process does: an xdist worker, say."""
+        with cache.alone(key, lambda: announce("another process measures it")):
+            if (found := self._recall(cache, key)) is None:
+                found = anew()
+                cache.write(key, to_arrays(found))
+            return found
 
-    def _recall(self, key: Mapping[str, Any] | None) -> Measurement | None:
-        if self.cache is None or key is None:
-            return None
+    def _recall(self, cache: DiskCache, key: Mapping[str, Any]) -> Measurement | None:
         try:
-            arrays = self.cache.read(key)
+            arrays = cache.read(key)
         except DamagedEntry as error:
-            self.notes.append(f"{error}; it was computed anew")
+            if (note := f"{error}; it was computed anew") not in self.notes:
+                self.notes.append(note)
             return None
         return None if arrays is None else _from_arrays(arrays)
 

@@ -24,8 +24,11 @@ from quantgate.task import (
     num_labels,
     task_of,
 )
+from quantgate.verdict import printable
 
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
+# Of what a table's first columns hold that a checkpoint says of itself.
+LONGEST_ID = 64
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PINNED_REVISION = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
 # The checks whose margin a checkpoint's file may give.
@@ -35,6 +38,9 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 class BadInput(ValueError):
     """Something that the user gave is unusable; the message says what, and what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # a config's words may be in it
 
 
 @dataclass(frozen=True)
@@ -281,7 +287,7 @@ def _absolute_if_path(base: str | None) -> str | None:
 
 def _id_from(name: str) -> str:
     cleaned = re.sub(r"[^a-z0-9.-]+", "-", Path(name).name.lower()).strip("-.")
-    return cleaned or "checkpoint"
+    return cleaned[:LONGEST_ID].rstrip("-.") or "checkpoint"
 
 
 @functools.lru_cache(maxsize=64)
@@ -328,8 +334,15 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def actual_scheme(directory: Path) -> str:
-    """Return the scheme that a checkpoint's `config.json` says."""
-    return scheme_name(read_config(directory).get("quantization_config"))
+    """Return the scheme that a checkpoint's `config.json` says, in one short line."""
+    said = read_config(directory).get("quantization_config")
+    try:
+        return printable(scheme_name(said))[:LONGEST_ID]
+    except (AttributeError, TypeError) as error:
+        raise BadInput(
+            f"{directory / 'config.json'}: its quantization_config is malformed ({error}); "
+            "compare it with one that llm-compressor writes."
+        ) from None
 
 
 def verify(checkpoint: Checkpoint) -> None:

@@ -23,6 +23,7 @@ from quantgate.pooling import encode, outputs, pooling_arguments, raw_outputs
 from quantgate.probe import Probe
 from quantgate.scoremode.hooks import require_hooks, vllm_version
 from quantgate.task import GENERATE
+from quantgate.verdict import printable
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -49,6 +50,9 @@ Announce = Callable[[str], None]
 
 class EngineFailure(RuntimeError):
     """vLLM could not load or score a checkpoint; the message carries its reason."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # the names of tensors may be in it
 
 
 def measure(

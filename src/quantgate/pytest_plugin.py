@@ -412,6 +412,8 @@ def pytest_runtest_makereport(
         return report
     if call.excinfo is not None and isinstance(call.excinfo.value, BadInput | EngineFailure):
         report.longrepr = str(call.excinfo.value)
+    elif report.failed:
+        report.longrepr = _printable_lines(report.longreprtext)
     if result.verdict is PENDING and not report.passed:
         reason = str(call.excinfo.value) if call.excinfo else report.outcome
         result = replace(result, verdict=not_run(reason))
@@ -419,6 +421,11 @@ def pytest_runtest_makereport(
     run.results[item.nodeid] = result
     report.quantgate = result.to_dict()  # type: ignore[attr-defined]
     return report
+
+
+def _printable_lines(text: str) -> str:
+    """Return a traceback without what a terminal would obey: a checkpoint's words may be in it."""
+    return "\n".join(map(printable, text.splitlines()))
 
 
 @dataclass(frozen=True, eq=False)  # pluggy keeps plugins in sets: hashed by identity
@@ -525,7 +532,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         others = f" and {count - 1} more" if count > 1 else ""
         terminalreporter.write_line(f"left out: {first}{others}: {reason}")
     for note in run.all_notes:
-        terminalreporter.write_line(f"note: {note}")
+        terminalreporter.write_line(printable(f"note: {note}"))
     if directory := config.getoption("gate_report"):
         names = ", ".join(f"{directory}/{name}" for name in FILES)
         terminalreporter.write_line(f"report: {names}")

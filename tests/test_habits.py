@@ -1,0 +1,52 @@
+"""What people do with pytest works on the gate: -x, --lf, -k, --co, -n and --junitxml."""
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+from harness import RunGate
+
+from quantgate.golden import from_json, to_json
+from quantgate.probe import Probe
+
+FEW = "float32 and (replay or drift)"
+
+
+def outcomes(run_gate: RunGate) -> dict[str, str]:
+    (checkpoint,) = run_gate.report["checkpoints"]
+    return {check["name"]: check["verdict"] for check in checkpoint["checks"]}
+
+
+def test_stop_at_a_failure_and_run_the_last_ones_again(run_gate: RunGate, probe: Probe) -> None:
+    """A golden is moved, which only drift sees; then it is put back."""
+    path: Path = run_gate.project / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
+    approved = path.read_text()
+    golden = from_json(approved, probe, path)
+    moved = replace(golden.measurement, values=golden.measurement.values - 0.25)
+    path.write_text(to_json(replace(golden, measurement=moved), probe))
+    report = ("--gate-report", "report")
+
+    listed = run_gate("suites", "-k", FEW, "--co", "-q", *report)
+    assert listed.returncode == 0
+    assert "test_drift[tiny-llama-w4a16-cpu-float32]" in listed.stdout
+    assert not (run_gate.project / "report").exists()  # nothing was judged
+
+    whole = run_gate("suites", "-k", FEW, "--junitxml", "own.xml", *report)
+    assert whole.returncode == 1
+    assert outcomes(run_gate) == {"replay-float32": "pass", "drift-float32": "fail"}
+    (suite,) = ElementTree.parse(run_gate.project / "own.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+
+    first = run_gate("suites", "-k", FEW, "-x", "--ff", *report)
+    assert first.returncode == 1
+    assert outcomes(run_gate) == {"drift-float32": "fail", "replay-float32": "not-run"}
+    assert "the run ended before its test" in (run_gate.project / "report/gate.md").read_text()
+
+    again = run_gate("suites", "-k", FEW, "--lf", *report)
+    assert again.returncode == 1
+    assert outcomes(run_gate) == {"drift-float32": "fail"}
+
+    path.write_text(approved)
+    mended = run_gate("suites", "-k", FEW, "--lf", "-n", "2", *report)
+    assert mended.returncode == 0, mended.stdout
+    assert outcomes(run_gate) == {"drift-float32": "pass"}

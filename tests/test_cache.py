@@ -1,9 +1,11 @@
-"""The cache: verified, never trusted; shared by processes; what nobody reads goes."""
+"""What lies on disk: the cache, verified and shared; what nobody reads or owns any more goes."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from quantgate.cache import DAYS_KEPT, DamagedEntry, DiskCache
 from quantgate.checkpoint import Checkpoint, EngineSettings
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe
+from quantgate.scratch import remove_leftovers, scratch_directory
 from quantgate.sources import Sources
 
 KEY = {"identity": "abc", "dtype": "float32"}
@@ -248,3 +251,46 @@ def test_what_a_killed_process_left_of_a_write_goes_with_the_next(tmp_path: Path
     assert not left.exists()
     assert recent.exists()  # being written, by another
     assert others.exists()
+
+
+SCRATCH = """
+import os, signal
+from quantgate.scratch import scratch_directory
+
+class Owner: pass
+
+owner = Owner()
+print(scratch_directory(owner), flush=True)
+if {killed}:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_captures_of_a_process_go_with_it_even_if_it_was_killed(
+    tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRATCH.format(killed=killed)], capture_output=True, text=True
+    )
+    left = Path(done.stdout.strip())
+    assert left.parent == tmp_path
+    assert left.exists() == killed
+
+    class Owner:
+        pass
+
+    owner = Owner()
+    ours = scratch_directory(owner)
+    assert left.exists() == killed  # it may be of one that just begins
+    own = tmp_path / "quantgate-of-somebody"
+    own.mkdir()
+    for path in tmp_path.iterdir():
+        age(path, 1)
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == {ours, own}
+    del owner
+    gc.collect()
+    assert not ours.exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from quantgate.evidence import POSITION_BINS, WORST_TOKENS
 from quantgate.report.gate_json import gate_json
 from quantgate.report.html import index_html
 from quantgate.report.junit import junit_xml
@@ -128,6 +129,35 @@ def test_the_page_says_what_a_decision_needs() -> None:
         "<polyline", "Since then", "0.01",
     ):  # fmt: skip
         assert words in page, words
+
+
+def test_what_is_equal_has_no_chart_and_checks_stand_as_they_are_read() -> None:
+    one = result("text", check="drift-float32")
+    equal = Profile(((0, 0.0, 0.0), (32, 0.0, 0.0)))
+    same = replace(one, verdict=replace(one.verdict, profile=equal))
+    assert "<svg" not in index_html(Run([same], "", 1.0, {}))
+    several = ["mine", "drift-float32", "quality", "replay-serving", "fidelity-float32"]
+    page = index_html(run_of([replace(same, check=check) for check in several]))
+    places = [page.index(f"<span>{check}</span>") for check in several]
+    assert places == sorted(places, reverse=True)
+
+
+def test_a_page_of_forty_five_checkpoints_is_under_three_megabytes() -> None:
+    """Ten checks each, with ten worst tokens in a line of text, all positions and a KLD."""
+    positions = tuple((32 * i, 1.234e-7 * i, 4.321e-6 * i) for i in range(POSITION_BINS))
+    passage = Passage("of the archive of the town, and then " * 2, " Mertram", " asked again why.")
+    worst = WorstToken("heldout-long-00003[871]", passage, "", -4.347977, -4.347276)
+    one = result("a check says so much of what it found, and no more than that", check="quality")
+    profile = Profile(positions, (worst,) * WORST_TOKENS, (0, 3, 9, 1))
+    shown = replace(one, verdict=replace(one.verdict, profile=profile))
+    checks = [f"invariance-{i}" for i in range(10)]
+    results = [
+        replace(shown, checkpoint=f"tiny-llama-w8a8-static-{i:02}", check=check)
+        for i in range(45)
+        for check in checks
+    ]
+    size = len(index_html(run_of(results)).encode())
+    assert 1_000_000 < size < 3_000_000, size
 
 
 def test_gate_json_is_what_its_schema_says(root: Path) -> None:

@@ -21,11 +21,13 @@ POSITION_BUCKETS = (64, 256, 512)
 
 
 def profile_of(a: Measurement, b: Measurement, probe: Probe) -> Profile:
-    """Return the ten worst values, each in its text, and |Δ| by position."""
+    """Return the ten worst values, each in its text, and |Δ| by position; equal ones are not."""
     delta = _size_of_difference(a, b, probe)
-    columns = delta.argmax(axis=1)
+    columns, sizes = delta.argmax(axis=1), delta.max(axis=1)
     worst = []
-    for row in np.argsort(-delta.max(axis=1), kind="stable")[:WORST_TOKENS].tolist():
+    for row in np.argsort(-sizes, kind="stable")[:WORST_TOKENS].tolist():
+        if not sizes[row]:
+            break
         column = int(columns[row])
         ours, theirs = (float(m.values.reshape(probe.scored, -1)[row, column]) for m in (a, b))
         named = _column(column, probe) if a.values.ndim > 1 else ""

@@ -29,7 +29,7 @@ from quantgate.engine import EngineFailure, available_devices, library_versions
 from quantgate.golden import history_of, since_golden, unclaimed
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
-from quantgate.report.results import CheckResult, overall, upheld
+from quantgate.report.results import CheckResult, overall, place_of, upheld
 from quantgate.report.run import Run
 from quantgate.report.terminal import table
 from quantgate.report.write import FILES, write_reports
@@ -465,7 +465,7 @@ class ResultCollector:
 def _in_order(run: GateRun) -> list[CheckResult]:
     places = run.order or {nodeid: place for place, nodeid in enumerate(run.results)}
     found = sorted(run.results.items(), key=lambda item: places.get(item[0], 0))
-    return sorted((result for _, result in found), key=lambda result: result.checkpoint)
+    return sorted((r for _, r in found), key=lambda r: (r.checkpoint, place_of(r.check)))
 
 
 def _uphold(config: pytest.Config, run: GateRun) -> None:

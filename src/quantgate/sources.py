@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from quantgate.pooling import Steps, steps
 from quantgate.probe import Probe, probe_for
 from quantgate.reference import DequantizerName, Head
 from quantgate.replay import Replay, replay
+from quantgate.scratch import scratch_directory
 from quantgate.serving import Reruns
 from quantgate.task import Task
 
@@ -316,8 +316,7 @@ class Sources:
 
     def _capture_directory(self) -> Path:
         if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="quantgate-"))
-            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+            self._scratch = scratch_directory(self)
         return Path(tempfile.mkdtemp(dir=self._scratch))
 
     def _key(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantgate.report.results import CheckResult, overall
+from quantgate.report.results import CheckResult, overall, place_of
 from quantgate.report.run import Run
 from quantgate.verdict import KLD_DECADES, Deviation, Profile, worst
 
@@ -49,7 +49,7 @@ def number(value: float | None, digits: int = 3) -> str:
 def _group(results: Sequence[CheckResult], task: str) -> dict[str, Any]:
     """Return the matrix of one task's checkpoints and checks."""
     own = [result for result in results if result.task == task]
-    checks = list(dict.fromkeys(result.check for result in own))
+    checks = sorted(dict.fromkeys(result.check for result in own), key=place_of)
     rows = []
     for name in dict.fromkeys(result.checkpoint for result in own):
         found = {result.check: result for result in own if result.checkpoint == name}
@@ -86,7 +86,7 @@ def _checkpoint(results: list[CheckResult], run: Run) -> dict[str, Any]:
 def _charts(result: CheckResult) -> list[dict[str, Any]]:
     profile, headline = result.verdict.profile, _headline(result)
     charts = []
-    if len(profile.by_position) > 1:
+    if len(profile.by_position) > 1 and any(largest for _, _, largest in profile.by_position):
         charts.append(_by_position(profile, headline))
     if sum(profile.kld):
         charts.append(_kld(profile))
@@ -109,40 +109,54 @@ def _by_position(profile: Profile, headline: Deviation | None) -> dict[str, Any]
         share = math.log(max(value, bottom) / bottom) / math.log(top / bottom)
         return round(HEIGHT * share, 1)
 
-    step = WIDTH / len(profile.by_position)
     bars = [
-        {
-            "x": round(i * step, 1),
-            "width": round(step * 0.8, 1),
-            "height": height(mean),
-            "tip": height(size),
-            "title": f"from position {start}: mean {mean:.3g}, largest {size:.3g}",
-        }
-        for i, (start, mean, size) in enumerate(profile.by_position)
+        (place, height(size), f"{start}: {mean:.2g}, {size:.2g}")
+        for place, (start, mean, size) in enumerate(profile.by_position)
+        if size
     ]
+    solid = [(place, height(mean)) for place, (_, mean, _) in enumerate(profile.by_position)]
     last = profile.by_position[-1][0]
-    return {
-        "title": f"|Δ| by position to {last}: mean (solid), largest (pale, to {top:.2g}); log",
-        "bars": bars,
-    }
+    return _chart(
+        f"|Δ| by position to {last}: mean (solid), largest (pale, to {top:.2g}); log",
+        len(profile.by_position),
+        bars,
+        solid,
+    )
 
 
 def _kld(profile: Profile) -> dict[str, Any]:
     """Return bars of how many tokens have a KL divergence in each decade."""
     most = max(profile.kld)
-    step = WIDTH / len(profile.kld)
     first, last = KLD_DECADES
     bars = [
-        {
-            "x": round(i * step, 1),
-            "width": round(step * 0.8, 1),
-            "height": round(HEIGHT * count / most, 1),
-            "tip": 0,
-            "title": f"1e{first + i} to 1e{first + i + 1} nat: {count} tokens",
-        }
-        for i, count in enumerate(profile.kld)
+        (place, HEIGHT * count / most, f"1e{first + place} to 1e{first + place + 1} nat: {count}")
+        for place, count in enumerate(profile.kld)
+        if count
     ]
-    return {"title": f"tokens by KL divergence, 1e{first} to 1e{last + 1} nat", "bars": bars}
+    return _chart(f"tokens by KL divergence, 1e{first} to 1e{last + 1} nat", len(profile.kld), bars)
+
+
+def _chart(
+    title: str,
+    places: int,
+    bars: Sequence[tuple[int, float, str]],
+    solid: Sequence[tuple[int, float]] = (),
+) -> dict[str, Any]:
+    """Return bars with what each says, and solid ones before them, if any.
+
+    A bar is a stroke, the shortest way to say it: a page has thousands of them.
+    """
+    step = WIDTH / places
+
+    def stroke(place: int, height: float) -> str:
+        return f"M{(place + 0.5) * step:.0f} {HEIGHT}v-{height:.1f}"
+
+    return {
+        "title": title,
+        "width": round(step * 0.8),
+        "bars": [(stroke(place, height), said) for place, height, said in bars],
+        "solid": "".join(stroke(place, height) for place, height in solid if height),
+    }
 
 
 def _trend(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

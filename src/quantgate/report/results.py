@@ -12,6 +12,30 @@ from quantgate.stats import ALPHA, holm
 from quantgate.task import GENERATE, Task
 from quantgate.verdict import Outcome, Verdict, worst
 
+# How a person reads them: is it computed right, what did it cost, does it matter how it is served,
+# what changed? By the beginning of a check's name; a project's own come last.
+READ_IN_ORDER = (
+    "fidelity",
+    "replay",
+    "activation",
+    "head",
+    "steps",
+    "late-interaction",
+    "divergence-from-reference",
+    "divergence-from-base",
+    "quality",
+    "invariance",
+    "tensor-parallel",
+    "compiled",
+    "drift",
+)
+
+
+def place_of(check: str) -> int:
+    """Return where a check stands among a checkpoint's."""
+    places = (i for i, name in enumerate(READ_IN_ORDER) if check.startswith(name))
+    return next(places, len(READ_IN_ORDER))
+
 
 @dataclass(frozen=True)
 class CheckResult:

@@ -2,6 +2,7 @@
 VENV := .venv
 PYTHON ?= python3
 REPORT ?= report
+WORKERS ?= 2
 
 .PHONY: gate test env checkpoints lint
 
@@ -9,7 +10,7 @@ gate: checkpoints
 	$(VENV)/bin/pytest suites --gate-report $(REPORT)
 
 test: checkpoints lint
-	$(VENV)/bin/pytest tests
+	$(VENV)/bin/pytest tests -n $(WORKERS) --durations 15
 
 env:
 	$(PYTHON) tools/make_env.py $(VENV)

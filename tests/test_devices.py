@@ -84,8 +84,12 @@ def test_seen(checkpoint, device, worker_id):
 @pytest.fixture
 def two_checkpoints(project: Path, root: Path) -> Path:
     """A project of two checkpoints with one base, which writes down what its workers do."""
+    return project_of(project, root, "tiny-llama-w8a16", "tiny-llama-mxfp8")
+
+
+def project_of(project: Path, root: Path, *names: str) -> Path:
     RunGate(project).remove_its_checkpoint()
-    for name in ("tiny-llama-w8a16", "tiny-llama-mxfp8"):
+    for name in names:
         file = f"fixtures/checkpoints/{name}.toml"
         shutil.copy(root / file, project / file)
         shutil.copytree(root / "golden" / name, project / "golden" / name)
@@ -139,3 +143,17 @@ def test_two_workers_start_each_engine_once_and_say_what_one_process_says(
             assert checks["parallel"][key] == check
     for text in output.values():
         assert "on cuda and 7 more: it needs a GPU and this machine has none" in text
+
+
+@pytest.mark.parametrize("name", ["tiny-colbert-bert-w8a8", "tiny-llama-embed-w4a16"])
+def test_no_check_starts_an_engine_that_another_one_started(
+    project: Path, root: Path, name: str
+) -> None:
+    """Of a model that reads both ways, whose prompts stay whole, and of one that is chunked."""
+    run_gate = RunGate(project_of(project, root, name))
+    done = run_gate("suites", "--gate-report", "report")
+    assert done.returncode == 0, done.stdout
+    starts = (project / "starts.jsonl").read_text().splitlines()
+    assert len(starts) == len(set(starts))
+    checkpoint = [line for line in starts if f"build/{name}" in line]
+    assert len(checkpoint) == (2 if "bert" in name else 4)

@@ -71,6 +71,8 @@ class Sources:
         def meanwhile(llm: Any) -> None:
             if llm.llm_engine.model_config.is_chunked_prefill_supported:
                 self._chunkable.add(checkpoint.directory)
+            elif not checkpoint.is_base:  # what serves it otherwise is this engine again
+                self._reruns(checkpoint, dtype, serving.mixed(self.probe_of(checkpoint))[0], llm)
             compared = checkpoint.has_own_metric and (checkpoint.base or checkpoint.is_base)
             if compared and dtype == resolve_dtype(checkpoint, SERVING):
                 self._for_quality(checkpoint, lambda _, serve: serve(llm))
@@ -173,6 +175,9 @@ class Sources:
         """Serve a probe again in several ways, with prompts cut into chunks where vLLM can."""
         dtype = resolve_dtype(checkpoint, dtype)
         self.engine(checkpoint, dtype)
+        return self._reruns(checkpoint, dtype, probe)
+
+    def _reruns(self, checkpoint: Checkpoint, dtype: str, probe: Probe, llm: Any = None) -> Reruns:
         chunked = checkpoint.directory in self._chunkable
         found: Reruns = self._served(
             "vLLM, served otherwise",
@@ -181,6 +186,7 @@ class Sources:
             probe,
             serving.chunking(chunked=chunked),
             lambda llm, probe: serving.reruns(llm, probe, dtype, chunked=chunked),
+            llm,
         )
         return found
 

@@ -162,6 +162,7 @@ def running_engine(
         "trust_remote_code": False,
         "worker_extension_cls": EXTENSION,
         "load_format": "safetensors",
+        "use_tqdm_on_load": False,  # its bars would stand between a failure and its reason
         "enforce_eager": settings.enforce_eager,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "kv_cache_dtype": settings.kv_cache_dtype,

@@ -28,7 +28,7 @@ from quantgate.reference import DequantizerName, Head
 from quantgate.replay import Replay, replay
 from quantgate.scratch import scratch_directory
 from quantgate.serving import Reruns
-from quantgate.task import Task
+from quantgate.task import EMBED, Task
 
 SERVING = "serving"
 Derived = TypeVar("Derived")
@@ -68,17 +68,6 @@ class Sources:
         # What is compared with another engine's result need not be captured.
         capture_into = None if checkpoint.is_base else self._capture_directory()
 
-        def meanwhile(llm: Any) -> None:
-            if llm.llm_engine.model_config.is_chunked_prefill_supported:
-                self._chunkable.add(checkpoint.directory)
-            elif not checkpoint.is_base:  # what serves it otherwise is this engine again
-                self._reruns(checkpoint, dtype, serving.mixed(self.probe_of(checkpoint))[0], llm)
-            compared = checkpoint.has_own_metric and (checkpoint.base or checkpoint.is_base)
-            if compared and dtype == resolve_dtype(checkpoint, SERVING):
-                self._for_quality(checkpoint, lambda _, serve: serve(llm))
-            if checkpoint.task == "token_embed" and dtype == "float32" and not checkpoint.is_base:
-                self.late_interaction(checkpoint, llm)
-
         def measure(announce: Announce) -> Measurement:
             measured, self._captures[key] = engine.measure(
                 checkpoint.directory,
@@ -87,13 +76,27 @@ class Sources:
                 dtype=dtype,
                 announce=announce,
                 capture_into=capture_into,
-                meanwhile=meanwhile,
+                meanwhile=lambda llm: self._on_the_way(checkpoint, dtype, llm),
             )
             return measured
 
         stored_as = self._engine_disk_key(checkpoint, dtype, self.probe_of(checkpoint))
         found: Measurement = self._once(key, checkpoint, measure, stored_as)
         return found
+
+    def _on_the_way(self, checkpoint: Checkpoint, dtype: str, llm: Any) -> None:
+        """Measure what else an engine is wanted for, so that none like it is started again."""
+        compared = checkpoint.has_own_metric and (checkpoint.base or checkpoint.is_base)
+        if compared and dtype == resolve_dtype(checkpoint, SERVING):
+            self._for_quality(checkpoint, lambda _, serve: serve(llm))
+        if checkpoint.is_base:
+            return
+        if llm.llm_engine.model_config.is_chunked_prefill_supported:
+            self._chunkable.add(checkpoint.directory)
+        else:  # what serves it otherwise is this engine again
+            self._reruns(checkpoint, dtype, serving.mixed(self.probe_of(checkpoint))[0], llm)
+        if checkpoint.task == EMBED and dtype == "float32":
+            self.late_interaction(checkpoint, llm)
 
     def for_quality(self, checkpoint: Checkpoint) -> Measurement:
         """Measure raw outputs of the larger probe, in the dtype that is served.

@@ -12,8 +12,8 @@ from quantgate.stats import ALPHA, holm
 from quantgate.task import GENERATE, Task
 from quantgate.verdict import Outcome, Verdict, worst
 
-# How a person reads them: is it computed right, what did it cost, does it matter how it is served,
-# what changed? By the beginning of a check's name; a project's own come last.
+# How a person reads them: is it computed right, what did it cost, what changed, does it matter how
+# it is served? By the beginning of a check's name; a project's own come last.
 READ_IN_ORDER = (
     "fidelity",
     "replay",
@@ -24,10 +24,10 @@ READ_IN_ORDER = (
     "divergence-from-reference",
     "divergence-from-base",
     "quality",
+    "drift",
     "invariance",
     "tensor-parallel",
     "compiled",
-    "drift",
 )
 
 

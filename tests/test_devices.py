@@ -50,8 +50,8 @@ def test_what_is_visible_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> No
             "llama-3.2-cpu-tuned",
         ),
         ("suites/test_invariance.py::test_invariance[x-cuda-serving]", "x"),
-        ("tests/test_stats.py::test_it[0.5]", "tests/test_stats.py::test_it[0.5]"),
-        ("tests/test_stats.py::test_it", "tests/test_stats.py::test_it"),
+        ("tests/test_stats.py::test_it[0.5]", "tests/test_stats.py"),
+        ("tests/test_stats.py::test_it", "tests/test_stats.py"),
     ],
 )
 def test_a_checkpoint_is_one_group(nodeid: str, group: str) -> None:

@@ -49,11 +49,14 @@ class DequantizingLinearKernel(MPLinearKernel):  # type: ignore[misc]
             return False, "this build has a kernel of its own"
         if 32 % c.weight_type.size_bits:
             return False, f"{c.weight_type} does not divide 32 bits"
+        if getattr(c, "has_g_idx", False):
+            return False, "columns in an order of their own (act-order) are not emulated"
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the packed weight by `weight` [out, in] in the dtype it is multiplied in."""
-        packed, scale, zero_point = self._get_weight_params(layer)
+        # vLLM 0.26 gives the order of its columns too, which `can_implement` lets be none there.
+        packed, scale, zero_point, *_ = self._get_weight_params(layer)
         weight_type = self.config.weight_type
         # [out, in]: the checkpoint's layout, packed along the input dimension.
         code = unpack_quantized_values_into_int32(packed, weight_type, packed_dim=1)

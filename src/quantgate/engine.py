@@ -204,7 +204,7 @@ def _override_kernels_once() -> None:
     """Let the next engines of this process do without a search that the first one did.
 
     Each would look through every name of every module for kernels of Triton's to replace by the
-    CPU's, find the replacements, and replace them by their like: a third of a second.
+    CPU's, find the replacements, and replace them by their like: 0.13 of its 0.35 s.
     """
     from vllm.platforms import current_platform
 

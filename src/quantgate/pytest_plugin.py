@@ -425,7 +425,7 @@ def pytest_runtest_makereport(
 
 def _printable_lines(text: str) -> str:
     """Return a traceback without what a terminal would obey: a checkpoint's words may be in it."""
-    return "\n".join(map(printable, text.splitlines()))
+    return "\n".join(printable(line.expandtabs()) for line in text.splitlines())
 
 
 @dataclass(frozen=True, eq=False)  # pluggy keeps plugins in sets: hashed by identity

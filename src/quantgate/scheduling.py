@@ -16,13 +16,13 @@ _CHECKPOINT = re.compile(r"\[(?P<checkpoint>[a-z0-9.-]+)-(?:cpu|cuda)(?:-[^\]]*)
 
 
 def group_of(nodeid: str) -> str:
-    """Return the checkpoint of a check; the test itself where it judges none."""
+    """Return the checkpoint of a check; the file of a test that judges none."""
     found = _CHECKPOINT.search(nodeid)
-    return found["checkpoint"] if found else nodeid
+    return found["checkpoint"] if found else nodeid.partition("::")[0]
 
 
 class CheckpointScheduling(LoadScopeScheduling):  # type: ignore[misc]
-    """xdist's scheduling by scope, where the scope is a checkpoint."""
+    """xdist's scheduling by scope, where that is a checkpoint, or the file of other tests."""
 
     def _split_scope(self, nodeid: str) -> str:
         return group_of(nodeid)

@@ -22,6 +22,12 @@ from quantgate.engine import ENVIRONMENT
 ENGINE_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
+def persons_environment() -> dict[str, str]:
+    """Return the environment of a person who approves goldens: neither CI nor an xdist worker."""
+    ours = ("CI", "PYTEST_XDIST_WORKER")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 @dataclass(frozen=True)
 class RunGate:
     """Runs pytest in `project` as a user would."""

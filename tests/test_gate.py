@@ -23,17 +23,17 @@ from quantgate.verdict import Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
 CHECKS = [
-    "divergence-from-reference",
-    "divergence-from-base",
-    "invariance-float32",
-    "invariance-serving",
     "fidelity-float32",
     "fidelity-serving",
     "replay-float32",
     "replay-serving",
+    "divergence-from-reference",
+    "divergence-from-base",
     "quality",
     "drift-float32",
     "drift-serving",
+    "invariance-float32",
+    "invariance-serving",
 ]
 
 
@@ -137,12 +137,12 @@ def test_a_checkpoint_given_by_path_is_gated_without_a_golden(
     assert result.returncode == 0, result.stdout
     (checkpoint,) = run_gate.report["checkpoints"]
     assert [check["name"] for check in checkpoint["checks"]] == [
-        "divergence-from-reference",
-        "divergence-from-base",
-        "invariance-serving",
         "fidelity-serving",
         "replay-serving",
+        "divergence-from-reference",
+        "divergence-from-base",
         "quality",
+        "invariance-serving",
     ]
     assert "it has no golden: given by path" in result.stdout
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import RunGate
+from harness import RunGate, persons_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,13 +122,12 @@ def test_an_interrupted_write_leaves_the_old_file(
 
 
 def regenerate(project: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "CI"}
     return subprocess.run(
         [sys.executable, "tools/regen_golden.py", *arguments],
         cwd=project,
         capture_output=True,
         text=True,
-        env={**kept, **more},
+        env={**persons_environment(), **more},
     )
 
 

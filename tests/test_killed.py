@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from harness import RunGate
+from harness import RunGate, persons_environment
 from safetensors import safe_open
 
 from quantgate.cache import DiskCache
@@ -29,9 +29,8 @@ FEW = "float32 and (fidelity or drift)"
 
 def kill_at_random(command: Sequence[str], project: Path, rng: random.Random) -> None:
     """Start a command, and kill it and all it started, without warning."""
-    environment = {name: value for name, value in os.environ.items() if name != "CI"}
     with subprocess.Popen(
-        command, cwd=project, env=environment, start_new_session=True,
+        command, cwd=project, env=persons_environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         time.sleep(rng.uniform(0, LONGEST))
@@ -84,8 +83,9 @@ def test_a_killed_regen_leaves_every_golden_whole(project: Path, root: Path, pro
         for path, approved in moved.items():
             history = from_json(path.read_text(), probe, path).history
             assert len(history) in (approved, approved + 1)
-    environment = {name: value for name, value in os.environ.items() if name != "CI"}
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=project, env=persons_environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for path, approved in moved.items():
         assert len(from_json(path.read_text(), probe, path).history) == approved + 1

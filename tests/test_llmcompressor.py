@@ -42,13 +42,13 @@ def test_every_one_of_them_passes(run_gate: RunGate, root: Path) -> None:
     for entry in run_gate.report["checkpoints"]:
         assert entry["verdict"] == "pass"
         assert [check["name"] for check in entry["checks"]] == [
-            "divergence-from-reference",
-            "divergence-from-base",
-            "invariance-float32",
-            "invariance-serving",
             "fidelity-float32",
             "fidelity-serving",
             "replay-float32",
             "replay-serving",
+            "divergence-from-reference",
+            "divergence-from-base",
             "quality",
+            "invariance-float32",
+            "invariance-serving",
         ]

@@ -89,8 +89,9 @@ class DiskCache:
         oldest = time.time() - DAYS_KEPT * 24 * 3600
         found = self.directory.iterdir() if self.directory.is_dir() else ()
         for path in found:
-            if _OWN.fullmatch(path.name) and path.stat().st_mtime < oldest:
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # another process may be at it, or it may be others'
+                if _OWN.fullmatch(path.name) and path.stat().st_mtime < oldest:
+                    path.unlink()
 
 
 class DamagedEntry(ValueError):

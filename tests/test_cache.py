@@ -168,21 +168,22 @@ def test_a_base_is_served_once_for_all_runs(
 
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from quantgate.cache import DiskCache
 
 with DiskCache(Path(sys.argv[1])).alone({"identity": "abc", "dtype": "float32"}, lambda: None):
     print("held", flush=True)
-    time.sleep(600)
+    sys.stdin.read()
 """
 
 
 def test_who_waits_says_so_and_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     waited: list[str] = []
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as other:
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
 

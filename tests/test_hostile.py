@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import RunGate
 from safetensors.torch import load_file, save_file
-from test_html import CHROMIUM, elements
+from test_html import CHROMIUM, browse, elements
 
 SCRIPT = "<script>document.title='owned';console.log('owned')</script>"
 ESCAPES = "\x1b]0;owned\x07\x1b[31m\u202e\x00"
@@ -88,11 +88,7 @@ def test_a_hostile_checkpoint_is_judged_like_any_other(
     assert "etc/passwd&lt;script&gt;" in page.read_text()  # its worst tokens, in their text
     if CHROMIUM is None:
         pytest.skip("not run: no chromium here, apt-get install chromium")
-    shown = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    shown = browse(page, tmp_path)
     assert "CONSOLE" not in shown.stderr
     assert "<title>Quantgate: PASS</title>" in shown.stdout
 

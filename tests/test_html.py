@@ -190,6 +190,19 @@ def test_a_known_failure_is_no_failure_in_the_comment() -> None:
     assert 'failures="0"' in junit_xml([known])
 
 
+def browse(page: Path, folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    """Show a page in the browser that there is; prints what became of it."""
+    assert CHROMIUM is not None
+    return subprocess.run(
+        [
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            "--disable-background-networking", "--disable-component-update", "--no-first-run",
+            f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="not run: no chromium here, apt-get install chromium")
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_it_silently_and_asks_nobody(tmp_path: Path, dark: bool) -> None:
@@ -197,16 +210,9 @@ def test_a_browser_shows_it_silently_and_asks_nobody(tmp_path: Path, dark: bool)
     results = [result(text, "fail", f"c{i}") for i, text in enumerate(HOSTILE[:-1])]
     page, log = tmp_path / "index.html", tmp_path / "net.json"
     page.write_text(index_html(run_of(results)), encoding="utf-8")
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [
-            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            "--disable-background-networking", "--disable-component-update", "--no-first-run",
-            f"--log-net-log={log}", f"--user-data-dir={tmp_path / 'profile'}",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120,
+    done = browse(
+        page, tmp_path, f"--log-net-log={log}", f"--screenshot={tmp_path / 'page.png'}",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr

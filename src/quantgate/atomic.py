@@ -4,6 +4,7 @@ import glob
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # A file being written that is older is what a killed process left.
@@ -32,5 +33,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes left of writing this file."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if left.stat().st_mtime < time.time() - HOUR:
-            left.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may be removing it, too
+            if left.stat().st_mtime < time.time() - HOUR:
+                left.unlink()

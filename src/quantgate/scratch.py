@@ -8,10 +8,14 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantgate.atomic import HOUR
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 PREFIX, LOCK = "quantgate-", "in-use.lock"
-# A younger one may be somebody's who is just about to lock it.
-HOUR = 3600
 
 
 def scratch_directory(owner: object) -> Path:
@@ -26,9 +30,9 @@ def scratch_directory(owner: object) -> Path:
     return directory
 
 
-def _remove(directory: Path, lock: object) -> None:
+def _remove(directory: Path, lock: BaseFileLock) -> None:
     shutil.rmtree(directory, ignore_errors=True)
-    del lock  # held until here, and by this function's caller
+    lock.release()
 
 
 def remove_leftovers(where: Path) -> None:
@@ -40,6 +44,7 @@ def remove_leftovers(where: Path) -> None:
 
     for lock in where.glob(f"{PREFIX}*/{LOCK}"):
         try:
+            # A younger one may be somebody's who is just about to lock it.
             found = lock.parent.lstat()
             if found.st_uid != os.getuid() or found.st_mtime > time.time() - HOUR:
                 continue

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantgate.report.results import CheckResult, overall, place_of
 from quantgate.report.run import Run
-from quantgate.verdict import KLD_DECADES, Deviation, Profile, worst
+from quantgate.verdict import KLD_DECADES, Profile, worst
 
 # Of a chart, in the units of its SVG.
 WIDTH, HEIGHT = 320, 72
@@ -84,20 +84,16 @@ def _checkpoint(results: list[CheckResult], run: Run) -> dict[str, Any]:
 
 
 def _charts(result: CheckResult) -> list[dict[str, Any]]:
-    profile, headline = result.verdict.profile, _headline(result)
+    profile = result.verdict.profile
     charts = []
     if len(profile.by_position) > 1 and any(largest for _, _, largest in profile.by_position):
-        charts.append(_by_position(profile, headline))
+        charts.append(_by_position(profile))
     if sum(profile.kld):
         charts.append(_kld(profile))
     return charts
 
 
-def _headline(result: CheckResult) -> Deviation | None:
-    return result.verdict.deviations[0] if result.verdict.deviations else None
-
-
-def _by_position(profile: Profile, headline: Deviation | None) -> dict[str, Any]:
+def _by_position(profile: Profile) -> dict[str, Any]:
     """Return bars of the mean and largest |Δ| by position, logarithmic."""
     sizes = [size for _, _, size in profile.by_position if math.isfinite(size)]
     top = max([*sizes, SMALLEST * 10])

@@ -28,6 +28,10 @@ def persons_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
+# A gate run that takes longer hangs.
+LONGEST_RUN = 1500
+
+
 @dataclass(frozen=True)
 class RunGate:
     """Runs pytest in `project` as a user would."""
@@ -44,6 +48,7 @@ class RunGate:
             capture_output=True,
             text=True,
             check=False,
+            timeout=LONGEST_RUN,
         )
 
     def remove_its_checkpoint(self) -> None:
@@ -56,6 +61,46 @@ class RunGate:
         """The gate.json of the last run that was given `--gate-report report`."""
         found: dict[str, Any] = json.loads((self.project / "report" / "gate.json").read_text())
         return found
+
+
+STARTS = """
+import json, os
+import quantgate.engine as engine
+
+started = engine.running_engine
+
+def running_engine(directory, **arguments):
+    with open("starts.jsonl", "a") as stream:
+        stream.write(json.dumps([os.environ.get("PYTEST_XDIST_WORKER", "serial"),
+                                 str(directory), repr(sorted(arguments.items()))]) + "\\n")
+    return started(directory, **arguments)
+
+engine.running_engine = running_engine
+"""
+SEEN = """
+import os, pathlib
+
+def test_seen(checkpoint, device, worker_id):
+    name = f"{worker_id}-{checkpoint.id}.txt"
+    pathlib.Path(name).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+"""
+
+
+def project_of(project: Path, root: Path, *names: str) -> Path:
+    """Make a project one of these checkpoints, which writes down what its workers do.
+
+    Engines that start in starts.jsonl; each worker's GPUs in <worker>-<checkpoint>.txt, by a test
+    called "seen".
+    """
+    RunGate(project).remove_its_checkpoint()
+    for name in names:
+        file = f"fixtures/checkpoints/{name}.toml"
+        shutil.copy(root / file, project / file)
+        shutil.copytree(root / "golden" / name, project / "golden" / name)
+    with (project / "conftest.py").open("a") as stream:
+        stream.write(STARTS)
+    (project / "suites" / "test_seen.py").write_text(SEEN)
+    return project
 
 
 STARTING_SECONDS = 180

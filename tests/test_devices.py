@@ -1,12 +1,11 @@
 """GPUs and workers: each worker owns its own; a checkpoint stays on one; reports are the same."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import RunGate
+from harness import RunGate, project_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,45 +57,10 @@ def test_a_checkpoint_is_one_group(nodeid: str, group: str) -> None:
     assert group_of(nodeid) == group
 
 
-STARTS = """
-import json, os
-import quantgate.engine as engine
-
-started = engine.running_engine
-
-def running_engine(directory, **arguments):
-    with open("starts.jsonl", "a") as stream:
-        stream.write(json.dumps([os.environ.get("PYTEST_XDIST_WORKER", "serial"),
-                                 str(directory), repr(sorted(arguments.items()))]) + "\\n")
-    return started(directory, **arguments)
-
-engine.running_engine = running_engine
-"""
-SEEN = """
-import os, pathlib
-
-def test_seen(checkpoint, device, worker_id):
-    name = f"{worker_id}-{checkpoint.id}.txt"
-    pathlib.Path(name).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-"""
-
-
 @pytest.fixture
 def two_checkpoints(project: Path, root: Path) -> Path:
     """A project of two checkpoints with one base, which writes down what its workers do."""
     return project_of(project, root, "tiny-llama-w8a16", "tiny-llama-mxfp8")
-
-
-def project_of(project: Path, root: Path, *names: str) -> Path:
-    RunGate(project).remove_its_checkpoint()
-    for name in names:
-        file = f"fixtures/checkpoints/{name}.toml"
-        shutil.copy(root / file, project / file)
-        shutil.copytree(root / "golden" / name, project / "golden" / name)
-    with (project / "conftest.py").open("a") as stream:
-        stream.write(STARTS)
-    (project / "suites" / "test_seen.py").write_text(SEEN)
-    return project
 
 
 def checks_of(project: Path, report: str) -> dict[tuple[str, str], dict[str, Any]]:

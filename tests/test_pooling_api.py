@@ -140,7 +140,8 @@ def test_vllm_refuses_a_quantized_head_by_name(root: Path, tmp_path: Path) -> No
     config["quantization_config"]["ignore"] = []
     path.write_text(json.dumps(config))
     from quantgate.checkpoint import EngineSettings
-    from quantgate.engine import EngineFailure, running_engine
+    from quantgate.engine import running_engine
+    from quantgate.engine_failure import EngineFailure
     from quantgate.pooling import pooling_arguments
 
     with (

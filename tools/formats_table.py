@@ -25,7 +25,7 @@ from quantgate.checkpoint import (
     read_checkpoint_files,
 )
 from quantgate.doctor import linear_kernels
-from quantgate.engine import EngineFailure
+from quantgate.engine_failure import EngineFailure
 from quantgate.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent

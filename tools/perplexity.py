@@ -23,13 +23,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput, EngineSettings
-from quantgate.engine import (
-    EngineFailure,
-    first_line,
-    kernel_fingerprint,
-    library_versions,
-    running_engine,
-)
+from quantgate.engine import kernel_fingerprint, library_versions, running_engine
+from quantgate.engine_failure import EngineFailure, first_line
 from quantgate.perplexity import PROTOCOLS, Perplexity, Protocol, Tally, evaluate, result_of
 
 # A text is tokenized in pieces of this many characters, cut at a line's end: what fits into one

@@ -16,7 +16,7 @@ from pathlib import Path
 from quantgate import approval
 from quantgate.cache import DiskCache
 from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
-from quantgate.engine import EngineFailure
+from quantgate.engine_failure import EngineFailure
 from quantgate.golden import DTYPES, unclaimed
 from quantgate.probe import embedded_probe
 from quantgate.sources import Sources

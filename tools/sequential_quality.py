@@ -20,7 +20,7 @@ from quantgate.checkpoint import (
     read_checkpoint_files,
     verify,
 )
-from quantgate.engine import EngineFailure
+from quantgate.engine_failure import EngineFailure
 from quantgate.probe import embedded_probe, probe_for
 from quantgate.sequential import Progress, probe_of_text, quality_until_clear
 from quantgate.sources import Sources

@@ -77,7 +77,7 @@ class _Watch:
         # The body may know what is packed when the model with its head does not.
         packed: dict[str, list[str]] = {}
         for module in reversed(list(model.modules())):
-            packed |= getattr(module, "packed_modules_mapping", {})
+            packed |= getattr(module, "packed_modules_mapping", None) or {}  # vLLM 0.26: None
         linears = {n: m for n, m in model.named_modules() if isinstance(m, LinearBase)}
         self.layouts = {name: _layout(name, module, packed) for name, module in linears.items()}
         self.seen: dict[str, list[torch.Tensor]] = {}

@@ -39,7 +39,7 @@ def linear_kernels(directory: Path, settings: EngineSettings) -> tuple[list[str]
 
 def format_kernels(checkpoints: Mapping[str, Checkpoint]) -> Iterator[FormatKernel]:
     """Yield the native kernel of each scheme among embedded checkpoints, by loading one of each."""
-    from quantgate.engine import EngineFailure
+    from quantgate.engine_failure import EngineFailure
 
     by_scheme: dict[str, Checkpoint] = {}
     for checkpoint in checkpoints.values():

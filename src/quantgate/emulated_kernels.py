@@ -181,7 +181,11 @@ class DequantizingFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: i
         params = self._get_layer_params(layer)
         shape = self.weight_group_shape
         rows, columns = params.weight.shape
-        scale = params.block_scale.float().repeat_interleave(shape.row, dim=0)
+        # What compressed-tensors calls `weight_scale` is `weight_scale_inv` to other exporters.
+        block_scale = params.weight_scale
+        if params.weight_scale_inv is not None:
+            block_scale = params.weight_scale_inv
+        scale = block_scale.float().repeat_interleave(shape.row, dim=0)
         scale = scale.repeat_interleave(shape.col, dim=1)[:rows, :columns]
         _hold(layer, params.weight.float() * scale)
 

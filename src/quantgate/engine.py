@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +19,18 @@ import numpy as np
 from quantgate.capture import EXTENSION, Capture, take_capture
 from quantgate.checkpoint import EngineSettings, read_config
 from quantgate.emulation import engine_arguments
+from quantgate.engine_failure import (
+    MISTAKES,
+    EngineFailure,
+    end_waiting_when_it_dies,
+    explained,
+    require_device,
+)
 from quantgate.measurement import Measurement, Provenance, pooled
 from quantgate.pooling import encode, outputs, pooling_arguments, raw_outputs
 from quantgate.probe import Probe
 from quantgate.scoremode.hooks import require_hooks, vllm_version
 from quantgate.task import GENERATE
-from quantgate.verdict import printable
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -37,6 +44,8 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Writes every token of a batch that fails to the terminal.
+DUMP = "vllm.logging_utils.dump_input"
 
 # Tokens whose inputs and outputs are captured for replay: half a GiB for a model of 8 billion
 # parameters in bfloat16, 4 GiB for one of 70.
@@ -46,13 +55,6 @@ REPLAY_TOKENS = 512
 CPU_KV_CACHE = 1 << 30
 
 Announce = Callable[[str], None]
-
-
-class EngineFailure(RuntimeError):
-    """vLLM could not load or score a checkpoint; the message carries its reason."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__())  # the names of tensors may be in it
 
 
 def measure(
@@ -143,12 +145,17 @@ def replay_windows(probe: Probe) -> list[int]:
 def running_engine(
     directory: Path, *, settings: EngineSettings, dtype: str, **extra: Any
 ) -> Iterator[LLM]:
-    """Start vLLM on a checkpoint and free all it held afterwards. `extra` goes to `vllm.LLM`."""
+    """Start vLLM on a checkpoint and free all it held afterwards. `extra` goes to `vllm.LLM`.
+
+    Raises `EngineFailure` where vLLM cannot load it, or fails while it serves.
+    """
+    require_device()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    logging.getLogger(DUMP).setLevel(logging.CRITICAL)
     optional = {
         "max_model_len": settings.max_model_len,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
@@ -179,21 +186,28 @@ def running_engine(
         atexit.register(gc.unfreeze)  # what is frozen at exit looks leaked to its libraries
     # Two ranks on a machine without NUMA nodes: vLLM would bind both to the same processors.
     unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.tensor_parallel_size > 1 else {}
+    vllm = f"{directory}: vLLM {vllm_version()}"
+    with (
+        explained(f"{vllm} cannot load it in {dtype}"),
+        _collection_suspended() if on_cpu else nullcontext(),
+        _environment(unbound),
+    ):
+        llm = LLM(**arguments)
+    failed = True
     try:
-        with _collection_suspended() if on_cpu else nullcontext(), _environment(unbound):
-            llm = LLM(**arguments)
-    except Exception as error:
-        raise EngineFailure(
-            f"{directory}: vLLM {vllm_version()} cannot load it in {dtype} "
-            f"({type(error).__name__}: {first_line(error)})."
-        ) from error
-    try:
-        require_hooks(llm.llm_engine.vllm_config)
-        yield llm
+        with explained(f"{vllm} failed while it served it in {dtype}", but=MISTAKES):
+            require_hooks(llm.llm_engine.vllm_config)
+            end_waiting_when_it_dies(llm.llm_engine.engine_core)
+            yield llm
+        failed = False
     finally:
         # Now, not when it is collected: the frames of an error may keep it for long, and its end
-        # would then take the next engine's process groups with it.
-        with _collection_suspended() if on_cpu else nullcontext():
+        # would then take the next engine's process groups with it. What is broken may not end
+        # well, which is not the failure to report.
+        with (
+            suppress(Exception) if failed else nullcontext(),
+            _collection_suspended() if on_cpu else nullcontext(),
+        ):
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
@@ -359,13 +373,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; empty where it has none.
-
-    A pydantic error's first line only counts its parts, so that is the first part's.
-    """
-    if callable(parts := getattr(error, "errors", None)):
-        return str(parts()[0].get("msg", ""))
-    return (str(error).strip().splitlines() or [""])[0]

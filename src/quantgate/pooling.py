@@ -144,7 +144,7 @@ def encode(
 
 def rows_of(probe: Probe, found: Sequence[Rows]) -> Rows:
     """Return the probe's rows [n, D] of what came back for its windows."""
-    from quantgate.engine import EngineFailure
+    from quantgate.engine_failure import EngineFailure
 
     for window, rows in zip(probe.windows, found, strict=True):
         expected = 1 if probe.task == SEQUENCE_REWARD else len(window.ids)

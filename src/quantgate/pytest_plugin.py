@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import time
@@ -25,7 +26,8 @@ from quantgate.checkpoint import (
     verify,
     with_own_task,
 )
-from quantgate.engine import EngineFailure, available_devices, library_versions
+from quantgate.engine import available_devices, library_versions
+from quantgate.engine_failure import EngineFailure
 from quantgate.golden import history_of, since_golden, unclaimed
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
@@ -33,6 +35,7 @@ from quantgate.report.results import CheckResult, overall, place_of, upheld
 from quantgate.report.run import Run
 from quantgate.report.terminal import table
 from quantgate.report.write import FILES, write_reports
+from quantgate.scheduling import check_of, group_of
 from quantgate.sources import Sources
 from quantgate.task import Task
 from quantgate.verdict import Verdict, not_run, printable
@@ -91,6 +94,10 @@ class GateRun:
     sources: Sources | None = None
     order: dict[str, int] = field(default_factory=dict)
     """Where each check stands in xdist's workers' collection: results come as they are ready."""
+    crashed: dict[str, str] = field(default_factory=dict)
+    """What xdist says of each check that a worker did not survive."""
+    places: dict[str, int] = field(default_factory=dict)
+    """Which part of the machine each of xdist's workers has: a crashed one's goes to its heir."""
     notes: list[str] = field(default_factory=list)
     """What xdist's workers want its reader to know."""
 
@@ -102,7 +109,9 @@ class GateRun:
 
 RUN = pytest.StashKey[GateRun]()
 WORKER = "quantgate"
+PLACE = "quantgate_place"
 PENDING = not_run("the run ended before its test")
+RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -125,7 +134,7 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if (worker := getattr(config, "workerinput", None)) is not None:
         _share_processors(worker["workercount"])
-        _own_gpus(int(worker["workerid"].removeprefix("gw")), worker["workercount"])
+        _own_gpus(worker[PLACE], worker["workercount"])
     config.stash[RUN] = GateRun(config.rootpath)
     config.pluginmanager.register(ResultCollector(config.stash[RUN]))
 
@@ -137,10 +146,10 @@ def _share_processors(workers: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-def _own_gpus(worker: int, workers: int) -> None:
+def _own_gpus(place: int, workers: int) -> None:
     """Leave each xdist worker GPUs of its own."""
     try:
-        if owned := devices.share(worker, workers, devices.gpus()):
+        if owned := devices.share(place, workers, devices.gpus()):
             os.environ[devices.VISIBLE] = ",".join(owned)
     except BadInput as error:
         raise pytest.UsageError(str(error)) from None
@@ -252,7 +261,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         run.results[item.nodeid] = CheckResult(
             checkpoint.id,
             run.schemes[checkpoint.id],
-            _check_name(item),
+            check_of(item.nodeid) or item.name,
             PENDING,
             task=checkpoint.task,
         )
@@ -296,15 +305,9 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
     return None
 
 
-def _check_name(item: pytest.Item) -> str:
-    name = getattr(item, "originalname", item.name).removeprefix("test_").replace("_", "-")
-    dtype = _params(item).get("dtype")
-    return f"{name}-{dtype}" if dtype else name
-
-
 def _subject(item: pytest.Item) -> str:
     params = _params(item)
-    return f"{params['checkpoint'].id} {_check_name(item)} on {params['device']}"
+    return f"{params['checkpoint'].id} {check_of(item.nodeid)} on {params['device']}"
 
 
 # Judging -----------------------------------------------------------------------------------------
@@ -414,7 +417,7 @@ def pytest_runtest_makereport(
         report.longrepr = str(call.excinfo.value)
     elif report.failed:
         report.longrepr = _printable_lines(report.longreprtext)
-    if result.verdict is PENDING and not report.passed:
+    if result.verdict == PENDING and not report.passed:
         reason = str(call.excinfo.value) if call.excinfo else report.outcome
         result = replace(result, verdict=not_run(reason))
     result = replace(result, seconds=result.seconds + report.duration)
@@ -438,6 +441,15 @@ class ResultCollector:
         """Called by pytest in the process that reports, for every phase of every test."""
         if (values := getattr(report, "quantgate", None)) is not None:
             self.run.results[report.nodeid] = CheckResult.from_dict(values)
+        elif report.failed and report.nodeid in self.run.order:  # xdist's own, of a crashed worker
+            self.run.crashed[report.nodeid] = printable(report.longreprtext)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Called by xdist before it starts a worker, also one in the place of a crashed one."""
+        taken = set(self.run.places.values())
+        place = next(i for i in itertools.count() if i not in taken)
+        self.run.places[node.gateway.id] = node.workerinput[PLACE] = place
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
@@ -454,8 +466,10 @@ class ResultCollector:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """Called by xdist when a worker has ended: all of them left out the same."""
+        self.run.places.pop(node.gateway.id, None)
         said = getattr(node, "workeroutput", {}).get(WORKER, {})
-        self.run.left_out = [(subject, why) for subject, why in said.get("left_out", ())]
+        if "left_out" in said:  # a crashed worker says nothing
+            self.run.left_out = [(subject, why) for subject, why in said["left_out"]]
         self.run.notes += [note for note in said.get("notes", ()) if note not in self.run.notes]
 
 
@@ -466,6 +480,29 @@ def _in_order(run: GateRun) -> list[CheckResult]:
     places = run.order or {nodeid: place for place, nodeid in enumerate(run.results)}
     found = sorted(run.results.items(), key=lambda item: places.get(item[0], 0))
     return sorted((r for _, r in found), key=lambda r: (r.checkpoint, place_of(r.check)))
+
+
+def _add_unreported(config: pytest.Config, run: GateRun) -> None:
+    """Give every check that no xdist worker reported a result: one without is not a pass."""
+    unreported = {
+        nodeid: check_of(nodeid)
+        for nodeid in run.order
+        if nodeid not in run.results or run.results[nodeid].verdict == PENDING
+    }
+    if not any(unreported.values()):
+        return
+    checkpoints = {checkpoint.id: checkpoint for checkpoint in _selected_checkpoints(config)}
+    ended_at = {group_of(nodeid): check_of(nodeid) for nodeid in run.crashed}
+    for nodeid, check in unreported.items():
+        if (checkpoint := checkpoints.get(group_of(nodeid))) is None or check is None:
+            continue
+        verdict = PENDING
+        if (at := ended_at.get(checkpoint.id)) is not None:
+            why = run.crashed.get(nodeid, f"its worker ended while it judged {at}")
+            verdict = not_run(why, RERUN_CRASHED)
+        run.results[nodeid] = CheckResult(
+            checkpoint.id, run.schemes[checkpoint.id], check, verdict, task=checkpoint.task
+        )
 
 
 def _uphold(config: pytest.Config, run: GateRun) -> None:
@@ -482,13 +519,14 @@ def _uphold(config: pytest.Config, run: GateRun) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the report, and let nothing but a pass exit 0."""
     run = session.config.stash.get(RUN, None)
-    if run is None or not run.results or session.config.option.collectonly:
+    if run is None or not (run.results or run.crashed) or session.config.option.collectonly:
         return
     if hasattr(session.config, "workerinput"):  # an xdist worker; its controller reports
         output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]
         output[WORKER] = {"left_out": run.left_out, "notes": run.all_notes}
         return
     DiskCache(_cache_directory(session.config)).forget_unused()
+    _add_unreported(session.config, run)
     _uphold(session.config, run)
     results = _in_order(run)
     if exitstatus == pytest.ExitCode.OK and overall(results) != "pass":

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from quantgate.checkpoint import BadInput, read_config
-from quantgate.engine import Announce, first_line, library_versions
+from quantgate.engine import Announce, library_versions
+from quantgate.engine_failure import first_line
 from quantgate.formats.groups import Group, group_of
 from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
 from quantgate.formats.stored import StoredTensors

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.capture import Capture
-from quantgate.engine import Announce, EngineFailure
+from quantgate.engine import Announce
+from quantgate.engine_failure import EngineFailure
 from quantgate.probe import Probe
 from quantgate.reference import Product, StreamedModel
 from quantgate.task import GENERATE

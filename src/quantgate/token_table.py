@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from quantgate.checkpoint import BadInput, EngineSettings
-from quantgate.engine import EngineFailure, kernel_fingerprint, running_engine
+from quantgate.engine import kernel_fingerprint, running_engine
+from quantgate.engine_failure import EngineFailure
 from quantgate.pooling_api import token_task_options
 from quantgate.task import activation_of, label_names
 

@@ -19,7 +19,7 @@ from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, ve
 from quantgate.engine_failure import EngineFailure
 from quantgate.golden import DTYPES, unclaimed
 from quantgate.probe import embedded_probe
-from quantgate.sources import Sources
+from quantgate.sources import Sources, has_float32
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def regenerate(
 ) -> list[approval.Proposal]:
     """Show what changes in a checkpoint's goldens, write it, and return what was refused."""
     refused = []
-    for dtype in DTYPES:
+    for dtype in DTYPES if has_float32(checkpoint) else DTYPES[1:]:
         proposal = approval.propose(
             sources,
             checkpoint,

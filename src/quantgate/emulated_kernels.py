@@ -17,6 +17,7 @@ from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8Lin
 from vllm.model_executor.kernels.linear.nvfp4 import NvFp4LinearKernel, NvFp4LinearLayerConfig
 from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm import (
+    CPUInt8ScaledMMLinearKernel,
     Fp8BlockScaledMMLinearKernel,
     FP8ScaledMMLinearKernel,
     Int8ScaledMMLinearKernel,
@@ -93,8 +94,10 @@ class DequantizingInt8LinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """Decline unless portable kernels are asked for: every CPU build has one of its own."""
-        return portable_wanted(), "portable kernels are not asked for"
+        """Decline where the build's own kernel may be used: every CPU build has one."""
+        return portable_wanted() or _is_disabled(
+            CPUInt8ScaledMMLinearKernel
+        ), "a native one is there"
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
@@ -286,10 +289,18 @@ def _multiply(
     return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def _is_disabled(kernel: type) -> bool:
+    """Whether a person took a kernel of vLLM's away (`VLLM_DISABLED_KERNELS`)."""
+    from vllm import envs
+
+    return kernel.__name__ in envs.VLLM_DISABLED_KERNELS
+
+
 def _has_native_wna16(config: Any) -> bool:
     """Whether vLLM's own kernel runs: AVX-512 builds have it, for 4 bits and 16-bit activations."""
     return (
         hasattr(torch.ops._C, "cpu_gemm_wna16")
+        and not _is_disabled(CPUWNA16LinearKernel)
         and config.act_type in (torch.bfloat16, torch.float16)
         and bool(CPUWNA16LinearKernel.can_implement(config)[0])
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from quantgate.capture import EXTENSION, Capture, take_capture
 from quantgate.checkpoint import EngineSettings, read_config
-from quantgate.emulation import engine_arguments
+from quantgate.emulation import NATIVE, engine_arguments
 from quantgate.engine_failure import (
     MISTAKES,
     EngineFailure,
@@ -156,6 +156,7 @@ def running_engine(
     from vllm.distributed import cleanup_dist_env_and_memory
 
     logging.getLogger(DUMP).setLevel(logging.CRITICAL)
+    on_cpu = "cpu" in available_devices()
     optional = {
         "max_model_len": settings.max_model_len,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
@@ -173,11 +174,10 @@ def running_engine(
         "enforce_eager": settings.enforce_eager,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "kv_cache_dtype": settings.kv_cache_dtype,
-        **engine_arguments(settings.kernels, _kv_cache_scheme(directory)),
+        **engine_arguments(settings.kernels if on_cpu else NATIVE, _kv_cache_scheme(directory)),
         **{name: value for name, value in optional.items() if value is not None},
         **extra,
     }
-    on_cpu = "cpu" in available_devices()
     if on_cpu:
         _override_kernels_once()
         arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE)

@@ -6,12 +6,13 @@ Takes what a check needs from the sources and hands it to the comparison.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from quantgate import compare
 from quantgate.attribution import Suspects, attribute
 from quantgate.checkpoint import Checkpoint
 from quantgate.library_weights import largest_disagreement
-from quantgate.sources import Sources
+from quantgate.sources import SERVING, Sources
 from quantgate.verdict import Verdict
 
 Check = Callable[[Sources, Checkpoint], Verdict]
@@ -23,17 +24,17 @@ def float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     return attribute(verdict, _suspects(sources, checkpoint, "float32", _float32))
 
 
-def serving(sources: Sources, checkpoint: Checkpoint) -> Verdict:
-    """Judge the scores of a free-running engine in the dtype that is served."""
-    verdict = _serving(sources, checkpoint)
-    return attribute(verdict, _suspects(sources, checkpoint, "serving", _serving))
+def serving(sources: Sources, checkpoint: Checkpoint, dtype: str = SERVING) -> Verdict:
+    """Judge the scores of a free-running engine in the dtype that is served, or in another."""
+    check = partial(_serving, dtype=dtype)
+    return attribute(check(sources, checkpoint), _suspects(sources, checkpoint, dtype, check))
 
 
 def replay(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
     """Judge every linear on the engine's own inputs."""
     engine, found = sources.engine(checkpoint, dtype), sources.replay(checkpoint, dtype)
     verdict = compare.replayed(engine, found, sources.probe_of(checkpoint))
-    free_running = _float32 if dtype == "float32" else _serving
+    free_running = _float32 if dtype == "float32" else partial(_serving, dtype=dtype)
     return attribute(verdict, _suspects(sources, checkpoint, dtype, free_running))
 
 
@@ -68,14 +69,14 @@ def _float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     )
 
 
-def _serving(sources: Sources, checkpoint: Checkpoint) -> Verdict:
-    engine = sources.engine(checkpoint, "serving")
+def _serving(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    engine = sources.engine(checkpoint, dtype)
     reference = sources.reference(checkpoint, "float32")
-    rounded = sources.reference(checkpoint, "serving")
+    rounded = sources.reference(checkpoint, dtype)
     base_noise = None
     if (base := checkpoint.base_checkpoint) is not None:
         base_noise = compare.mean_absolute_difference(
-            sources.engine(base, "serving"), sources.reference(base, "float32")
+            sources.engine(base, dtype), sources.reference(base, "float32")
         )
     probe = sources.probe_of(checkpoint)
     return compare.fidelity_serving(engine, reference, rounded, probe, base_noise=base_noise)

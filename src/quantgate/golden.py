@@ -18,6 +18,7 @@ import numpy as np
 from syrupy.extensions.json import JSONSnapshotExtension
 
 from quantgate.checkpoint import BadInput, Checkpoint, identity
+from quantgate.emulation import NATIVE
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe
 from quantgate.task import GENERATE
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from syrupy.types import SerializableData, SnapshotIndex
 
 SCHEMA = 1
+UNCHANGED = "same versions, same kernels"
 SKETCH = 16
 # What lies in a checkpoint's folder: `<kind>-<dtype>.<platform>.json`.
 KINDS, DTYPES = ("drift", "noise"), ("float32", "serving")
@@ -68,7 +70,7 @@ def golden_key(checkpoint: Checkpoint, probe: Probe, measured: Measurement) -> G
         platform=measured.provenance.platform,
         dtype=measured.provenance.dtype,
         kv_dtype=checkpoint.engine.kv_cache_dtype,
-        kernels=checkpoint.engine.kernels,
+        kernels=checkpoint.engine.kernels if measured.provenance.device == "cpu" else NATIVE,
     )
 
 
@@ -214,7 +216,7 @@ def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
-    return f"{', '.join(changed) or 'same versions, same kernels'} (golden of {taken})"
+    return f"{', '.join(changed) or UNCHANGED} (golden of {taken})"
 
 
 def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from quantgate.evidence import profile_of
 from quantgate.formats.stored import StoredTensors
 from quantgate.invariance import Derive, Values, largest, same, verdict_on
 from quantgate.serving import mixed
-from quantgate.sources import Sources
+from quantgate.sources import Sources, sharpest_dtype
 from quantgate.task import EMBED, HEADS, activation_of, head_tensors, label_names
 from quantgate.verdict import Deviation, Verdict, not_run
 
@@ -26,7 +26,7 @@ from quantgate.verdict import Deviation, Verdict, not_run
 
 def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge what a request that asks for nothing gets: the config's function of the raw outputs."""
-    engine = sources.engine(checkpoint, "float32")
+    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
     assert engine.activated is not None
     given = engine.activated.astype(np.float64)
     kind, expected = _activated(engine.values, checkpoint)
@@ -38,7 +38,7 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             expected,
             sources,
             checkpoint,
-            "float32",
+            sharpest_dtype(checkpoint),
             derive=lambda values: _activated(values, checkpoint)[1],
             limit=INVARIANCE_MAX,
             raw=False,
@@ -85,7 +85,7 @@ def head(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge that head and label names are the base's, to the bit, and in full precision."""
     base = checkpoint.base_checkpoint
     assert base is not None
-    engine = sources.engine(checkpoint, "float32")
+    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
     ours, theirs = (label_names(read_config(c.directory)) for c in (checkpoint, base))
     renamed = [f"label {i} is {a}, the base's is {b}" for i, (a, b) in _unlike(ours, theirs)]
     tensors = _head_differences(checkpoint, base)
@@ -140,7 +140,7 @@ def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             f"no token of probe '{probe.name}' is the step tag {checkpoint.step_tag_id}",
             "correct step_tag_id in its file, or give a probe that has steps",
         )
-    engine = sources.engine(checkpoint, "float32")
+    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
     served = sources.steps(checkpoint)
     kinds: list[tuple[str, Sequence[Values], Derive]] = [
         ("the engine's tag", served.tagged, lambda v: v[tagged]),
@@ -155,14 +155,18 @@ def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             missing = abs(len(rows) - len(expected))
             deviations.append(Deviation(f"{what}: rows too many or too few", missing, 0, ""))
             continue
-        deviations.append(same(what, rows, expected, sources, checkpoint, "float32", derive=derive))
+        deviations.append(
+            same(
+                what, rows, expected, sources, checkpoint, sharpest_dtype(checkpoint), derive=derive
+            )
+        )
     right = f"{len(tagged)} step tags give their own rows, and no other token does"
     return verdict_on(deviations, right, engine, wrong="steps are not the rows of their tags")
 
 
 def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge `LLM.score`: the max-sim of the engine's own unit vectors."""
-    engine = sources.engine(checkpoint, "float32")
+    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
     probe, rows = mixed(sources.probe_of(checkpoint))
 
     def scores(values: Values) -> Values:
@@ -178,7 +182,7 @@ def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
         expected,
         sources,
         checkpoint,
-        "float32",
+        sharpest_dtype(checkpoint),
         derive=scores,
         limit=limit,
         raw=False,

@@ -36,7 +36,7 @@ from quantgate.report.run import Run
 from quantgate.report.terminal import table
 from quantgate.report.write import FILES, write_reports
 from quantgate.scheduling import check_of, group_of
-from quantgate.sources import Sources
+from quantgate.sources import Sources, has_float32
 from quantgate.task import Task
 from quantgate.verdict import Verdict, not_run, printable
 
@@ -284,13 +284,15 @@ def _is_check(item: pytest.Item) -> bool:
 
 def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
     params = _params(item)
+    checkpoint: Checkpoint = params["checkpoint"]
     if params["device"] not in available:
         return (
             "it needs a GPU and this machine has none"
             if params["device"] == "cuda"
             else "the installed vLLM runs on CUDA, not on the CPU"
         )
-    checkpoint: Checkpoint = params["checkpoint"]
+    if (check_of(item.nodeid) or "").endswith("-float32") and not has_float32(checkpoint):
+        return "vLLM's CUDA kernels of quantized linears compute in 16 bits, not in float32"
     for marker in item.iter_markers("needs"):
         if marker.args[0] == "base" and checkpoint.base is None:
             return "no base is named; give --base, or base in its file"

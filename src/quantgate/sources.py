@@ -18,7 +18,7 @@ import numpy as np
 from quantgate import engine, pooling, reference, serving
 from quantgate.cache import DamagedEntry, DiskCache, code_version
 from quantgate.capture import Capture
-from quantgate.checkpoint import Checkpoint, identity, read_config
+from quantgate.checkpoint import Checkpoint, actual_scheme, identity, read_config
 from quantgate.divergence import Divergence, Side, divergence
 from quantgate.engine import Announce, library_versions
 from quantgate.measurement import Measurement, Provenance
@@ -26,6 +26,7 @@ from quantgate.pooling import Steps, steps
 from quantgate.probe import Probe, probe_for
 from quantgate.reference import DequantizerName, Head
 from quantgate.replay import Replay, replay
+from quantgate.scheme import UNQUANTIZED
 from quantgate.scratch import scratch_directory
 from quantgate.serving import Reruns
 from quantgate.task import EMBED, Task
@@ -95,7 +96,9 @@ class Sources:
             self._chunkable.add(checkpoint.directory)
         else:  # what serves it otherwise is this engine again
             self._reruns(checkpoint, dtype, serving.mixed(self.probe_of(checkpoint))[0], llm)
-        if checkpoint.task == EMBED and dtype == "float32":
+        if checkpoint.task == EMBED and dtype == resolve_dtype(
+            checkpoint, sharpest_dtype(checkpoint)
+        ):
             self.late_interaction(checkpoint, llm)
 
     def for_quality(self, checkpoint: Checkpoint) -> Measurement:
@@ -215,26 +218,33 @@ class Sources:
         return found
 
     def steps(self, checkpoint: Checkpoint) -> Steps:
-        """Serve the probe in float32 by an engine that gives the rows of the step tag only."""
+        """Serve the probe in `sharpest_dtype` and give the rows of the step tag only."""
         more = pooling.pooling_arguments(
             checkpoint.directory, checkpoint.task, step_tag_id=checkpoint.step_tag_id
         )
         probe = self.probe_of(checkpoint)
         name = "vLLM, STEP pooling"
-        found: Steps = self._served(name, checkpoint, "float32", probe, more, steps)
+        dtype = resolve_dtype(checkpoint, sharpest_dtype(checkpoint))
+        found: Steps = self._served(name, checkpoint, dtype, probe, more, steps)
         return found
 
     def late_interaction(self, checkpoint: Checkpoint, llm: Any = None) -> np.ndarray[Any, Any]:
-        """Return what `LLM.score` gives for a part of the probe in float32 [queries, documents].
+        """Return what `LLM.score` gives for a part of the probe [queries, documents].
 
-        The part is `serving.mixed`'s. The engine of `engine(checkpoint, "float32")` does it on the
+        The part is `serving.mixed`'s. The engine of `engine` in `sharpest_dtype` does it on the
         way: that is `llm`.
         """
         probe, _ = serving.mixed(self.probe_of(checkpoint))
         serve = pooling.late_interaction_scores
         name = "vLLM, LLM.score"
         found: np.ndarray[Any, Any] = self._served(
-            name, checkpoint, "float32", probe, {}, serve, llm
+            name,
+            checkpoint,
+            resolve_dtype(checkpoint, sharpest_dtype(checkpoint)),
+            probe,
+            {},
+            serve,
+            llm,
         )
         return found
 
@@ -441,6 +451,17 @@ def _arithmetic() -> dict[str, str]:
 
     found = {"cpu": torch.backends.cpu.get_cpu_capability()}
     return found | {name: os.environ[name] for name in _ARITHMETIC if name in os.environ}
+
+
+def has_float32(checkpoint: Checkpoint) -> bool:
+    """Whether vLLM serves a checkpoint in float32: its CUDA kernels of quantized linears do not."""
+    on_cpu = "cpu" in engine.available_devices()
+    return on_cpu or actual_scheme(checkpoint.directory) == UNQUANTIZED
+
+
+def sharpest_dtype(checkpoint: Checkpoint) -> str:
+    """Return what shows the smallest difference in a checkpoint: float32, or what is served."""
+    return "float32" if has_float32(checkpoint) else SERVING
 
 
 def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantgate.golden import UNCHANGED
 from quantgate.report.results import CheckResult, overall
 from quantgate.verdict import Outcome, Verdict
 
@@ -37,6 +39,8 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     for kernel, checkpoints in _emulated(results).items():
         line = f"\nemulated, no evidence about a real kernel: {kernel} in {', '.join(checkpoints)}"
         console.print(Text(line), end="")
+    for changed, checkpoints in _changed(results).items():
+        console.print(Text(f"\nsince the golden: {changed} in {', '.join(checkpoints)}"), end="")
     outcome = overall(results)
     console.print(Text.assemble("\n\nverdict: ", (outcome.upper(), STYLE[outcome])))
     return stream.getvalue()
@@ -92,11 +96,20 @@ def _table(*headings: str) -> Table:
 
 def _emulated(results: list[CheckResult]) -> dict[str, list[str]]:
     """Return the checkpoints that each emulated kernel served."""
-    served: dict[str, dict[str, None]] = {}
-    for result in results:
-        for kernel in result.verdict.emulated:
-            served.setdefault(kernel, {})[result.checkpoint] = None
-    return {kernel: list(checkpoints) for kernel, checkpoints in sorted(served.items())}
+    return _checkpoints_by((kernel, r) for r in results for kernel in r.verdict.emulated)
+
+
+def _changed(results: list[CheckResult]) -> dict[str, list[str]]:
+    """Return the checkpoints whose versions or kernels are not their golden's, by what changed."""
+    said = ((result.verdict.since_golden, result) for result in results)
+    return _checkpoints_by((text, r) for text, r in said if text and UNCHANGED not in text)
+
+
+def _checkpoints_by(said: Iterable[tuple[str, CheckResult]]) -> dict[str, list[str]]:
+    found: dict[str, dict[str, None]] = {}
+    for text, result in said:
+        found.setdefault(text, {})[result.checkpoint] = None
+    return {text: list(checkpoints) for text, checkpoints in sorted(found.items())}
 
 
 def _kernels(verdict: Verdict) -> str:

@@ -1,0 +1,76 @@
+"""What a gate run on CUDA judges, and what it says: on a made-up one, whose engines run on the CPU.
+
+It shows which checks are selected, served in which dtype and stored under which name; no kernel.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import RunGate, persons_environment, project_of
+
+MADE_UP = """
+import quantgate.engine
+quantgate.engine.available_devices = lambda: {"cuda": "sm90"}
+"""
+QUANTIZED, WHOLE, REWARDS = "tiny-llama-w8a8", "tiny-llama", "tiny-prm-qwen2-w8a8"
+
+
+@pytest.fixture
+def on_a_gpu(project: Path, root: Path) -> RunGate:
+    """A project of three checkpoints and no goldens, on a machine that says it has a GPU."""
+    project_of(project, root, QUANTIZED, WHOLE, REWARDS)
+    shutil.rmtree(project / "golden")
+    shutil.copytree(root / "tools", project / "tools")
+    with (project / "conftest.py").open("a") as stream:
+        stream.write(MADE_UP)
+    tool = project / "tools" / "regen_golden.py"
+    tool.write_text(tool.read_text().replace('if __name__ == "__main__":', f"{MADE_UP}\nif 1:"))
+    return RunGate(project)
+
+
+def test_the_gate_is_green_on_cuda_with_goldens_of_its_own(on_a_gpu: RunGate) -> None:
+    """Approve, judge, and judge again with another kernel."""
+    approved = subprocess.run(
+        [sys.executable, "tools/regen_golden.py", "--all", "--reason", "first release"],
+        cwd=on_a_gpu.project, env=persons_environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert approved.returncode == 0, approved.stdout + approved.stderr
+    written = {str(p.relative_to(on_a_gpu.project / "golden"))
+               for p in (on_a_gpu.project / "golden").rglob("drift-*.json")}  # fmt: skip
+    assert written == {
+        f"{WHOLE}/drift-float32.sm90.json",
+        *(f"{name}/drift-serving.sm90.json" for name in (QUANTIZED, WHOLE, REWARDS)),
+    }
+    golden = on_a_gpu.project / "golden" / QUANTIZED / "drift-serving.sm90.json"
+    content = json.loads(golden.read_text())
+    assert content["key"]["kernels"] == "native"  # what its file says is of CPUs
+    assert [entry["reason"] for entry in content["history"]] == ["first release"]
+
+    selected = ["-m", "gpu", "-k", "not seen and not invariance", "--gate-report", "report"]
+    judged = on_a_gpu("suites", *selected)
+    found = {one["id"]: one["checks"] for one in on_a_gpu.report["checkpoints"]}
+    assert "CUDA kernels of quantized linears compute in 16 bits, not in float32" in judged.stdout
+    for name in (QUANTIZED, REWARDS):
+        assert not any(check["name"].endswith("float32") for check in found[name])
+    assert {check["name"] for check in found[REWARDS]} >= {"activation", "head", "steps"}
+    assert {check["name"] for check in found[WHOLE]} >= {"fidelity-float32", "drift-float32"}
+    assert {check["verdict"] for checks in found.values() for check in checks} == {"pass"}
+    assert "since the golden" not in judged.stdout
+    assert judged.returncode == 0, judged.stdout
+
+    forced = on_a_gpu(
+        "suites", *selected, "--checkpoint", QUANTIZED,
+        VLLM_DISABLED_KERNELS="CPUInt8ScaledMMLinearKernel",
+    )  # fmt: skip
+    changed = "CPUInt8ScaledMMLinearKernel → DequantizingInt8LinearKernel"
+    assert f"self_attn.qkv_proj {changed}" in forced.stdout.partition("since the golden: ")[2]
+    (one,) = on_a_gpu.report["checkpoints"]
+    for check in one["checks"]:
+        if check["n"] is not None:
+            assert changed in check["since_golden"]
+            assert check["kernels"]["self_attn.qkv_proj"] == "DequantizingInt8LinearKernel"

@@ -1,13 +1,16 @@
 """Compare ways to score a text with vLLM on a random-weight model: a benchmark, not a test.
 
     python tools/bench_score.py --vocab 128256 --hidden 256 --layers 6 --prompts 3 --tokens 2047
+    python tools/bench_score.py --shape 8b --scheme W4A16 --prompts 64 --tokens 2048
 
-One run, interleaved, because machines are noisy: take the ratios, not the seconds. Modes:
+One run, interleaved, because machines are noisy: take the ratios, not the seconds. The floor is the
+operations that a mode cannot do without, at the rate of this machine's own matrix product. Modes:
 
     prefill        the forward pass alone, one token sampled
     score          quantgate's score mode
     stock dicts    vLLM's prompt_logprobs=0, one dict a token
     stock flat     the same with flat_logprobs=True
+    native         vLLM's prompt_logprob_token_ids, where its version and model runner have it
     hf             transformers with cross-entropy
     lm-eval        lm-evaluation-harness' vLLM backend, where lm_eval is installed
     product        the head's product alone, torch.mm in float32 over the same rows
@@ -31,9 +34,30 @@ from rich.table import Table
 
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import EngineSettings
-from quantgate.engine import library_versions, running_engine
+from quantgate.doctor import device_name
+from quantgate.engine import kernel_fingerprint, library_versions, running_engine
 
 Prompts = list[dict[str, list[int]]]
+# Models that people serve: Llama 3.1 8B and Qwen2.5 0.5B.
+SHAPES: dict[str, dict[str, int]] = {
+    "8b": {
+        "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "intermediate": 14336,
+        "vocab": 128256,
+    },
+    "0.5b": {
+        "hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate": 4864,
+        "vocab": 151936,
+    },
+}  # fmt: skip
+# compressed-tensors' presets, and the format that their linears are stored in.
+SCHEMES = {"none": "", "W4A16": "pack-quantized", "FP8_DYNAMIC": "float-quantized"}
+NATIVE = "prompt_logprob_token_ids"
+# What transformers' own logits of one batch fit beside the engine with.
+HF_TOKENS = 2048
+# Of a GPU; the rest is for transformers, and for what the modes need besides.
+GPU_MEMORY = 0.5
+# The side of the matrices whose product is this machine's rate.
+RATE_SIZE = {"cuda": 8192, "cpu": 2048}
 MIB = 2**20
 PRODUCT_ROWS = 512
 
@@ -41,35 +65,66 @@ PRODUCT_ROWS = 512
 def parse_arguments() -> argparse.Namespace:
     """Return the shape of the model and of the work."""
     parser = argparse.ArgumentParser(description="Benchmark score mode against its alternatives.")
+    parser.add_argument("--shape", choices=SHAPES, help="the sizes below, as a whole")
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, help="default: one for 64 of the hidden size")
+    parser.add_argument("--kv-heads", type=int, help="default: a quarter of the heads")
+    parser.add_argument("--intermediate", type=int, help="default: 4 x the hidden size")
+    parser.add_argument("--scheme", choices=SCHEMES, default="none", help="of the linears")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile and graphs")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=2047, help="scored tokens of each prompt")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", action="append", default=[], help="leave out a mode")
     parser.add_argument("--json", type=Path, help="write every figure here")
-    return parser.parse_args()
+    if (shape := parser.parse_args().shape) is not None:
+        parser.set_defaults(**SHAPES[shape])
+    arguments = parser.parse_args()
+    arguments.heads = arguments.heads or max(1, arguments.hidden // 64)
+    arguments.kv_heads = arguments.kv_heads or max(1, arguments.heads // 4)
+    arguments.intermediate = arguments.intermediate or 4 * arguments.hidden
+    return arguments
 
 
 def write_config(directory: Path, arguments: argparse.Namespace) -> None:
     """Write a Llama config of the chosen shape; the weights are random."""
     from transformers import LlamaConfig
 
-    heads = max(1, arguments.hidden // 64)
-    LlamaConfig(
+    config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=arguments.hidden,
         num_hidden_layers=arguments.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4),
-        intermediate_size=4 * arguments.hidden,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        intermediate_size=arguments.intermediate,
         vocab_size=arguments.vocab,
         max_position_embeddings=arguments.tokens + 8,
         tie_word_embeddings=False,
         dtype=arguments.dtype,
-    ).save_pretrained(directory)
+    )
+    if arguments.scheme != "none":
+        config.quantization_config = quantization_config(arguments.scheme)
+    config.save_pretrained(directory)
+
+
+def quantization_config(scheme: str) -> dict[str, Any]:
+    """Return what config.json says of linears that are quantized by a preset of their library."""
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationStatus,
+        preset_name_to_scheme,
+    )
+
+    config = QuantizationConfig(
+        config_groups={"group_0": preset_name_to_scheme(scheme, targets=["Linear"])},
+        format=SCHEMES[scheme],
+        ignore=["lm_head"],
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )
+    return {**json.loads(config.model_dump_json()), "quant_method": "compressed-tensors"}
 
 
 def vllm_modes(llm: Any, prompts: Prompts) -> dict[str, Callable[[], object]]:
@@ -81,12 +136,17 @@ def vllm_modes(llm: Any, prompts: Prompts) -> dict[str, Callable[[], object]]:
     def run(params: Any) -> Callable[[], object]:
         return lambda: llm.generate(prompts, params, use_tqdm=False)
 
-    return {
+    modes = {
         "prefill": run(SamplingParams(**one)),
         "score": run(SamplingParams(score_mode=True, max_tokens=0, temperature=0.0)),
         "stock dicts": run(SamplingParams(prompt_logprobs=0, **one)),
         "stock flat": run(SamplingParams(prompt_logprobs=0, flat_logprobs=True, **one)),
     }
+    v2 = llm.llm_engine.vllm_config.use_v2_model_runner
+    if v2 and NATIVE in getattr(SamplingParams, "__struct_fields__", ()):
+        targets = (np.array(p["prompt_token_ids"][1:], np.int32)[:, None] for p in prompts)
+        modes["native"] = run([SamplingParams(**{NATIVE: rows}, **one) for rows in targets])
+    return modes
 
 
 def hf_mode(directory: Path, prompts: Prompts, dtype: str) -> Callable[[], object]:
@@ -98,12 +158,16 @@ def hf_mode(directory: Path, prompts: Prompts, dtype: str) -> Callable[[], objec
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
 
+    every = torch.tensor([prompt["prompt_token_ids"] for prompt in prompts], device=device)
+    batches = torch.split(every, max(1, HF_TOKENS // every.shape[1]))
+
     @torch.inference_mode()
     def run() -> None:
-        for prompt in prompts:
-            ids = torch.tensor(prompt["prompt_token_ids"], device=device)
-            logits = model(ids[None]).logits[0, :-1]
-            torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
+        for ids in batches:
+            logits = model(ids).logits[:, :-1].flatten(0, 1)
+            torch.nn.functional.cross_entropy(
+                logits.float(), ids[:, 1:].flatten(), reduction="none"
+            )
 
     return run
 
@@ -140,6 +204,50 @@ def product_mode(arguments: argparse.Namespace) -> Callable[[], object]:
                 torch.mm(rows[: arguments.tokens - start], weight)
 
     return run
+
+
+def floors(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds that "prefill" and everything else cannot do without.
+
+    Two operations for each weight and token, and for each pair of tokens that attend, twice the
+    width of the heads; at the rate of one large product in the dtype of the linears' inputs.
+    """
+    head_width = arguments.hidden // arguments.heads
+    queries, keys = arguments.heads * head_width, arguments.kv_heads * head_width
+    weights = arguments.hidden * (2 * queries + 2 * keys + 3 * arguments.intermediate)
+    tokens = arguments.prompts * arguments.tokens
+    linears = 2.0 * weights * arguments.layers * tokens
+    attention = 2.0 * queries * arguments.tokens * tokens * arguments.layers
+    head = 2.0 * arguments.hidden * arguments.vocab * tokens
+    rate = matrix_rate(arguments.dtype)
+    inside = matrix_rate("float8_e4m3fn") if arguments.scheme.startswith("FP8") else rate
+    prefill = linears / inside + attention / rate
+    return {"prefill": prefill, "score": prefill + head / rate}
+
+
+def matrix_rate(dtype: str) -> float:
+    """Return the operations a second of the best of ten large products on random numbers."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = RATE_SIZE[device]
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    if dtype == "float8_e4m3fn" and device == "cuda":
+        one = torch.ones((), device=device)
+        a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+
+        def product() -> object:
+            return torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16)
+    else:
+        a, b = (x.to(getattr(torch, "bfloat16" if "float8" in dtype else dtype)) for x in (a, b))
+
+        def product() -> object:
+            return a @ b
+
+    seconds = []
+    for _ in range(13):
+        seconds.append(peak_memory(product)[0])
+    return float(2 * size**3 / min(seconds[3:]))
 
 
 def peak_memory(run: Callable[[], object]) -> tuple[float, float]:
@@ -180,9 +288,11 @@ def measure(modes: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     return figures
 
 
-def show(figures: dict[str, list[list[float]]], tokens: int) -> dict[str, dict[str, float]]:
+def show(
+    figures: dict[str, list[list[float]]], tokens: int, floor: dict[str, float]
+) -> dict[str, dict[str, float]]:
     """Print the table and return it: medians over the rounds, ratios round by round."""
-    table = Table("mode", "tokens/s", "score's time over it", "peak above, MiB")
+    table = Table("mode", "tokens/s", "score's time over it", "floor's part", "peak above, MiB")
     summary = {}
     for name, rounds in figures.items():
         seconds = [figure[0] for figure in rounds]
@@ -190,6 +300,7 @@ def show(figures: dict[str, list[list[float]]], tokens: int) -> dict[str, dict[s
         summary[name] = {
             "tokens_per_s": tokens / statistics.median(seconds),
             "score_time_ratio": statistics.median(ratios),
+            "share_of_floor": floor.get(name, floor["score"]) / statistics.median(seconds),
             "peak_mib": max(figure[1] for figure in rounds),
         }
         row = summary[name]
@@ -197,6 +308,7 @@ def show(figures: dict[str, list[list[float]]], tokens: int) -> dict[str, dict[s
             name,
             f"{row['tokens_per_s']:,.0f}",
             f"{row['score_time_ratio']:.3f}",
+            "" if name == "product" else f"{row['share_of_floor']:.2f}",
             f"{row['peak_mib']:,.0f}",
         )
     Console().print(table)
@@ -213,7 +325,11 @@ def main() -> int:
         {"prompt_token_ids": generator.integers(0, arguments.vocab, length).tolist()}
         for _ in range(arguments.prompts)
     ]
-    settings = EngineSettings(enforce_eager=True, max_model_len=arguments.tokens + 8)
+    settings = EngineSettings(
+        enforce_eager=not arguments.compiled,
+        max_model_len=arguments.tokens + 8,
+        gpu_memory_utilization=GPU_MEMORY,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_config(directory, arguments)
@@ -231,10 +347,22 @@ def main() -> int:
             modes["product"] = product_mode(arguments)
             chosen = {name: run for name, run in modes.items() if name not in arguments.skip}
             figures = measure(chosen, arguments.rounds)
-    summary = show(figures, arguments.prompts * arguments.tokens)
+            kernels, emulated = kernel_fingerprint(llm)
+            runner = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+    floor = floors(arguments)
+    summary = show(figures, arguments.prompts * arguments.tokens, floor)
     if arguments.json:
         shape = {k: v for k, v in vars(arguments).items() if k != "json"}
-        content = {"shape": shape, "versions": library_versions(), "modes": summary}
+        content = {
+            "shape": shape,
+            "versions": library_versions(),
+            "device": device_name(),
+            "runner": runner,
+            "kernels": kernels,
+            "emulated": list(emulated),
+            "floor_s": floor,
+            "modes": summary,
+        }
         write_atomically(arguments.json, json.dumps(content, indent=2) + "\n")
     return 0
 

@@ -11,7 +11,6 @@ docs/pooling.md says that of a model that labels, rewards or embeds, and what it
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from quantgate.checkpoint import (
 )
 from quantgate.doctor import linear_kernels
 from quantgate.engine_failure import EngineFailure
+from quantgate.report.markdown import markdown_table
 from quantgate.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,12 +130,6 @@ def _code(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def markdown(headings: Sequence[str], cells: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [headings, ["---"] * len(headings), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def put(document: Path, table: str) -> None:
     """Write a table between the two marks of a document."""
     before, _, rest = document.read_text().partition(BEGIN)
@@ -152,8 +146,8 @@ def main() -> int:
         if not path.exists():
             raise BadInput(f"{path}: no such report; run `make gate` first.")
         report = json.loads(path.read_text())
-        put(README, markdown(HEADINGS, rows(report, read_checkpoint_files(ROOT))))
-        put(POOLING, markdown(POOLING_HEADINGS, pooling_rows(report)))
+        put(README, markdown_table(HEADINGS, rows(report, read_checkpoint_files(ROOT))))
+        put(POOLING, markdown_table(POOLING_HEADINGS, pooling_rows(report)))
     except (BadInput, EngineFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

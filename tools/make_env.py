@@ -1,6 +1,7 @@
 """Set up the project's virtual environment: what `make env` runs. Standard library only.
 
     python3 tools/make_env.py [.venv]
+    python3 tools/make_env.py .venv-gpu --extras gpu,dev
 
 A second run finds the stamp of the first and installs nothing.
 """
@@ -13,7 +14,6 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "cpu,dev"
 # Where the `+cpu` build of torch comes from on a machine that has no copy of its own.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # vLLM asks for them, and its text path never imports them. The builds that fit a CUDA torch break
@@ -21,18 +21,20 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OPTIONAL_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
-def fingerprint() -> str:
+def fingerprint(extras: str) -> str:
     """Return what decides whether an environment is up to date."""
     content = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
-    return hashlib.sha256(content + sys.version.encode()).hexdigest()
+    return hashlib.sha256(content + f"{sys.version} {extras}".encode()).hexdigest()
 
 
-def install(python: Path) -> None:
+def install(python: Path, extras: str) -> None:
     """Install the project, editable, with its extras; with PyTorch's CPU index if need be."""
-    print(f"make_env: installing quantgate[{EXTRAS}] with vLLM, about 2 minutes", flush=True)
-    command = [str(python), "-m", "pip", "install", "-q", "-e", f"{ROOT}[{EXTRAS}]"]
+    print(f"make_env: installing quantgate[{extras}] with vLLM, about 2 minutes", flush=True)
+    command = [str(python), "-m", "pip", "install", "-q", "-e", f"{ROOT}[{extras}]"]
     if subprocess.run(command, check=False).returncode == 0:
         return
+    if "cpu" not in extras.split(","):
+        raise subprocess.CalledProcessError(1, command)
     print(f"make_env: the plain install failed; trying again with {TORCH_CPU_INDEX}", flush=True)
     subprocess.run([*command, "--extra-index-url", TORCH_CPU_INDEX], check=True)
 
@@ -54,9 +56,11 @@ def main() -> int:
     """Create the environment unless it is up to date."""
     parser = argparse.ArgumentParser(description="Set up the virtual environment.")
     parser.add_argument("directory", nargs="?", default=".venv", type=Path)
-    directory = (ROOT / parser.parse_args().directory).resolve()
+    parser.add_argument("--extras", default="cpu,dev", help="of pyproject.toml")
+    arguments = parser.parse_args()
+    directory, extras = (ROOT / arguments.directory).resolve(), arguments.extras
     stamp = directory / ".quantgate-env"
-    if stamp.exists() and stamp.read_text() == fingerprint():
+    if stamp.exists() and stamp.read_text() == fingerprint(extras):
         return 0
     if sys.version_info < (3, 11):  # noqa: UP036  run by whatever python3 is on the machine
         print("make_env: Python 3.11 or newer is needed", file=sys.stderr)
@@ -66,12 +70,12 @@ def main() -> int:
         venv.create(directory, with_pip=True)
     python = directory / "bin" / "python"
     try:
-        install(python)
+        install(python, extras)
         remove_broken_companions(python)
     except subprocess.CalledProcessError as error:
         print(f"make_env: {' '.join(map(str, error.cmd))} failed", file=sys.stderr)
         return 1
-    stamp.write_text(fingerprint())
+    stamp.write_text(fingerprint(extras))
     return 0
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantgate.checkpoint import BadInput, Checkpoint, EngineSettings
+from quantgate.processor import VNNI, flags, processor_name
 from quantgate.task import GENERATE
 
 UNQUANTIZED_KERNEL = "Unquantized"
@@ -61,26 +63,51 @@ def machine() -> dict[str, str]:
     import torch
 
     from quantgate.engine import library_versions
-    from quantgate.processor import VNNI, flags
 
     found = dict(library_versions())
-    if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        found["GPUs"] = ", ".join(
-            f"{gpu.name} sm{gpu.major}{gpu.minor} {gpu.total_memory / 2**30:.0f} GiB"
-            for gpu in gpus
-        )
-    else:
-        found["GPUs"] = "none: no CUDA kernel can be certified here"
+    found["GPUs"] = gpu_names() or "none: no CUDA kernel can be certified here"
     found["processor"] = torch.backends.cpu.get_cpu_capability() + (
         ", VNNI" if VNNI & flags() else ", no VNNI: stock int8 kernels saturate"
     )
     return found
 
 
+def gpu_names() -> str:
+    """Return the GPUs that torch sees, with their memory; "" without any."""
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(
+        f"{gpu.name} sm{gpu.major}{gpu.minor} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus
+    )
+
+
+def device_name() -> str:
+    """Return what a figure was measured on: GPUs and their driver, or the processor."""
+    if (gpus := gpu_names()) and (driver := driver_version()):
+        return f"{gpus}, driver {driver}"
+    return gpus or processor_name()
+
+
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver; "" where none says it."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said.stdout.split("\n")[0].strip()
+
+
 def missing(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     """Return what is not there and what it is for."""
-    found = []
+    from quantgate.engine import lacking
+
+    found = lacking()
     unbuilt = [
         checkpoint.id
         for checkpoint in checkpoints.values()

@@ -35,7 +35,7 @@ from quantgate.task import GENERATE
 if TYPE_CHECKING:
     from vllm import LLM
 
-# Set before vLLM is imported, unless the user has: one process, so that several engines can follow
+# What vLLM is imported with: one process, so that several engines can follow
 # one another without another import each; no telemetry.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -150,8 +150,7 @@ def running_engine(
     Raises `EngineFailure` where vLLM cannot load it, or fails while it serves.
     """
     require_device()
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -212,6 +211,12 @@ def running_engine(
             del llm
             cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def set_environment() -> None:
+    """Set what vLLM reads when it is imported, unless the user has."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _override_kernels_once() -> None:
@@ -338,6 +343,22 @@ def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
         kind: " + ".join(sorted(kernel.removesuffix("*") for kernel in kernels))
         for kind, kernels in kinds.items()
     }, tuple(kernel.removesuffix("*") for kernel in marked if kernel.endswith("*"))
+
+
+def lacking() -> list[str]:
+    """Return what the installed vLLM does not have of what is measured, each with what follows."""
+    set_environment()
+    from vllm import SamplingParams
+    from vllm.model_executor.layers.pooler import special
+
+    found = []
+    if hasattr(special, "AllPool"):
+        found.append(
+            "STEP pooling of classifiers that it converts: every row comes back, and `steps` fails"
+        )
+    if "prompt_logprob_token_ids" not in SamplingParams.__struct_fields__:
+        found.append("prompt_logprob_token_ids: tools/bench_score.py leaves out its mode `native`")
+    return [f"vLLM {vllm_version()} lacks {what}" for what in found]
 
 
 def available_devices() -> dict[str, str]:

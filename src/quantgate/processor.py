@@ -14,12 +14,21 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 @functools.cache
 def flags() -> frozenset[str]:
     """Return the processor's feature flags as Linux names them; none on another system."""
+    return frozenset(_cpuinfo("flags").split())
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    found = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(found.partition(":")[2].split())
+        return ""
+    found = next((line for line in lines if line.startswith(field)), "")
+    return found.partition(":")[2].strip()
 
 
 def is_x86_without_vnni() -> bool:

@@ -26,7 +26,7 @@ from quantgate.checkpoint import (
     verify,
     with_own_task,
 )
-from quantgate.engine import available_devices, library_versions
+from quantgate.engine import available_devices, lacking, library_versions
 from quantgate.engine_failure import EngineFailure
 from quantgate.golden import history_of, since_golden, unclaimed
 from quantgate.next_step import next_step
@@ -377,7 +377,9 @@ def gate(request: pytest.FixtureRequest) -> Gate:
     if run.sources is None:
         cache = DiskCache(_cache_directory(request.config))
         announce = _announcer(request.config)
-        run.sources = Sources(_probes(run.root), announce, cache)
+        run.sources = Sources(_probes(run.root), announce, cache, notes=lacking())
+        for note in run.sources.notes:
+            announce(note)
     run.sources.forget_others(_params(request.node)["checkpoint"])  # they follow one another
     return Gate(run, run.sources, request.node)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantgate.report.results import CheckResult, overall
 from quantgate.report.run import Run
-from quantgate.verdict import worst
+from quantgate.verdict import Verdict, worst
 
 SCHEMA = 1
 
@@ -37,15 +37,16 @@ def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
         "task": results[0].task,
         "verdict": worst([result.verdict.counted for result in results]),
         "emulated": sorted({name for result in results for name in result.verdict.emulated}),
-        "checks": [_check(result) for result in results],
+        "checks": [
+            {"name": result.check, **check_of_verdict(result.verdict)} for result in results
+        ],
     }
 
 
-def _check(result: CheckResult) -> dict[str, Any]:
-    verdict = result.verdict
+def check_of_verdict(verdict: Verdict) -> dict[str, Any]:
+    """Return what a check says of itself, without its name."""
     headline = verdict.deviations[0] if verdict.deviations else None
     return {
-        "name": result.check,
         "verdict": verdict.outcome,
         "measured": _number(headline.measured) if headline else None,
         "allowed": headline.allowed if headline else None,

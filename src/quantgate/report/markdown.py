@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from quantgate.report.results import CheckResult, overall
 from quantgate.report.run import Run
 from quantgate.verdict import SEVERITY, worst
@@ -46,11 +48,11 @@ def _row(results: list[CheckResult]) -> str:
     ]
     emulated = " (emulated)" if any(r.verdict.emulated for r in results) else ""
     cells = [
-        _escaped(results[0].checkpoint),
-        _escaped(results[0].scheme) + emulated,
+        escaped(results[0].checkpoint),
+        escaped(results[0].scheme) + emulated,
         f"{SIGN[outcome]} {outcome}",
         str(len(results)),
-        ", ".join(map(_escaped, missed)),
+        ", ".join(map(escaped, missed)),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -61,17 +63,23 @@ def _message(result: CheckResult) -> list[str]:
         text = f"{text[:LONGEST_MESSAGE]}…"
     # An indented block: no run of backticks in it can end it.
     block = [f"    {line}" for line in text.splitlines()]
-    summary = _escaped(f"{result.checkpoint} {result.check}: {result.verdict.outcome.upper()}")
+    summary = escaped(f"{result.checkpoint} {result.check}: {result.verdict.outcome.upper()}")
     return [f"<details><summary>{summary}</summary>", "", *block, "", "</details>"]
 
 
 def _row_of(item: tuple[str, str]) -> tuple[str, str]:
-    return _escaped(item[0]), _escaped(item[1])
+    return escaped(item[0]), escaped(item[1])
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Return text in which neither Markdown nor HTML sees anything but text."""
     found = "".join(c if c.isprintable() else "?" for c in text[:LONGEST_MESSAGE])
     for character in "\\`*_{}[]()#|~!@":
         found = found.replace(character, f"\\{character}")
     return found.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def markdown_table(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; its cells are Markdown."""
+    lines = [headings, ["---"] * len(headings), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,251 @@
+"""`make gpu`: on the CPU, to show that it measures, writes, and survives what it measures."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+TOOL = "tools/gpu.py"
+WITHOUT = ("--without-a-gpu",)
+NAME = "tiny-llama-w8a8"
+
+
+def gpu(root: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)],
+        cwd=root, capture_output=True, text=True, check=False, timeout=580,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def load(tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, root: Path) -> Any:
+    """Load a tool that imports others."""
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    return tool
+
+
+def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
+    done = gpu(root, "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: no GPU here: torch sees none, so no kernel of one can be measured; "
+        "--without-a-gpu tries the command on the CPU.\n"
+    )
+    assert not list(tmp_path.iterdir())
+    listed = gpu(root, "--list")
+    assert listed.returncode == 0
+    for part in ("machine", "formats", "ways", "batch-invariant", "runner-v1", "runner-v2", "gate"):
+        assert f"\n{part}: " in f"\n{listed.stdout}"
+    assert "8b W4A16 64 2048" in listed.stdout
+    unknown = gpu(root, *WITHOUT, "--checkpoint", "nobody")
+    assert unknown.returncode == 2
+    assert "--checkpoint nobody: not an id in fixtures/checkpoints" in unknown.stderr
+    none = gpu(root, *WITHOUT, "--only", "nothing is called this")
+    assert none.returncode == 2
+    assert "nothing is selected" in none.stderr
+
+
+def test_it_measures_once_and_writes_figures_and_tables(root: Path, tmp_path: Path) -> None:
+    parts = ["machine", "formats", "ways", "runner-v1", "runner-v2", "forced"]
+    arguments: list[str | Path] = [*WITHOUT, "--checkpoint", NAME, "--out", tmp_path]
+    arguments += [word for part in parts for word in ("--part", part)]
+    done = gpu(root, *arguments)
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 1, done.stderr  # V2 needs Triton
+    (missed,) = content["parts"]["runner-v2"]
+    assert "Model Runner V2 requires Triton" in missed["not_run"]
+    assert f"not run: runner-v2, {NAME} serving: " in done.stdout
+    assert content["versions"]["vllm"]
+    assert content["device"]
+
+    (machine,) = content["parts"]["machine"]
+    assert [one["scheme"] for one in machine["figures"]["formats"]] == ["W8A8"]
+    formats = {said["item"]: said["figures"] for said in content["parts"]["formats"]}
+    assert set(formats) == {f"{NAME} bfloat16", f"{NAME} float16"}
+    for figures in formats.values():
+        assert figures["replay"]["verdict"] == figures["fidelity"]["verdict"] == "pass"
+        assert 0 < figures["replay"]["median"] <= figures["replay"]["largest"]
+        assert figures["replay"]["largest"] == pytest.approx(figures["replay"]["measured"])
+    # A mantissa of 10 bits rounds eight times finer than one of 7.
+    coarse, fine = (formats[f"{NAME} {d}"]["replay"]["median"] for d in ("bfloat16", "float16"))
+    assert 4 < coarse / fine < 16
+    (ways,) = (said["figures"] for said in content["parts"]["ways"])
+    assert ways["invariance"]["verdict"] == ways["compiled"]["verdict"] == "pass"
+    assert ways["noise"]
+    (forced,) = (said["figures"] for said in content["parts"]["forced"])
+    assert forced["disabled"] == "CPUInt8ScaledMMLinearKernel"
+    tables = (tmp_path / "gpu.md").read_text()
+    for heading in ("machine", "formats", "ways", "runner-v1", "forced", "Not run"):
+        assert f"\n### {heading}\n" in tables
+
+    # What was measured is not measured again; what was not run is tried again.
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("measured/*/formats/*.json")}
+    again = gpu(root, *WITHOUT, "--checkpoint", NAME, "--out", tmp_path,
+                "--part", "formats", "--part", "runner-v2")  # fmt: skip
+    assert again.returncode == 1
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert "runner-v2: " in again.stderr
+    assert set(json.loads((tmp_path / "gpu.json").read_text())["parts"]["ways"][0]) >= {"figures"}
+
+
+WORKER = """
+import os, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from gpu import Journal
+journal = Journal(pathlib.Path(sys.argv[2]))
+for item in journal.waiting(["fine", "killed", "hangs", "also fine"]):
+    journal.start(item)
+    if item == "killed":
+        os.kill(os.getpid(), 9)
+    if item == "hangs":
+        time.sleep(600)
+    journal.write(item, figures={"by": os.environ["WHO"]})
+"""
+
+
+def test_what_kills_or_hangs_a_worker_is_not_run_and_the_rest_is(
+    load: Callable[[str], ModuleType], root: Path, tmp_path: Path
+) -> None:
+    tool = load("gpu")
+    journal = tool.Journal(tmp_path)
+    items = ["fine", "killed", "hangs", "also fine"]
+    command = [sys.executable, "-c", WORKER, str(root / "tools"), str(tmp_path)]
+    tool.supervise(command, journal, items, 2.0, {"WHO": "a worker"})
+    found = {item: journal.read(item) for item in items}
+    for item in ("fine", "also fine"):
+        assert found[item] == {"item": item, "figures": {"by": "a worker"}}
+    assert found["killed"]["not_run"] == "its process ended with status -9 on the way"
+    assert found["hangs"]["not_run"] == "it took longer than 2 s"
+
+
+def test_a_worker_that_does_not_begin_is_no_endless_loop(
+    load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    tool = load("gpu")
+    journal = tool.Journal(tmp_path)
+    tool.supervise([sys.executable, "-c", "raise SystemExit(3)"], journal, ["a", "b"], 60, {})
+    for item in ("a", "b"):
+        said = journal.read(item)["not_run"]
+        assert said == "its process did not begin: its process ended with status 3 on the way"
+
+
+def test_a_lost_device_costs_one_process_and_one_item(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantgate.engine_failure import LostDevice
+
+    tool = load("gpu")
+    asked = []
+
+    def measure(item: str, *_: Any) -> dict[str, Any]:
+        asked.append(item)
+        if item == "b":
+            raise LostDevice("not served, because the GPU was lost")
+        return {"is": item}
+
+    part = tool.PARTS["machine"].__class__("?", lambda _: ["a", "b", "c"], measure, 1)
+    monkeypatch.setitem(tool.PARTS, "machine", part)
+    journal = tool.Journal(tmp_path)
+    tool.work("machine", journal, ["a", "b", "c"], {}, tmp_path)
+    assert asked == ["a", "b"]
+    assert journal.read("b")["not_run"] == "not served, because the GPU was lost"
+    assert journal.waiting(["a", "b", "c"]) == ["c"]
+
+
+@given(
+    hidden=st.sampled_from([64, 256, 896, 4096]),
+    layers=st.integers(1, 40),
+    prompts=st.integers(1, 64),
+    tokens=st.integers(1, 2048),
+    scheme=st.sampled_from(["none", "W4A16", "FP8_DYNAMIC"]),
+)
+def test_the_floor_counts_what_a_forward_pass_multiplies(
+    hidden: int, layers: int, prompts: int, tokens: int, scheme: str
+) -> None:
+    """Linears and head as their shapes say, a token at a time."""
+    import argparse
+    import importlib.util
+
+    path = Path(__file__).resolve().parent.parent / "tools" / "bench_score.py"
+    spec = importlib.util.spec_from_file_location("bench_score", path)
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    bench.__dict__["matrix_rate"] = lambda dtype: 1.0
+    shape = argparse.Namespace(
+        hidden=hidden, layers=layers, heads=hidden // 64, kv_heads=1, intermediate=4 * hidden,
+        vocab=1000, prompts=prompts, tokens=tokens, scheme=scheme, dtype="bfloat16",
+    )  # fmt: skip
+    q, kv = shape.heads * 64, 64
+    linears = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden),
+               (hidden, 4 * hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]  # fmt: skip
+    products = sum(2 * a * b for a, b in linears) * layers * prompts * tokens
+    attention = layers * prompts * tokens * 2 * tokens * q
+    found = bench.floors(shape)
+    assert found["prefill"] == pytest.approx(products + attention)
+    assert found["score"] == pytest.approx(found["prefill"] + 2 * hidden * 1000 * prompts * tokens)
+
+
+def test_an_offline_machine_runs_what_was_packed_for_it(root: Path, tmp_path: Path) -> None:
+    """A machine with this one's packages but quantgate, wrapt and syrupy, and without a network."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True, check=True
+    )
+    absent = ("quantgate", "wrapt", "syrupy")
+    kept = [line for line in listed.stdout.splitlines() if not line.startswith((*absent, "-e"))]
+    have = tmp_path / "have.txt"
+    have.write_text("\n".join(kept))
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    packed = tmp_path / "packed"
+    done = subprocess.run(
+        [sys.executable, "tools/offline.py", "--python", python, "--have", str(have),
+         "--extra", "cpu", "--out", str(packed)],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    wheels = {path.name.split("-")[0] for path in (packed / "wheels").iterdir()}
+    assert wheels == set(absent)
+
+    machine = tmp_path / "site-packages"
+    machine.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.lower().startswith((*absent, "_quantgate", "__editable__")):
+            (machine / entry.name).symlink_to(entry)
+    (packed / "source").mkdir()
+    (packed / "source" / "build").symlink_to(root / "build")  # it takes minutes to build
+    ran = subprocess.run(
+        ["bash", str(packed / "run.sh"), *WITHOUT, "--out", str(tmp_path / "figures"),
+         "--part", "machine", "--checkpoint", NAME],
+        env={**os.environ, "PYTHONPATH": str(machine), "PIP_NO_INDEX": "1",
+             "PATH": f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False, timeout=580,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    content = json.loads((tmp_path / "figures" / "gpu.json").read_text())
+    assert "figures" in content["parts"]["machine"][0]
+
+
+@pytest.mark.parametrize("content", [None, "-e git+x\n"])
+def test_bad_lists_of_what_a_machine_has_are_one_sentence(
+    root: Path, tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "have.txt"
+    if content is not None:
+        path.write_text(content)
+    done = subprocess.run(
+        [sys.executable, "tools/offline.py", "--have", str(path), "--out", str(tmp_path / "x")],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --have {path}: ")
+    assert not (tmp_path / "x").exists()

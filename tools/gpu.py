@@ -1,0 +1,250 @@
+"""Measure what needs a GPU, and write the figures as JSON: what `make gpu` runs.
+
+    python tools/gpu.py --out build/gpu
+    python tools/gpu.py --out build/gpu --part formats --only "w4a16 float16"
+    python tools/gpu.py --list
+
+Each part is a list of items. A worker process measures them and writes each at once, so what a GPU
+does to one of them takes nothing from the others: an item that fails, ends its process or hangs
+is "not run", with the reason, and a new process goes on with the next one. Another run measures
+what was not measured yet with the same code, versions and device. Exits 0 where all of it was,
+1 where something was not run, 2 for bad input.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_parts import PARTS, ROOT, Checkpoints
+from gpu_tables import markdown
+
+from quantgate.atomic import write_atomically
+from quantgate.cache import code_version
+from quantgate.checkpoint import BadInput, read_checkpoint_files
+from quantgate.doctor import device_name
+from quantgate.engine import available_devices, library_versions
+from quantgate.engine_failure import EngineFailure, LostDevice, first_line
+
+POLL_SECONDS = 0.2
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Measure what needs a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="for gpu.json, gpu.md")
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated")
+    parser.add_argument("--checkpoint", action="append", metavar="ID", help="may be repeated")
+    parser.add_argument("--only", metavar="TEXT", help="items whose name has this in it")
+    parser.add_argument("--list", action="store_true", help="print what would be measured")
+    parser.add_argument(
+        "--without-a-gpu", action="store_true", help="measure on the CPU, to try the command"
+    )
+    parser.add_argument("--worker", metavar="PART", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What was measured of one part: a file for each item."""
+
+    directory: Path
+
+    def path(self, item: str) -> Path:
+        """Return where an item's figures lie."""
+        return self.directory / f"{hashlib.sha256(item.encode()).hexdigest()[:16]}.json"
+
+    def read(self, item: str) -> dict[str, Any] | None:
+        """Return what was written of an item; None of one that has not ended."""
+        try:
+            found: dict[str, Any] = json.loads(self.path(item).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return found
+
+    def write(self, item: str, **said: Any) -> None:
+        """Write what became of an item, and no longer that it is being measured."""
+        text = json.dumps({"item": item, **said}, indent=2, ensure_ascii=False)
+        write_atomically(self.path(item), text + "\n")
+        self.running.unlink(missing_ok=True)
+
+    @property
+    def running(self) -> Path:
+        """The file that names the item that is being measured."""
+        return self.directory / "running"
+
+    def start(self, item: str) -> None:
+        """Write that an item is being measured."""
+        write_atomically(self.running, item)
+
+    def started(self) -> tuple[str, float] | None:
+        """Return the item that is being measured, and since when; None without one."""
+        try:
+            return self.running.read_text(encoding="utf-8"), self.running.stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def waiting(self, items: Sequence[str]) -> list[str]:
+        """Return the items that have not ended."""
+        return [item for item in items if self.read(item) is None]
+
+
+def supervise(
+    command: Sequence[str],
+    journal: Journal,
+    items: Sequence[str],
+    seconds: float,
+    environment: Mapping[str, str],
+) -> None:
+    """Run `command` until each item has ended; one that ends it, or hangs, is not run."""
+    journal.running.unlink(missing_ok=True)
+    while waiting := journal.waiting(items):
+        with subprocess.Popen(
+            command, env={**os.environ, **environment}, start_new_session=True
+        ) as process:
+            try:
+                why = _watch(process, journal, seconds)
+            finally:
+                _kill(process)
+        started = journal.started()
+        if started is not None:
+            journal.write(started[0], not_run=why)
+        elif journal.waiting(items) == waiting:
+            for item in waiting:
+                journal.write(item, not_run=f"its process did not begin: {why}")
+
+
+def _watch(process: subprocess.Popen[bytes], journal: Journal, seconds: float) -> str:
+    """Return how a worker ended; one that hangs is left for its caller to kill."""
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        if (started := journal.started()) and time.time() - started[1] > seconds:
+            return f"it took longer than {seconds:g} s"
+    return f"its process ended with status {process.returncode} on the way"
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a worker and all it started: an engine would keep its GPU."""
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        return
+
+
+def work(part: str, journal: Journal, items: Sequence[str], known: Checkpoints, out: Path) -> None:
+    """Measure a part's items one after another, in this process."""
+    for item in journal.waiting(items):
+        print(f"  {part}: {item}", file=sys.stderr, flush=True)
+        journal.start(item)
+        started = time.monotonic()
+        try:
+            figures = PARTS[part].measure(item, known, out)
+        except LostDevice as error:
+            journal.write(item, not_run=str(error))
+            return  # a new process has a device again
+        except Exception as error:
+            said = str(error)
+            if not isinstance(error, BadInput | EngineFailure):
+                traceback.print_exc()
+                said = f"{type(error).__name__}: {first_line(error)}"
+            journal.write(item, not_run=said)
+            continue
+        journal.write(item, seconds=time.monotonic() - started, figures=figures)
+
+
+def fingerprint() -> dict[str, Any]:
+    """Return what figures are of: code, versions, device."""
+    return {"device": device_name(), "versions": library_versions(), "code": code_version()}
+
+
+def selected(arguments: argparse.Namespace) -> Checkpoints:
+    """Return the checkpoints to measure; `BadInput` where there is nothing to measure."""
+    if "cuda" not in available_devices() and not (arguments.without_a_gpu or arguments.list):
+        raise BadInput(
+            "no GPU here: torch sees none, so no kernel of one can be measured; --without-a-gpu "
+            "tries the command on the CPU."
+        )
+    known = read_checkpoint_files(ROOT)
+    names = arguments.checkpoint or list(known)
+    for name in names:
+        if name not in known:
+            raise BadInput(f"--checkpoint {name}: not an id in fixtures/checkpoints.")
+        if not known[name].directory.is_dir():
+            raise BadInput(f"{known[name].source}: not there; run `make checkpoints`.")
+    # A CPU build's own kernels are judged there.
+    return {name: known[name] for name in names if arguments.checkpoint or known[name].golden}
+
+
+def items_of(arguments: argparse.Namespace, known: Checkpoints) -> dict[str, list[str]]:
+    """Return the selected parts' items."""
+    found = {name: PARTS[name].items(known) for name in arguments.part or PARTS}
+    if arguments.only is not None:
+        found = {name: [i for i in items if arguments.only in i] for name, items in found.items()}
+    if not any(found.values()):
+        raise BadInput("nothing is selected; --list names parts and items.")
+    return found
+
+
+def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
+    """Measure what was not measured yet, and write all of it."""
+    chosen = items_of(arguments, known)
+    if arguments.list:
+        for name, items in chosen.items():
+            print(f"{name}: {PARTS[name].question}", *items, sep="\n    ")
+        return 0
+    out, of = arguments.out.absolute(), fingerprint()
+    journals = {name: Journal(_work(out, of) / name) for name in PARTS}
+    if arguments.worker is not None:
+        part = arguments.worker
+        work(part, journals[part], chosen[part], known, out)
+        return 0
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    for name, items in chosen.items():
+        print(f"{name}: {PARTS[name].question}", file=sys.stderr, flush=True)
+        journal = journals[name]
+        for item in items:  # what was not run is tried again
+            if "not_run" in (journal.read(item) or {}):
+                journal.path(item).unlink()
+        part = PARTS[name]
+        supervise([*command, name], journal, items, part.minutes * 60, part.environment)
+    found = {
+        name: [said for item in PARTS[name].items(known) if (said := journal.read(item))]
+        for name, journal in journals.items()
+    }
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = {"schema": 1, "date": date, "command": sys.argv[1:], **of, "parts": found}
+    write_atomically(out / "gpu.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(out / "gpu.md", markdown(content))
+    missed = [(n, said) for n, items in found.items() for said in items if "not_run" in said]
+    for name, said in missed:
+        print(f"not run: {name}, {said['item']}: {said['not_run']}")
+    print(f"wrote {out / 'gpu.json'} and gpu.md: {sum(map(len, found.values()))} items")
+    return 1 if missed else 0
+
+
+def _work(out: Path, of: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+    return out / "measured" / digest
+
+
+def main() -> int:
+    """Measure; 2 for what the user can mend."""
+    arguments = parse_arguments()
+    try:
+        return measure(arguments, selected(arguments))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""What `make gpu` measures: parts, each a list of items, and what measures one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantgate import doctor, fidelity, invariance, noise
+from quantgate.cache import DiskCache
+from quantgate.checkpoint import Checkpoint
+from quantgate.engine import lacking
+from quantgate.probe import embedded_probe
+from quantgate.report.gate_json import check_of_verdict
+from quantgate.scheme import UNQUANTIZED
+from quantgate.sources import SERVING, Sources, resolve_dtype
+from quantgate.task import GENERATE
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = ("bfloat16", "float16")
+SHAPES = ("8b", "0.5b")
+SCHEMES = ("none", "W4A16", "FP8_DYNAMIC")
+WORK = ((64, 2048), (2048, 64))
+MIB = 2**20
+
+Figures = dict[str, Any]
+Checkpoints = Mapping[str, Checkpoint]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question about the kernels of a machine."""
+
+    question: str
+    items: Callable[[Checkpoints], list[str]]
+    """By the selected checkpoints: the names of what is measured one by one."""
+    measure: Callable[[str, Checkpoints, Path], Figures]
+    """Given an item, the checkpoints and the directory for reports."""
+    minutes: float
+    """After which an item hangs."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def _sources() -> Sources:
+    def announce(text: str) -> None:
+        print(f"    {text}", file=sys.stderr, flush=True)
+
+    cache = DiskCache(ROOT / ".gate-cache")
+    return Sources(
+        lambda task, quality: embedded_probe(ROOT, task, quality=quality), announce, cache
+    )
+
+
+def _one_of_each_scheme(checkpoints: Checkpoints) -> list[str]:
+    """Return a checkpoint of each scheme among those that generate, and of each other task."""
+    first: dict[tuple[str, str], str] = {}
+    for name, checkpoint in checkpoints.items():
+        kind = checkpoint.scheme if checkpoint.task == GENERATE else ""
+        first.setdefault((checkpoint.task, str(kind)), name)
+    return list(first.values())
+
+
+# The machine -------------------------------------------------------------------------------------
+
+
+def machine(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Return what the figures depend on, and the kernel that vLLM chooses for each format."""
+    chosen = [dataclasses.asdict(found) for found in doctor.format_kernels(checkpoints)]
+    return {
+        **doctor.machine(),
+        "device": doctor.device_name(),
+        "lacks": lacking(),
+        "formats": chosen,
+    }
+
+
+# Kernels -----------------------------------------------------------------------------------------
+
+
+def formats(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Return how far one checkpoint's engine is from its reference in a 16-bit dtype."""
+    name, dtype = item.split(" ")
+    checkpoint, sources = checkpoints[name], _sources()
+    _reset_peak()
+    engine = sources.engine(checkpoint, dtype)
+    peak = _peak_mib()
+    errors = [module.output for module in sources.replay(checkpoint, dtype).modules]
+    return {
+        "scheme": checkpoint.scheme,
+        "kernels": dict(engine.provenance.kernels),
+        "emulated": list(engine.provenance.emulated),
+        "replay": {
+            **check_of_verdict(fidelity.replay(sources, checkpoint, dtype)),
+            "largest": float(np.max(errors)),
+            "median": float(np.median(errors)),
+        },
+        "fidelity": check_of_verdict(fidelity.serving(sources, checkpoint, dtype)),
+        "peak_mib": peak,
+    }
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_mib() -> float | None:
+    """Return the most GPU memory that tensors took; None without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_available() else None
+
+
+def forced(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Gate a checkpoint without the kernel that vLLM would choose: what do the verdicts say?"""
+    settings = dataclasses.replace(checkpoints[item].engine, kernels="native")
+    (chosen, *_), _ = doctor.linear_kernels(checkpoints[item].directory, settings)
+    checks = _gate(
+        out / f"forced-{item}",
+        ["--checkpoint", item, "-k", "(replay or drift) and serving"],
+        {"VLLM_DISABLED_KERNELS": chosen},
+    )
+    return {"disabled": chosen, "checks": checks}
+
+
+# Ways of serving ---------------------------------------------------------------------------------
+
+
+def ways(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Return how far batches, order, chunks, graphs move a checkpoint, and its noise floor."""
+    checkpoint, sources = checkpoints[item], _sources()
+    floor = noise.measure(sources, checkpoint, SERVING)
+    return {
+        **batches(item, checkpoints, out),
+        "compiled": check_of_verdict(invariance.compiled(sources, checkpoint, SERVING)),
+        "noise": {rerun.name: dict(rerun.moved) for rerun in floor.reruns},
+    }
+
+
+def batches(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Return how far batches, order, chunks and the prefix cache move a checkpoint."""
+    checkpoint, sources = checkpoints[item], _sources()
+    served = invariance.served_otherwise(sources, checkpoint, SERVING)
+    dtype = resolve_dtype(checkpoint, SERVING)
+    return {"dtype": dtype, "invariance": check_of_verdict(served)}
+
+
+def scores(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Return how far score mode is from HF, on the model runner that the environment asks for."""
+    name, dtype = item.split(" ")
+    judge = fidelity.float32 if dtype == "float32" else fidelity.serving
+    return {"fidelity": check_of_verdict(judge(_sources(), checkpoints[name]))}
+
+
+# Whole commands ----------------------------------------------------------------------------------
+
+
+def gate(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Run the gate as CI does; its reports stay in the output directory."""
+    checks = _gate(out / "gate", ["-m", item])
+    verdicts = [check["verdict"] for check in checks]
+    return {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
+
+
+def _gate(
+    report: Path, arguments: list[str], environment: Mapping[str, str] | None = None
+) -> list[Figures]:
+    command = [sys.executable, "-m", "pytest", "suites", *arguments, "--gate-report", str(report)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    path = report / "gate.json"
+    if not path.exists():
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout.strip().splitlines()[-1]}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        {"checkpoint": one["id"], **check}
+        for one in content["checkpoints"]
+        for check in one["checks"]
+    ]
+
+
+def speed(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Run tools/bench_score.py on one shape, scheme and amount of work."""
+    shape, scheme, prompts, tokens = item.split(" ")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "bench.json"
+        command = [sys.executable, str(ROOT / "tools" / "bench_score.py"), "--shape", shape]
+        command += ["--scheme", scheme, "--prompts", prompts, "--tokens", tokens]
+        subprocess.run([*command, "--json", str(path)], check=True)
+        found: Figures = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _in_both(checkpoints: Checkpoints) -> list[str]:
+    return [f"{name} {dtype}" for name in checkpoints for dtype in DTYPES]
+
+
+def _runner_items(checkpoints: Checkpoints) -> list[str]:
+    chosen = [n for n in _one_of_each_scheme(checkpoints) if checkpoints[n].task == GENERATE]
+    whole = [f"{n} float32" for n in chosen if checkpoints[n].scheme == UNQUANTIZED]
+    return [*whole, *(f"{n} {SERVING}" for n in chosen)]
+
+
+def _quantized(checkpoints: Checkpoints) -> list[str]:
+    chosen = _one_of_each_scheme(checkpoints)
+    return [n for n in chosen if checkpoints[n].scheme != UNQUANTIZED and checkpoints[n].golden]
+
+
+def _speed_items(checkpoints: Checkpoints) -> list[str]:
+    return [
+        f"{shape} {scheme} {prompts} {tokens}"
+        for prompts, tokens in WORK
+        for shape in SHAPES
+        for scheme in SCHEMES
+    ]
+
+
+PARTS: dict[str, Part] = {
+    "machine": Part("which kernel does vLLM choose?", lambda _: ["here"], machine, 20),
+    "formats": Part("does each format's kernel compute what it says?", _in_both, formats, 5),
+    "ways": Part("does it matter how it is served?", _one_of_each_scheme, ways, 10),
+    "batch-invariant": Part(
+        "and in batch-invariant mode?", _one_of_each_scheme, batches, 10,
+        {"VLLM_BATCH_INVARIANT": "1"},
+    ),
+    "runner-v1": Part(
+        "does model runner V1 score as HF does?", _runner_items, scores, 5,
+        {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    ),
+    "runner-v2": Part(
+        "does model runner V2?", _runner_items, scores, 5, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    ),
+    "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),
+    "forced": Part("is another kernel noticed?", _quantized, forced, 10),
+    "speed": Part("how fast is score mode?", _speed_items, speed, 30),
+}  # fmt: skip

@@ -1,0 +1,146 @@
+"""Tables of what `make gpu` measured, for docs/gpu.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from quantgate.report.markdown import escaped, markdown_table
+
+Said = Mapping[str, Any]
+Rows = list[list[str]]
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return every part's table, and what was not run."""
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    command = " ".join(["python tools/gpu.py", *content["command"]])
+    lines = [f"{content['date'][:10]}, {content['device']}; {versions}; `{escaped(command)}`.\n"]
+    for name, (headings, rows_of) in TABLES.items():
+        measured = [said for said in content["parts"].get(name, ()) if "figures" in said]
+        if measured:
+            rows = [row for said in measured for row in rows_of(said["item"], said["figures"])]
+            lines += [f"\n### {name}\n\n", _table(headings, rows)]
+    missed = [
+        [name, said["item"], said["not_run"]]
+        for name, items in content["parts"].items()
+        for said in items
+        if "not_run" in said
+    ]
+    if missed:
+        lines += ["\n### Not run\n\n", _table(("part", "item", "reason"), missed)]
+    return "".join(lines)
+
+
+def _table(headings: Sequence[str], rows: Rows) -> str:
+    return markdown_table(headings, [[escaped(cell.strip()) for cell in row] for row in rows])
+
+
+def _machine(_: str, figures: Said) -> Rows:
+    return [
+        [one["scheme"], one["kernels"], "yes" if one["certifies"] else "no"]
+        for one in figures["formats"]
+    ]
+
+
+def _formats(item: str, figures: Said) -> Rows:
+    name, dtype = item.split(" ")
+    replay, fidelity = figures["replay"], figures["fidelity"]
+    return [
+        [
+            figures["scheme"],
+            name,
+            dtype,
+            _linears(figures["kernels"]),
+            f"{replay['largest']:.1e} {_unless_pass(replay)}",
+            f"{replay['median']:.1e}",
+            _measured(fidelity),
+            "" if figures["peak_mib"] is None else f"{figures['peak_mib']:,.0f}",
+        ]
+    ]
+
+
+def _ways(item: str, figures: Said) -> Rows:
+    moved = [m["mean_abs"] for m in figures["noise"].values() if "mean_abs" in m]
+    return [
+        [
+            item,
+            figures["dtype"],
+            *(_measured(figures[name]) for name in ("invariance", "compiled")),
+            f"{max(moved):.1e}" if moved else "",
+        ]
+    ]
+
+
+def _batches(item: str, figures: Said) -> Rows:
+    return [[item, figures["dtype"], _measured(figures["invariance"])]]
+
+
+def _scores(item: str, figures: Said) -> Rows:
+    return [[*item.split(" "), _measured(figures["fidelity"])]]
+
+
+def _gate(item: str, figures: Said) -> Rows:
+    return [[verdict, str(count)] for verdict, count in figures.items()]
+
+
+def _forced(item: str, figures: Said) -> Rows:
+    return [
+        [item, figures["disabled"], check["name"], check["verdict"], _linears(check["kernels"]),
+         check["since_golden"] or "no golden"]
+        for check in figures["checks"]
+    ]  # fmt: skip
+
+
+def _speed(item: str, figures: Said) -> Rows:
+    shape, scheme, prompts, tokens = item.split(" ")
+    prefill, score = (figures["modes"][name] for name in ("prefill", "score"))
+    return [
+        [
+            shape, scheme, f"{prompts} × {tokens}", name, f"{mode['tokens_per_s']:,.0f}",
+            f"{mode['tokens_per_s'] / prefill['tokens_per_s']:.3f}",
+            f"{score['tokens_per_s'] / mode['tokens_per_s']:.2f}",
+            f"{mode['share_of_floor']:.2f}",
+            f"{mode['peak_mib'] - prefill['peak_mib']:,.0f}",
+        ]
+        for name, mode in figures["modes"].items()
+    ]  # fmt: skip
+
+
+def _linears(kernels: Mapping[str, str]) -> str:
+    """Return the kernels of the quantized linears, or of all if none is."""
+    names = dict.fromkeys(name for kind, name in kernels.items() if kind.endswith("_proj"))
+    quantized = [name for name in names if not name.startswith("Unquantized")]
+    return ", ".join(quantized or names)
+
+
+def _measured(check: Said) -> str:
+    if check["measured"] is None:
+        return f"{check['verdict']}: {check['detail']}"
+    value, allowed = check["measured"], check["allowed"]
+    shown = value if isinstance(value, str) else f"{value:.1e}"
+    return f"{shown} of {allowed:.1e} {_unless_pass(check)}".strip()
+
+
+def _unless_pass(check: Said) -> str:
+    return "" if check["verdict"] == "pass" else f"({check['verdict']})"
+
+
+TABLES: dict[str, tuple[Sequence[str], Callable[[str, Said], Rows]]] = {
+    "machine": (("format", "kernel", "certified"), _machine),
+    "formats": (
+        ("format", "checkpoint", "dtype", "kernel", "replay, largest", "median", "fidelity", "MiB"),
+        _formats,
+    ),
+    "ways": (("checkpoint", "dtype", "batches", "compiled", "noise floor"), _ways),
+    "batch-invariant": (("checkpoint", "dtype", "batches"), _batches),
+    "runner-v1": (("checkpoint", "dtype", "fidelity"), _scores),
+    "runner-v2": (("checkpoint", "dtype", "fidelity"), _scores),
+    "gate": (("verdict", "checks"), _gate),
+    "forced": (("checkpoint", "disabled", "check", "verdict", "kernel", "since"), _forced),
+    "speed": (
+        ("shape", "scheme", "work", "mode", "tokens/s", "of prefill's", "score is × it",
+         "floor's part", "MiB above prefill"),
+        _speed,
+    ),
+}  # fmt: skip

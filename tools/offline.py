@@ -1,0 +1,142 @@
+"""Pack what a GPU machine without a network needs for `make gpu`, and what runs it there.
+
+    ssh gpu python3 -m pip freeze > have.txt
+    python tools/offline.py --python 3.12 --have have.txt
+    rsync -a build/offline/ gpu:quantgate/ && ssh gpu bash quantgate/run.sh --out figures
+
+What the machine has (torch, vLLM …) is not packed, and keeps its version. There, run.sh makes a
+virtual environment over the machine's own packages, builds the embedded checkpoints, and gives its
+arguments to tools/gpu.py.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import requires
+from pathlib import Path
+
+from quantgate.atomic import write_atomically
+from quantgate.checkpoint import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+# pip matches these one by one.
+GLIBC_MINORS = range(17, 40)
+NAME = re.compile(r"[A-Za-z0-9._-]+")
+RUN = """#!/usr/bin/env bash
+# Made by tools/offline.py. Measures what needs a GPU; arguments go to tools/gpu.py.
+set -euo pipefail
+cd "$(dirname "$0")"
+if [ ! -e .offline/ready ]; then
+    {python} -m venv --system-site-packages .offline
+    # Over the machine's own packages, which pip sees; it says what is missing or does not fit.
+    .offline/bin/python -m pip install --quiet --no-index --find-links wheels wheels/*.whl
+    mkdir -p source && tar -xzf source.tar.gz -C source
+    touch .offline/ready
+fi
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+.offline/bin/python source/tools/quantize_tiny.py
+exec .offline/bin/python source/tools/gpu.py "$@"
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Pack what an offline GPU machine needs.")
+    parser.add_argument("--python", default="3.12", help="that machine's, e.g. 3.12")
+    parser.add_argument(
+        "--have", type=Path, required=True, help="what `pip freeze` prints on that machine"
+    )
+    parser.add_argument("--machine", default="x86_64", choices=["x86_64", "aarch64"])
+    parser.add_argument("--extra", default="gpu", choices=["gpu", "cpu"])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "offline")
+    return parser.parse_args()
+
+
+def canonical(requirement: str) -> str:
+    """Return the name of a requirement or wheel as registries compare it."""
+    found = NAME.match(requirement)
+    return re.sub(r"[-_.]+", "-", found[0]).lower() if found else ""
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """Return what a machine has: name to version."""
+    if not path.is_file():
+        raise BadInput(f"--have {path}: no such file; give what `pip freeze` prints there.")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = dict(line.split("==", 1) for line in lines if "==" in line and " " not in line)
+    if not found:
+        raise BadInput(f"--have {path}: no line of it is NAME==VERSION.")
+    return {canonical(name): version for name, version in found.items()}
+
+
+def missing(have: dict[str, str], extra: str) -> list[str]:
+    """Return what quantgate with an extra asks for and the machine does not have."""
+    wanted = []
+    for line in requires("quantgate") or ():
+        requirement, _, condition = line.partition(";")
+        if (not condition or extra in condition) and canonical(requirement) not in have:
+            wanted.append(requirement.strip())
+    return wanted
+
+
+def download(arguments: argparse.Namespace, have: dict[str, str], wheels: Path) -> None:
+    """Fetch the wheels that are missing there, for its Python, and those that they need."""
+    platforms = [f"manylinux_2_{minor}_{arguments.machine}" for minor in GLIBC_MINORS]
+    platforms += [f"manylinux2014_{arguments.machine}", f"manylinux1_{arguments.machine}"]
+    tags = [word for platform in platforms for word in ("--platform", platform)]
+    if not (wanted := missing(have, arguments.extra)):
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        # A local version, "2.11.0+cu130", is in no registry.
+        pins = (f"{name}=={version.partition('+')[0]}\n" for name, version in have.items())
+        constraints.writelines(pins)
+        constraints.flush()
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
+        command += ["--python-version", arguments.python, "--implementation", "cp", *tags]
+        command += ["--constraint", constraints.name, "--dest", str(wheels), *wanted]
+        if subprocess.run(command, check=False).returncode:
+            raise BadInput("pip found no wheels that fit what the machine has: see above.")
+    for wheel in wheels.glob("*.whl"):
+        if canonical(wheel.name.split("-")[0]) in have:
+            wheel.unlink()
+
+
+def pack(arguments: argparse.Namespace) -> None:
+    """Write the wheels, the source and run.sh."""
+    have = pinned(arguments.have)
+    out: Path = arguments.out
+    shutil.rmtree(out, ignore_errors=True)
+    wheels = out / "wheels"
+    wheels.mkdir(parents=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*build, str(wheels), str(ROOT)], check=True)
+    download(arguments, have, wheels)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    with tarfile.open(out / "source.tar.gz", "w:gz") as archive:
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).exists():
+                archive.add(ROOT / name, name)
+    write_atomically(out / "run.sh", RUN.format(python=f"python{arguments.python}"))
+
+
+def main() -> int:
+    """Pack; 2 for what the user can mend."""
+    arguments = parse_arguments()
+    try:
+        pack(arguments)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    print(f"{arguments.out}: {size / 2**20:.0f} MiB; there: bash run.sh --out figures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

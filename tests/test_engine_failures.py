@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from quantgate import engine_failure
 from quantgate.checkpoint import BadInput
 from quantgate.engine_failure import EngineFailure, LostDevice, explained, require_device
+from quantgate.probe import Probe
 from quantgate.scheduling import check_of
 
 VICTIM, OTHER = "tiny-llama-w4a16", "tiny-llama-w8a16"
@@ -186,3 +187,39 @@ def test_no_engine_starts_on_a_lost_device(
         running_engine(quantized, settings=EngineSettings(), dtype="float32"),
     ):
         pass
+
+
+def test_no_engine_is_alive_when_the_next_one_starts(
+    monkeypatch: pytest.MonkeyPatch, quantized: Path, probe: Probe, tmp_path: Path
+) -> None:
+    """On a GPU the first one's memory would be missing to the second. Plumbing: made-up engines."""
+    import gc
+    import weakref
+    from collections.abc import Iterator
+    from contextlib import contextmanager
+
+    from quantgate import engine
+    from quantgate.checkpoint import EngineSettings
+
+    class MadeUp:
+        pass
+
+    started: list[weakref.ref[MadeUp]] = []
+
+    @contextmanager
+    def running_engine(directory: Path, **_: Any) -> Iterator[MadeUp]:
+        gc.collect()
+        assert all(reference() is None for reference in started)
+        llm = MadeUp()
+        started.append(weakref.ref(llm))
+        yield llm
+
+    monkeypatch.setattr(engine, "running_engine", running_engine)
+    monkeypatch.setattr(engine, "_measured", lambda *_: "measured")
+    monkeypatch.setattr(engine, "capture", lambda *_: "captured")
+    settings = EngineSettings(enforce_eager=False)
+    found: tuple[object, object] = engine.measure(
+        quantized, probe, settings=settings, dtype="bfloat16", announce=print, capture_into=tmp_path
+    )
+    assert found == ("measured", "captured")
+    assert len(started) == 2

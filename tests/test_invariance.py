@@ -153,15 +153,6 @@ def test_an_engine_that_is_set_otherwise_is_compared(
     assert changed in (["tensor_parallel_size"], ["enforce_eager"])
 
 
-def test_ranks_that_a_machine_does_not_have_are_not_run(
-    sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(invariance, "visible_gpus", lambda: 1)
-    verdict = invariance.tensor_parallel(sources, w4a16, "float32")
-    assert verdict.outcome == "not-run"
-    assert verdict.detail == "it needs 2 GPUs, and this machine has 1"
-
-
 def test_what_was_measured_of_another_checkpoint_is_let_go(
     sources: Sources, w4a16: Checkpoint
 ) -> None:

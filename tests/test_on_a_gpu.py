@@ -25,6 +25,10 @@ def on_a_gpu(project: Path, root: Path) -> RunGate:
     project_of(project, root, QUANTIZED, WHOLE, REWARDS)
     shutil.rmtree(project / "golden")
     shutil.copytree(root / "tools", project / "tools")
+    file = project / "fixtures" / "checkpoints" / f"{WHOLE}.toml"
+    file.write_text(
+        file.read_text().replace("[engine]", 'invariance = ["tensor-parallel"]\n[engine]')
+    )
     with (project / "conftest.py").open("a") as stream:
         stream.write(MADE_UP)
     tool = project / "tools" / "regen_golden.py"
@@ -62,6 +66,11 @@ def test_the_gate_is_green_on_cuda_with_goldens_of_its_own(on_a_gpu: RunGate) ->
     assert {check["verdict"] for checks in found.values() for check in checks} == {"pass"}
     assert "since the golden" not in judged.stdout
     assert judged.returncode == 0, judged.stdout
+
+    ranks = on_a_gpu("suites", "--checkpoint", WHOLE, "-k", "tensor_parallel or replay")
+    assert f"left out: {WHOLE} tensor-parallel-" in ranks.stdout
+    assert "it needs 2 GPUs, and 0 can be used here" in ranks.stdout
+    assert ranks.returncode == 0, ranks.stdout
 
     forced = on_a_gpu(
         "suites", *selected, "--checkpoint", QUANTIZED,

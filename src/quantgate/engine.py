@@ -74,15 +74,21 @@ def measure(
     or replays graphs is started once more for that, eagerly.
     """
     pooling = pooling_arguments(directory, probe.task)
-    with running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
-        announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
-        measured = _measured(llm, probe, dtype)
-        meanwhile(llm)
-        if capture_into is None:
-            return measured, None
-        if settings.enforce_eager:
+
+    def serve_it() -> tuple[Measurement, Capture | None]:
+        with running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
+            announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
+            measured = _measured(llm, probe, dtype)
+            meanwhile(llm)
+            if capture_into is None or not settings.enforce_eager:
+                return measured, None
             announce("capturing inputs and outputs of every linear")
             return measured, capture(llm, probe, capture_into)
+
+    # In a function of its own: a name for the first engine would keep its memory from the second.
+    measured, captured = serve_it()
+    if capture_into is None or captured is not None:
+        return measured, captured
     announce("loading again, eagerly, to capture inputs and outputs")
     eager = replace(settings, enforce_eager=True)
     with running_engine(directory, settings=eager, dtype=dtype, **pooling) as llm:
@@ -369,13 +375,6 @@ def available_devices() -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         return {"cuda": f"sm{major}{minor}"}
     return {"cpu": "cpu"}
-
-
-def visible_gpus() -> int | None:
-    """Return how many GPUs an engine can have; None where it runs on the CPU."""
-    import torch
-
-    return torch.cuda.device_count() if "cuda" in available_devices() else None
 
 
 def provenance_of(llm: LLM, dtype: str) -> Provenance:

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from quantgate.budget import INVARIANCE_MAX, ROUNDING_FACTOR, fp32_max
 from quantgate.checkpoint import Checkpoint
-from quantgate.engine import visible_gpus
 from quantgate.evidence import kernels_line, profile_of, worst_lines
 from quantgate.measurement import Measurement
 from quantgate.serving import mixed
 from quantgate.sources import Sources
-from quantgate.verdict import Deviation, Profile, Verdict, not_run
+from quantgate.verdict import Deviation, Profile, Verdict
 
 Values = NDArray[np.floating[Any]]
 Derive = Callable[[Values], Values]
@@ -46,12 +45,15 @@ def served_otherwise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Ve
 
 def tensor_parallel(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
     """Judge that two ranks give what one gives; or that one does, where two are served."""
-    size = 2 if checkpoint.engine.tensor_parallel_size == 1 else 1
-    if (gpus := visible_gpus()) is not None and gpus < size:
-        return not_run(f"it needs {size} GPUs, and this machine has {gpus}")
+    size = other_parallel_size(checkpoint)
     return _set_otherwise(
         sources, checkpoint, dtype, f"tensor_parallel_size={size}", tensor_parallel_size=size
     )
+
+
+def other_parallel_size(checkpoint: Checkpoint) -> int:
+    """Return how many ranks `tensor_parallel` serves with: two, or one of what has several."""
+    return 2 if checkpoint.engine.tensor_parallel_size == 1 else 1
 
 
 def compiled(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:

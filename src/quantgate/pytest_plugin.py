@@ -29,6 +29,7 @@ from quantgate.checkpoint import (
 from quantgate.engine import available_devices, lacking, library_versions
 from quantgate.engine_failure import EngineFailure
 from quantgate.golden import history_of, since_golden, unclaimed
+from quantgate.invariance import other_parallel_size
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
 from quantgate.report.results import CheckResult, overall, place_of, upheld
@@ -302,6 +303,10 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
             return "it has no golden: given by path, or golden = false in its file"
         if marker.args[0] in OTHER_ENGINES and marker.args[0] not in checkpoint.invariance:
             return f"its file does not ask for it: invariance = ['{marker.args[0]}']"
+        if marker.args[0] == "tensor-parallel" and params["device"] == "cuda":
+            needed = other_parallel_size(checkpoint)
+            if (there := len(devices.gpus())) < needed:
+                return f"it needs {needed} GPUs, and {there} can be used here"
         if marker.args[0] == "step_tag" and checkpoint.step_tag_id is None:
             return "no step_tag_id is in its file"
     return None

@@ -12,7 +12,7 @@ gate: checkpoints
 	$(VENV)/bin/pytest suites --gate-report $(REPORT)
 
 test: checkpoints lint
-	$(VENV)/bin/pytest tests -n $(WORKERS) --durations 15
+	$(VENV)/bin/pytest tests -n $(WORKERS) --no-loadscope-reorder --durations 15
 
 gpu:
 	$(PYTHON) tools/make_env.py $(VENV)-gpu --extras gpu,dev

@@ -1,10 +1,13 @@
 # `make gate` judges the embedded checkpoints, `make test` tests the gate itself. Both set up .venv.
-# `make gpu` measures what needs an NVIDIA GPU, in an environment of its own.
+# `make gpu` measures what needs an NVIDIA GPU, in an environment of its own; with the newest vLLM, or
+# `make gpu VLLM=0.26.0`.
 VENV := .venv
 PYTHON ?= python3
 REPORT ?= report
 WORKERS ?= 2
-GPU_FIGURES ?= build/gpu
+VLLM ?=
+GPU_VENV := .venv-gpu$(VLLM)
+GPU_FIGURES ?= build/gpu$(VLLM)
 
 .PHONY: gate test gpu env checkpoints lint
 
@@ -15,9 +18,9 @@ test: checkpoints lint
 	$(VENV)/bin/pytest tests -n $(WORKERS) --no-loadscope-reorder --durations 15
 
 gpu:
-	$(PYTHON) tools/make_env.py $(VENV)-gpu --extras gpu,dev
-	$(VENV)-gpu/bin/python tools/quantize_tiny.py
-	$(VENV)-gpu/bin/python tools/gpu.py --out $(GPU_FIGURES)
+	$(PYTHON) tools/make_env.py $(GPU_VENV) --extras gpu,dev $(if $(VLLM),--require vllm==$(VLLM))
+	$(GPU_VENV)/bin/python tools/quantize_tiny.py
+	$(GPU_VENV)/bin/python tools/gpu.py --out $(GPU_FIGURES)
 
 env:
 	$(PYTHON) tools/make_env.py $(VENV)

@@ -1,7 +1,7 @@
 """Set up the project's virtual environment: what `make env` runs. Standard library only.
 
     python3 tools/make_env.py [.venv]
-    python3 tools/make_env.py .venv-gpu --extras gpu,dev
+    python3 tools/make_env.py .venv-gpu --extras gpu,dev --require vllm==0.26.0
 
 A second run finds the stamp of the first and installs nothing.
 """
@@ -21,16 +21,16 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OPTIONAL_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
-def fingerprint(extras: str) -> str:
+def fingerprint(extras: str, required: list[str]) -> str:
     """Return what decides whether an environment is up to date."""
     content = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
-    return hashlib.sha256(content + f"{sys.version} {extras}".encode()).hexdigest()
+    return hashlib.sha256(content + f"{sys.version} {extras} {required}".encode()).hexdigest()
 
 
-def install(python: Path, extras: str) -> None:
+def install(python: Path, extras: str, required: list[str]) -> None:
     """Install the project, editable, with its extras; with PyTorch's CPU index if need be."""
     print(f"make_env: installing quantgate[{extras}] with vLLM, about 2 minutes", flush=True)
-    command = [str(python), "-m", "pip", "install", "-q", "-e", f"{ROOT}[{extras}]"]
+    command = [str(python), "-m", "pip", "install", "-q", "-e", f"{ROOT}[{extras}]", *required]
     if subprocess.run(command, check=False).returncode == 0:
         return
     if "cpu" not in extras.split(","):
@@ -57,10 +57,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Set up the virtual environment.")
     parser.add_argument("directory", nargs="?", default=".venv", type=Path)
     parser.add_argument("--extras", default="cpu,dev", help="of pyproject.toml")
+    parser.add_argument("--require", action="append", default=[], metavar="NAME==VERSION")
     arguments = parser.parse_args()
     directory, extras = (ROOT / arguments.directory).resolve(), arguments.extras
     stamp = directory / ".quantgate-env"
-    if stamp.exists() and stamp.read_text() == fingerprint(extras):
+    if stamp.exists() and stamp.read_text() == fingerprint(extras, arguments.require):
         return 0
     if sys.version_info < (3, 11):  # noqa: UP036  run by whatever python3 is on the machine
         print("make_env: Python 3.11 or newer is needed", file=sys.stderr)
@@ -70,12 +71,12 @@ def main() -> int:
         venv.create(directory, with_pip=True)
     python = directory / "bin" / "python"
     try:
-        install(python, extras)
+        install(python, extras, arguments.require)
         remove_broken_companions(python)
     except subprocess.CalledProcessError as error:
         print(f"make_env: {' '.join(map(str, error.cmd))} failed", file=sys.stderr)
         return 1
-    stamp.write_text(fingerprint(extras))
+    stamp.write_text(fingerprint(extras, arguments.require))
     return 0
 
 

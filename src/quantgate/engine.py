@@ -35,8 +35,8 @@ from quantgate.task import GENERATE
 if TYPE_CHECKING:
     from vllm import LLM
 
-# What vLLM is imported with: one process, so that several engines can follow
-# one another without another import each; no telemetry.
+# What vLLM is imported with, unless the user has set it: one process, so that several engines can
+# follow one another without another import each; no telemetry.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -192,12 +192,17 @@ def running_engine(
     # Two ranks on a machine without NUMA nodes: vLLM would bind both to the same processors.
     unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.tensor_parallel_size > 1 else {}
     vllm = f"{directory}: vLLM {vllm_version()}"
-    with (
-        explained(f"{vllm} cannot load it in {dtype}"),
-        _collection_suspended() if on_cpu else nullcontext(),
-        _environment(unbound),
-    ):
-        llm = LLM(**arguments)
+    try:
+        with (
+            explained(f"{vllm} cannot load it in {dtype}"),
+            _collection_suspended() if on_cpu else nullcontext(),
+            _environment(unbound),
+        ):
+            llm = LLM(**arguments)
+    except EngineFailure:
+        with suppress(Exception):  # of what it got to hold
+            cleanup_dist_env_and_memory()
+        raise
     failed = True
     try:
         with explained(f"{vllm} failed while it served it in {dtype}", but=MISTAKES):

@@ -221,18 +221,27 @@ def test_an_offline_machine_runs_what_was_packed_for_it(root: Path, tmp_path: Pa
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if not entry.name.lower().startswith((*absent, "_quantgate", "__editable__")):
             (machine / entry.name).symlink_to(entry)
+    environment = {**os.environ, "PYTHONPATH": str(machine), "PIP_NO_INDEX": "1",
+                   "PYTHON": str(Path(sys.base_prefix) / "bin" / f"python{python}")}  # fmt: skip
     (packed / "source").mkdir()
     (packed / "source" / "build").symlink_to(root / "build")  # it takes minutes to build
     ran = subprocess.run(
         ["bash", str(packed / "run.sh"), *WITHOUT, "--out", str(tmp_path / "figures"),
          "--part", "machine", "--checkpoint", NAME],
-        env={**os.environ, "PYTHONPATH": str(machine), "PIP_NO_INDEX": "1",
-             "PATH": f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"},
-        capture_output=True, text=True, check=False, timeout=580,
+        env=environment, capture_output=True, text=True, check=False, timeout=580,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     content = json.loads((tmp_path / "figures" / "gpu.json").read_text())
     assert "figures" in content["parts"]["machine"][0]
+
+    run = packed / "run.sh"
+    run.write_text(run.read_text().replace(f"!= {python} ]", "!= 3.99 ]"))
+    wrong = subprocess.run(
+        ["bash", str(run)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: ")
+    assert f"is Python {python}, and this was packed for" in wrong.stderr
 
 
 @pytest.mark.parametrize("content", [None, "-e git+x\n"])

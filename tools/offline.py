@@ -4,9 +4,9 @@
     python tools/offline.py --python 3.12 --have have.txt
     rsync -a build/offline/ gpu:quantgate/ && ssh gpu bash quantgate/run.sh --out figures
 
-What the machine has (torch, vLLM …) is not packed, and keeps its version. There, run.sh makes a
-virtual environment over the machine's own packages, builds the embedded checkpoints, and gives its
-arguments to tools/gpu.py.
+What the machine has (torch, vLLM …) is not packed, and keeps its version. There, run.sh unpacks the
+rest beside the machine's own packages, builds the embedded checkpoints, and gives its arguments to
+tools/gpu.py.
 """
 
 import argparse
@@ -30,16 +30,22 @@ RUN = """#!/usr/bin/env bash
 # Made by tools/offline.py. Measures what needs a GPU; arguments go to tools/gpu.py.
 set -euo pipefail
 cd "$(dirname "$0")"
-if [ ! -e .offline/ready ]; then
-    {python} -m venv --system-site-packages .offline
-    # Over the machine's own packages, which pip sees; it says what is missing or does not fit.
-    .offline/bin/python -m pip install --quiet --no-index --find-links wheels wheels/*.whl
-    mkdir -p source && tar -xzf source.tar.gz -C source
-    touch .offline/ready
+python=${{PYTHON:-python3}}
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+if [ "$version" != {version} ]; then
+    echo "error: $python is Python $version, and this was packed for {version}; set PYTHON." >&2
+    exit 2
 fi
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-.offline/bin/python source/tools/quantize_tiny.py
-exec .offline/bin/python source/tools/gpu.py "$@"
+if [ ! -e site/.ready ]; then
+    # A directory, not a virtual environment: the machine's own packages may be in one already.
+    rm -rf site
+    "$python" -m pip install --quiet --no-index --no-deps --target site wheels/*.whl
+    mkdir -p source && tar -xzf source.tar.gz -C source
+    touch site/.ready
+fi
+export PYTHONPATH="$PWD/site${{PYTHONPATH:+:$PYTHONPATH}}" HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+"$python" source/tools/quantize_tiny.py
+exec "$python" source/tools/gpu.py "$@"
 """
 
 
@@ -122,7 +128,7 @@ def pack(arguments: argparse.Namespace) -> None:
         for name in filter(None, listed.stdout.split("\0")):
             if (ROOT / name).exists():
                 archive.add(ROOT / name, name)
-    write_atomically(out / "run.sh", RUN.format(python=f"python{arguments.python}"))
+    write_atomically(out / "run.sh", RUN.format(version=arguments.python))
 
 
 def main() -> int:

@@ -94,7 +94,8 @@ def test_it_measures_once_and_writes_figures_and_tables(root: Path, tmp_path: Pa
     assert again.returncode == 1
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "runner-v2: " in again.stderr
-    assert set(json.loads((tmp_path / "gpu.json").read_text())["parts"]["ways"][0]) >= {"figures"}
+    kept = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert kept["ways"] == content["parts"]["ways"]
 
 
 WORKER = """
@@ -138,10 +139,10 @@ def test_a_worker_that_does_not_begin_is_no_endless_loop(
         assert said == "its process did not begin: its process ended with status 3 on the way"
 
 
-def test_a_lost_device_costs_one_process_and_one_item(
+def test_a_lost_device_costs_one_process_and_the_item_that_lost_it(
     load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantgate.engine_failure import LostDevice
+    from quantgate.engine_failure import EngineFailure, LostDevice
 
     tool = load("gpu")
     asked = []
@@ -149,6 +150,8 @@ def test_a_lost_device_costs_one_process_and_one_item(
     def measure(item: str, *_: Any) -> dict[str, Any]:
         asked.append(item)
         if item == "b":
+            raise EngineFailure("CUDA error")
+        if item == "c":
             raise LostDevice("not served, because the GPU was lost")
         return {"is": item}
 
@@ -156,9 +159,10 @@ def test_a_lost_device_costs_one_process_and_one_item(
     monkeypatch.setitem(tool.PARTS, "machine", part)
     journal = tool.Journal(tmp_path)
     tool.work("machine", journal, ["a", "b", "c"], {}, tmp_path)
-    assert asked == ["a", "b"]
-    assert journal.read("b")["not_run"] == "not served, because the GPU was lost"
+    assert asked == ["a", "b", "c"]
+    assert journal.read("b")["not_run"] == "CUDA error"
     assert journal.waiting(["a", "b", "c"]) == ["c"]
+    assert journal.started() is None  # so that nobody takes it for the one that was lost
 
 
 @given(

@@ -93,6 +93,11 @@ class Journal:
         except FileNotFoundError:
             return None
 
+    def everything(self) -> list[dict[str, Any]]:
+        """Return what was written of every item, of earlier runs too."""
+        found = [json.loads(path.read_text("utf-8")) for path in self.directory.glob("*.json")]
+        return sorted(found, key=lambda said: str(said["item"]))
+
     def waiting(self, items: Sequence[str]) -> list[str]:
         """Return the items that have not ended."""
         return [item for item in items if self.read(item) is None]
@@ -148,9 +153,9 @@ def work(part: str, journal: Journal, items: Sequence[str], known: Checkpoints, 
         started = time.monotonic()
         try:
             figures = PARTS[part].measure(item, known, out)
-        except LostDevice as error:
-            journal.write(item, not_run=str(error))
-            return  # a new process has a device again
+        except LostDevice:  # to the item before: a new process has the device again
+            journal.running.unlink()
+            return
         except Exception as error:
             said = str(error)
             if not isinstance(error, BadInput | EngineFailure):
@@ -216,10 +221,7 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
                 journal.path(item).unlink()
         part = PARTS[name]
         supervise([*command, name], journal, items, part.minutes * 60, part.environment)
-    found = {
-        name: [said for item in PARTS[name].items(known) if (said := journal.read(item))]
-        for name, journal in journals.items()
-    }
+    found = {name: journal.everything() for name, journal in journals.items()}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"schema": 1, "date": date, "command": sys.argv[1:], **of, "parts": found}
     write_atomically(out / "gpu.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")

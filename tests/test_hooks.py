@@ -73,3 +73,15 @@ def test_a_hook_that_fits_is_wrapped(missing: dict[str, list[str]]) -> None:
     )
     assert made.Worker().score("r", 5) == [("r", 5)]
     assert missing == {}
+
+
+def test_what_a_version_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of vLLM 0.26.0, whose converted classifiers take every row."""
+    from vllm.model_executor.layers.pooler import special
+
+    from quantgate.engine import lacking
+
+    assert lacking() == []
+    monkeypatch.setattr(special, "AllPool", object, raising=False)
+    (said,) = lacking()
+    assert said.startswith(f"vLLM {hooks.vllm_version()} lacks STEP pooling of classifiers")

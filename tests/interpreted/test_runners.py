@@ -3,7 +3,8 @@
 No stock `prompt_logprobs` here: where vLLM takes Triton for usable, V1's hang on a CPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -112,3 +113,16 @@ def test_an_aborted_request_leaves_the_runner_clean(llm: Any, probe: Probe) -> N
         [{"prompt_token_ids": ids}], SamplingParams(score_mode=True), use_tqdm=False
     )
     assert len(output.prompt_logprobs.logprobs) == len(ids) - 1
+
+
+def test_the_benchmarks_native_mode_gives_what_score_mode_does(
+    llm: Any, probe: Probe, tool: Callable[[str], ModuleType]
+) -> None:
+    prompts = [{"prompt_token_ids": list(window.ids[:100])} for window in probe.windows[:3]]
+    modes = tool("bench_score").vllm_modes(llm, prompts)
+    if not llm.llm_engine.vllm_config.use_v2_model_runner:
+        assert "native" not in modes
+        return
+    for native, ours in zip(modes["native"](), modes["score"](), strict=True):
+        rows = np.asarray(native.prompt_token_id_logprobs)
+        np.testing.assert_allclose(rows[:, 0], ours.prompt_logprobs.logprobs, atol=LIMIT)

@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 
 from quantgate import checkpoint as ck
-from quantgate.checkpoint import BadInput
+from quantgate.checkpoint import BadInput, Checkpoint, KnownFailure
+from quantgate.processor import CONDITIONS
 
 GOOD = 'source = "./build/x"\nscheme = "W4A16"\nbase = "./base"\n'
 
@@ -197,3 +198,13 @@ def test_a_classifier_of_texts_is_not_a_reward(tmp_path: Path) -> None:
     )
     with pytest.raises(BadInput, match="a classifier of whole texts with 2 labels; only rewards"):
         ck.refuse_another_task(tmp_path, "sequence_reward")
+
+
+def test_what_a_processor_cannot_do_excuses_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONDITIONS, "x86-without-vnni", lambda: True)
+    of_processor = KnownFailure("quality", "saturates", "docs", when="x86-without-vnni")
+    everywhere = KnownFailure("drift-float32", "moved", "docs")
+    checkpoint = Checkpoint("x", "./x", known_failure=(of_processor, everywhere))
+    assert checkpoint.known_failure_of("quality", "cpu") is of_processor
+    assert checkpoint.known_failure_of("quality", "cuda") is None
+    assert checkpoint.known_failure_of("drift-float32", "cuda") is everywhere

@@ -4,12 +4,28 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from harness import RunGate
 
 from quantgate.golden import from_json, to_json
 from quantgate.probe import Probe
 
 FEW = "float32 and (replay or drift)"
+
+
+WARNING = """
+import quantgate.engine as engine
+
+library = {"__name__": "somelibrary"}
+exec("import warnings\\ndef warn(): warnings.warn('of its own insides')", library)
+stock = engine.serve
+
+def serve(*arguments):
+    WARN()
+    return stock(*arguments)
+
+engine.serve = serve
+"""
 
 
 def outcomes(run_gate: RunGate) -> dict[str, str]:
@@ -50,3 +66,20 @@ def test_stop_at_a_failure_and_run_the_last_ones_again(run_gate: RunGate, probe:
     mended = run_gate("suites", "-k", FEW, "--lf", "-n", "2", *report)
     assert mended.returncode == 0, mended.stdout
     assert outcomes(run_gate) == {"drift-float32": "pass"}
+
+
+@pytest.mark.parametrize(
+    ("warn", "status"),
+    [("library['warn']", 0), ("library['warn'].__globals__['warnings'].warn", 1)],
+    ids=["a library's", "our own"],
+)
+def test_what_a_library_is_warned_of_is_no_verdict(
+    run_gate: RunGate, warn: str, status: int
+) -> None:
+    """A driver, a GPU or a newer version has others; what our own code does wrong is an error."""
+    call = f"{warn}('of ours')" if status else f"{warn}()"
+    with (run_gate.project / "conftest.py").open("a") as stream:
+        stream.write(WARNING.replace("WARN()", call))
+    done = run_gate("suites", "-k", "fidelity_float32", "--gate-report", "report")
+    assert done.returncode == status, done.stdout
+    assert outcomes(run_gate) == {"fidelity-float32": "not-run" if status else "pass"}

@@ -159,9 +159,11 @@ class Checkpoint:
         """
         return self.task != GENERATE and task_of(read_config(self.directory)) != GENERATE
 
-    def known_failure_of(self, check: str) -> KnownFailure | None:
+    def known_failure_of(self, check: str, device: str) -> KnownFailure | None:
         """Return the known failure of a check on this machine, if there is one."""
-        return next((k for k in self.known_failure if k.check == check and k.applies), None)
+        found = (k for k in self.known_failure if k.check == check and k.applies)
+        # A processor's ways are of what runs on it.
+        return next((k for k in found if k.when is None or device == "cpu"), None)
 
 
 # The keys of a checkpoint file: every field but those that do not come from it.

@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gpu_parts
 from gpu_parts import PARTS, ROOT, Checkpoints
 from gpu_tables import markdown
 
@@ -36,6 +38,7 @@ from quantgate.engine import available_devices, library_versions
 from quantgate.engine_failure import EngineFailure, LostDevice, first_line
 
 POLL_SECONDS = 0.2
+TERMINATED = 128 + signal.SIGTERM
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -168,7 +171,9 @@ def work(part: str, journal: Journal, items: Sequence[str], known: Checkpoints, 
 
 def fingerprint() -> dict[str, Any]:
     """Return what figures are of: code, versions, device."""
-    return {"device": device_name(), "versions": library_versions(), "code": code_version()}
+    parts = Path(gpu_parts.__file__).read_bytes()
+    code = hashlib.sha256(code_version().encode() + parts).hexdigest()
+    return {"device": device_name(), "versions": library_versions(), "code": code}
 
 
 def selected(arguments: argparse.Namespace) -> Checkpoints:
@@ -213,15 +218,23 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
         work(part, journals[part], chosen[part], known, out)
         return 0
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
-    for name, items in chosen.items():
-        print(f"{name}: {PARTS[name].question}", file=sys.stderr, flush=True)
-        journal = journals[name]
-        for item in items:  # what was not run is tried again
-            if "not_run" in (journal.read(item) or {}):
-                journal.path(item).unlink()
-        part = PARTS[name]
-        supervise([*command, name], journal, items, part.minutes * 60, part.environment)
-    found = {name: journal.everything() for name, journal in journals.items()}
+    # Whoever lends a machine for minutes ends what runs on it: the figures so far are written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        for name, items in chosen.items():
+            print(f"{name}: {PARTS[name].question}", file=sys.stderr, flush=True)
+            journal, part = journals[name], PARTS[name]
+            for item in items:  # what was not run is tried again
+                if "not_run" in (journal.read(item) or {}):
+                    journal.path(item).unlink()
+            supervise([*command, name], journal, items, part.minutes * 60, part.environment)
+    finally:
+        status = report(out, of, {name: journal.everything() for name, journal in journals.items()})
+    return status
+
+
+def report(out: Path, of: Mapping[str, Any], found: Mapping[str, list[dict[str, Any]]]) -> int:
+    """Write what was measured so far; return 1 where something was not run, 0 otherwise."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"schema": 1, "date": date, "command": sys.argv[1:], **of, "parts": found}
     write_atomically(out / "gpu.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -16,22 +16,11 @@ from quantgate.scheduling import check_of
 
 VICTIM, OTHER = "tiny-llama-w4a16", "tiny-llama-w8a16"
 FAULTS = f"""
-import multiprocessing, os, pathlib, resource, signal
-from contextlib import contextmanager
+import multiprocessing, os, pathlib, signal
 import quantgate.engine as engine
 from quantgate import engine_failure
 
 stock = engine.serve
-
-@contextmanager
-def too_little_memory():
-    pages = pathlib.Path("/proc/self/statm").read_text().split()[0]
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (int(pages) * 4096 + (1 << 20), limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 def serve(llm, *arguments):
     fault = os.environ["FAULT"] if "{VICTIM}" in llm.llm_engine.model_config.model else ""
@@ -45,8 +34,8 @@ def serve(llm, *arguments):
         import torch
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nmore")
     if fault == "take the memory":
-        with too_little_memory():
-            return stock(llm, *arguments)
+        import torch
+        torch.empty(1 << 50)
     return stock(llm, *arguments)
 
 engine.serve = serve

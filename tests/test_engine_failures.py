@@ -149,6 +149,8 @@ def test_a_checks_name_is_read_from_its_id(
     found = check_of(f"suites/test_x.py::test_{name}[{parameters}]")
     assert found == "-".join(filter(None, (name.replace("_", "-"), dtype)))
     assert check_of(f"tests/test_x.py::test_{name}") is None
+    # A test whose parameter is such an id is none.
+    assert check_of(f"tests/test_x.py::test_y[x.py::test_{name}[{parameters}]-z]") is None
 
 
 def test_mistakes_and_bad_input_keep_their_tracebacks() -> None:

@@ -451,7 +451,8 @@ class ResultCollector:
         """Called by pytest in the process that reports, for every phase of every test."""
         if (values := getattr(report, "quantgate", None)) is not None:
             self.run.results[report.nodeid] = CheckResult.from_dict(values)
-        elif report.failed and report.nodeid in self.run.order:  # xdist's own, of a crashed worker
+        elif report.failed and report.nodeid in self.run.order and check_of(report.nodeid):
+            # xdist's own report, of a worker that crashed.
             self.run.crashed[report.nodeid] = printable(report.longreprtext)
 
     @pytest.hookimpl(optionalhook=True)

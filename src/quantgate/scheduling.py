@@ -14,19 +14,20 @@ from xdist.scheduler.loadscope import LoadScopeScheduling  # type: ignore[import
 # "…::test_drift[tiny-llama-w4a16-cpu-float32]": the parameters are the checkpoint, the device and
 # whatever else.
 _CHECK = re.compile(
-    r"::test_(?P<name>\w+)\[(?P<checkpoint>[a-z0-9.-]+)-(?:cpu|cuda)(?:-(?P<more>[^\]]*))?\]"
+    r"[^\[]*::test_(?P<name>\w+)"
+    r"\[(?P<checkpoint>[a-z0-9.-]+)-(?:cpu|cuda)(?:-(?P<more>[^\[\]]*))?\]"
 )
 
 
 def group_of(nodeid: str) -> str:
     """Return the checkpoint of a check; the file of a test that judges none."""
-    found = _CHECK.search(nodeid)
+    found = _CHECK.fullmatch(nodeid)
     return found["checkpoint"] if found else nodeid.partition("::")[0]
 
 
 def check_of(nodeid: str) -> str | None:
     """Return the name of a check, e.g. "drift-float32"; None of a test that judges nothing."""
-    if (found := _CHECK.search(nodeid)) is None:
+    if (found := _CHECK.fullmatch(nodeid)) is None:
         return None
     return "-".join(filter(None, (found["name"].replace("_", "-"), found["more"])))
 

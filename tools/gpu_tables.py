@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from quantgate.doctor import names_of_linears
 from quantgate.report.markdown import escaped, markdown_table
 
 Said = Mapping[str, Any]
@@ -51,7 +52,7 @@ def _formats(item: str, figures: Said) -> Rows:
             figures["scheme"],
             name,
             dtype,
-            _linears(figures["kernels"]),
+            ", ".join(names_of_linears(figures["kernels"])),
             f"{replay['largest']:.1e} {_unless_pass(replay)}",
             f"{replay['median']:.1e}",
             _measured(fidelity),
@@ -86,7 +87,7 @@ def _gate(item: str, figures: Said) -> Rows:
 
 def _forced(item: str, figures: Said) -> Rows:
     return [
-        [item, figures["disabled"], check["name"], check["verdict"], _linears(check["kernels"]),
+        [item, figures["disabled"], check["name"], check["verdict"], ", ".join(names_of_linears(check["kernels"])),
          check["since_golden"] or "no golden"]
         for check in figures["checks"]
     ]  # fmt: skip
@@ -105,13 +106,6 @@ def _speed(item: str, figures: Said) -> Rows:
         ]
         for name, mode in figures["modes"].items()
     ]  # fmt: skip
-
-
-def _linears(kernels: Mapping[str, str]) -> str:
-    """Return the kernels of the quantized linears, or of all if none is."""
-    names = dict.fromkeys(name for kind, name in kernels.items() if kind.endswith("_proj"))
-    quantized = [name for name in names if not name.startswith("Unquantized")]
-    return ", ".join(quantized or names)
 
 
 def _measured(check: Said) -> str:

@@ -33,10 +33,15 @@ def linear_kernels(directory: Path, settings: EngineSettings) -> tuple[list[str]
 
     with running_engine(directory, settings=settings, dtype="bfloat16") as llm:
         kernels, emulated = kernel_fingerprint(llm)
+    return names_of_linears(kernels), bool(emulated)
+
+
+def names_of_linears(kernels: Mapping[str, str]) -> list[str]:
+    """Return the kernels of the quantized linears in a fingerprint, or of all if none is."""
     linears = (joined for kind, joined in kernels.items() if kind.endswith("_proj"))
     names = dict.fromkeys(name for joined in linears for name in joined.split(" + "))
     quantized = [name for name in names if not name.startswith(UNQUANTIZED_KERNEL)]
-    return quantized or list(names), bool(emulated)
+    return quantized or list(names)
 
 
 def format_kernels(checkpoints: Mapping[str, Checkpoint]) -> Iterator[FormatKernel]:

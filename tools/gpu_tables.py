@@ -87,8 +87,8 @@ def _gate(item: str, figures: Said) -> Rows:
 
 def _forced(item: str, figures: Said) -> Rows:
     return [
-        [item, figures["disabled"], check["name"], check["verdict"], ", ".join(names_of_linears(check["kernels"])),
-         check["since_golden"] or "no golden"]
+        [item, figures["disabled"], check["name"], check["verdict"],
+         ", ".join(names_of_linears(check["kernels"])), check["since_golden"] or "no golden"]
         for check in figures["checks"]
     ]  # fmt: skip
 

@@ -177,11 +177,12 @@ def _gate(
     report: Path, arguments: list[str], environment: Mapping[str, str] | None = None
 ) -> list[Figures]:
     command = [sys.executable, "-m", "pytest", "suites", *arguments, "--gate-report", str(report)]
+    path = report / "gate.json"
+    path.unlink(missing_ok=True)  # an earlier run's
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    path = report / "gate.json"
     if not path.exists():
         raise RuntimeError(f"{' '.join(command)}: {done.stdout.strip().splitlines()[-1]}")
     content = json.loads(path.read_text(encoding="utf-8"))

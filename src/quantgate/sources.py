@@ -96,9 +96,7 @@ class Sources:
             self._chunkable.add(checkpoint.directory)
         else:  # what serves it otherwise is this engine again
             self._reruns(checkpoint, dtype, serving.mixed(self.probe_of(checkpoint))[0], llm)
-        if checkpoint.task == EMBED and dtype == resolve_dtype(
-            checkpoint, sharpest_dtype(checkpoint)
-        ):
+        if checkpoint.task == EMBED and dtype == sharpest_dtype(checkpoint):
             self.late_interaction(checkpoint, llm)
 
     def for_quality(self, checkpoint: Checkpoint) -> Measurement:
@@ -224,7 +222,7 @@ class Sources:
         )
         probe = self.probe_of(checkpoint)
         name = "vLLM, STEP pooling"
-        dtype = resolve_dtype(checkpoint, sharpest_dtype(checkpoint))
+        dtype = sharpest_dtype(checkpoint)
         found: Steps = self._served(name, checkpoint, dtype, probe, more, steps)
         return found
 
@@ -235,16 +233,9 @@ class Sources:
         way: that is `llm`.
         """
         probe, _ = serving.mixed(self.probe_of(checkpoint))
-        serve = pooling.late_interaction_scores
-        name = "vLLM, LLM.score"
+        serve, dtype = pooling.late_interaction_scores, sharpest_dtype(checkpoint)
         found: np.ndarray[Any, Any] = self._served(
-            name,
-            checkpoint,
-            resolve_dtype(checkpoint, sharpest_dtype(checkpoint)),
-            probe,
-            {},
-            serve,
-            llm,
+            "vLLM, LLM.score", checkpoint, dtype, probe, {}, serve, llm
         )
         return found
 
@@ -461,7 +452,7 @@ def has_float32(checkpoint: Checkpoint) -> bool:
 
 def sharpest_dtype(checkpoint: Checkpoint) -> str:
     """Return what shows the smallest difference in a checkpoint: float32, or what is served."""
-    return "float32" if has_float32(checkpoint) else SERVING
+    return "float32" if has_float32(checkpoint) else resolve_dtype(checkpoint, SERVING)
 
 
 def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -103,6 +103,29 @@ def project_of(project: Path, root: Path, *names: str) -> Path:
     return project
 
 
+@contextmanager
+def running(command: Sequence[str], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command that writes to `log`, and ask it to end; `options` are `Popen`'s."""
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def wait_until(
+    ready: Callable[[], object], process: subprocess.Popen[bytes], log: Path, seconds: float
+) -> None:
+    """Wait for what a process does; fail with its last words where that ends, or takes longer."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
+
+
 STARTING_SECONDS = 180
 
 
@@ -113,24 +136,11 @@ def running_server(model: Path, log: Path, *options: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["--dtype=float32", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*_serve(model), *arguments, *options],
-            stdout=out,
-            stderr=out,
-            env={**ENGINE_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        )
     address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + STARTING_SECONDS
-        while not _healthy(address):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
+    environment = {**ENGINE_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with running([*_serve(model), *arguments, *options], log, env=environment) as process:
+        wait_until(lambda: _healthy(address), process, log, STARTING_SECONDS)
         yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def post(server: str, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:

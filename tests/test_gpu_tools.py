@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from harness import running, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,16 +101,10 @@ def test_it_measures_once_and_writes_figures_and_tables(root: Path, tmp_path: Pa
 
 def test_figures_so_far_are_written_when_it_is_ended(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, TOOL, *WITHOUT, "--checkpoint", NAME, "--out", str(tmp_path)]
-    process = subprocess.Popen([*command, "--part", "machine", "--part", "ways"], cwd=root,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    measured = tmp_path / "measured"
-    deadline = time.monotonic() + 300
-    while not list(measured.glob("*/ways/running")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.terminate()
-    process.communicate(timeout=60)
+    command += ["--part", "machine", "--part", "ways"]
+    measured, log = tmp_path / "measured", tmp_path / "log"
+    with running(command, log, cwd=root) as process:
+        wait_until(lambda: list(measured.glob("*/ways/running")), process, log, 300)
     assert process.returncode == 128 + 15
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert "figures" in parts["machine"][0]

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpu_parts
 from gpu_parts import PARTS, ROOT, Checkpoints
 from gpu_tables import markdown
 
@@ -171,8 +170,8 @@ def work(part: str, journal: Journal, items: Sequence[str], known: Checkpoints, 
 
 def fingerprint() -> dict[str, Any]:
     """Return what figures are of: code, versions, device."""
-    parts = Path(gpu_parts.__file__).read_bytes()
-    code = hashlib.sha256(code_version().encode() + parts).hexdigest()
+    tools = [(ROOT / "tools" / name).read_bytes() for name in ("gpu_parts.py", "bench_score.py")]
+    code = hashlib.sha256(b"".join([code_version().encode(), *tools])).hexdigest()
     return {"device": device_name(), "versions": library_versions(), "code": code}
 
 

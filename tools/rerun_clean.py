@@ -28,7 +28,7 @@ from quantgate.checkpoint import (
     read_checkpoint_files,
     read_config,
 )
-from quantgate.engine import provenance_of, running_engine
+from quantgate.engine import available_devices, provenance_of, running_engine
 from quantgate.golden import as_stored, from_json, golden_path
 from quantgate.measurement import Measurement
 from quantgate.probe import embedded_probe
@@ -141,10 +141,11 @@ def main() -> int:
     parser.add_argument("--checkpoint", action="append", metavar="ID", help="only these")
     arguments = parser.parse_args()
     wanted = arguments.checkpoint
+    (device,) = available_devices()
     known = [
         checkpoint
         for name, checkpoint in read_checkpoint_files(ROOT).items()
-        if not any(failure.applies for failure in checkpoint.known_failure)
+        if not any(failure.applies_on(device) for failure in checkpoint.known_failure)
         and (not wanted or name in wanted)
     ]
     if not known:

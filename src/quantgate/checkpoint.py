@@ -85,10 +85,9 @@ class KnownFailure:
     strict: bool = True
     """False where it may also pass, because it fails by little."""
 
-    @property
-    def applies(self) -> bool:
-        """Whether the condition holds on this machine."""
-        return self.when is None or CONDITIONS[self.when]()
+    def applies_on(self, device: str) -> bool:
+        """Whether it fails there: a processor's condition is of what runs on a processor."""
+        return self.when is None or (device == "cpu" and CONDITIONS[self.when]())
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,8 @@ class Checkpoint:
 
     def known_failure_of(self, check: str, device: str) -> KnownFailure | None:
         """Return the known failure of a check on this machine, if there is one."""
-        found = (k for k in self.known_failure if k.check == check and k.applies)
-        # A processor's ways are of what runs on it.
-        return next((k for k in found if k.when is None or device == "cpu"), None)
+        known = self.known_failure
+        return next((k for k in known if k.check == check and k.applies_on(device)), None)
 
 
 # The keys of a checkpoint file: every field but those that do not come from it.

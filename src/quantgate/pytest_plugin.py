@@ -496,16 +496,17 @@ def _in_order(run: GateRun) -> list[CheckResult]:
 def _add_unreported(config: pytest.Config, run: GateRun) -> None:
     """Give every check that no xdist worker reported a result: one without is not a pass."""
     unreported = {
-        nodeid: check_of(nodeid)
+        nodeid: check
         for nodeid in run.order
-        if nodeid not in run.results or run.results[nodeid].verdict == PENDING
+        if (check := check_of(nodeid))
+        and (nodeid not in run.results or run.results[nodeid].verdict == PENDING)
     }
-    if not any(unreported.values()):
+    if not unreported:
         return
     checkpoints = {checkpoint.id: checkpoint for checkpoint in _selected_checkpoints(config)}
     ended_at = {group_of(nodeid): check_of(nodeid) for nodeid in run.crashed}
     for nodeid, check in unreported.items():
-        if (checkpoint := checkpoints.get(group_of(nodeid))) is None or check is None:
+        if (checkpoint := checkpoints.get(group_of(nodeid))) is None:
             continue
         verdict = PENDING
         if (at := ended_at.get(checkpoint.id)) is not None:

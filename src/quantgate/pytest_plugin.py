@@ -342,10 +342,9 @@ class Gate:
         __tracebackhide__ = True
         result = self.run.results[self.item.nodeid]
         checkpoint: Checkpoint = _params(self.item)["checkpoint"]
-        device: str = _params(self.item)["device"]
         verdict = replace(verdict, detail=printable(verdict.detail))
         verdict = self._completed(verdict, checkpoint)
-        known = checkpoint.known_failure_of(result.check, device)
+        known = checkpoint.known_failure_of(result.check, on_processor=verdict.on_processor)
         if known is not None and verdict.outcome == "fail":
             verdict = replace(verdict, known_failure=f"{known.reason} ({known.issue})")
         elif known is not None and known.strict and verdict.outcome == "pass":

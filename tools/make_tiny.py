@@ -63,10 +63,10 @@ TRAINING_DOCUMENTS = {
 # What a model's perplexity is recorded of.
 HELDOUT_DOCUMENTS = {stratum: 8 if stratum == "long" else 11 for stratum in corpus.STRATA}
 # The first of them are the probes: a larger one for what needs statistical power, and one whose
-# documents, but for the long ones, are cut to `CUT` tokens, for what a fault shows anywhere in.
+# documents are cut, for what a fault shows anywhere in.
 QUALITY_DOCUMENTS = {stratum: 2 if stratum == "long" else 8 for stratum in corpus.STRATA}
 PROBE_DOCUMENTS = {stratum: 2 if stratum == "long" else 6 for stratum in corpus.STRATA}
-CUT = 96
+CUT, LONG_CUT = 96, 512
 # Tokens of a held-out window, with BOS.
 WINDOW, LONG_WINDOW = (100, 400), (800, 1000)
 
@@ -179,10 +179,8 @@ def heldout_windows(tokenizer: Tokenizer, counts: dict[str, int], seed: int) -> 
 
 
 def cut(tokenizer: Tokenizer, window: Window) -> Window:
-    """Return the first `CUT` tokens of a window, or a few less: as many as its text gives again."""
-    if window.stratum == "long":
-        return window
-    for length in range(CUT, 0, -1):
+    """Return the first tokens of a window, as many as are allowed and its text gives again."""
+    for length in range(LONG_CUT if window.stratum == "long" else CUT, 0, -1):
         ids = window.ids[:length]
         text = tokenizer.decode(list(ids[1:]), skip_special_tokens=False)
         if tuple(tokenizer.encode(text).ids) == ids:

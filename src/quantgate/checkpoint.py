@@ -113,6 +113,8 @@ class Checkpoint:
     budget: Mapping[str, BudgetOverride] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd, compare=False)
     """What relative paths are relative to."""
+    quick: bool = False
+    """Whether `--quick` judges it: a choice with every format, task and check in it."""
     golden: bool = True
     """False for a checkpoint given by path, of which nobody approved anything yet, and where a file
     says so: native CPU kernels differ from machine to machine, and are judged by fidelity."""

@@ -34,7 +34,17 @@ from quantgate.task import EMBED, Task
 SERVING = "serving"
 Derived = TypeVar("Derived")
 # Settings from outside that change how a CPU computes: a measurement under others is another.
-_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+_ARITHMETIC = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "OPENBLAS_CORETYPE",
+    "NPY_DISABLE_CPU_FEATURES",
+    "GLIBC_TUNABLES",
+)
+# What vLLM chooses its C library and kernels by.
+_CAPABILITIES = ("avx512_f", "avx512_bf16", "amx_tile")
 
 
 @dataclass(eq=False)
@@ -154,7 +164,12 @@ class Sources:
                 dequantizer=dequantizer,
             ),
             self._disk_key(
-                "reference", checkpoint, dtype, self.probe_of(checkpoint), dequantizer=dequantizer
+                "reference",
+                checkpoint,
+                dtype,
+                self.probe_of(checkpoint),
+                dequantizer=dequantizer,
+                arithmetic=_arithmetic(),
             ),
         )
         return found
@@ -440,7 +455,9 @@ def _from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Measurement:
 def _arithmetic() -> dict[str, str]:
     import torch
 
-    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    has = torch.cpu.get_capabilities()
+    found = {"cpu": " ".join(name for name in _CAPABILITIES if has.get(name))}
+    found["ATen"] = torch.backends.cpu.get_cpu_capability()
     return found | {name: os.environ[name] for name in _ARITHMETIC if name in os.environ}
 
 

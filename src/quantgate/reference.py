@@ -280,8 +280,9 @@ class StreamedModel:
                 continue
             for part, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
-                    values = self._parameter(name, part).to(self.dtype)
-                    _set(module, part, values.reshape(parameter.shape))
+                    values = self._parameter(name, part)
+                    self._require_shape(f"{name}.{part}", values, parameter)
+                    _set(module, part, values.to(self.dtype).reshape(parameter.shape))
             if observe is not None and type(module).__name__ == "Linear":
                 self._observe(module, name, observe, None)
 
@@ -314,11 +315,22 @@ class StreamedModel:
         # Kernels that quantize inputs multiply codes, which float32 holds exactly; the others read
         # weights that were rounded to the dtype they are served in.
         exact = torch.promote_types(self.dtype, torch.float32)
+        self._require_shape(f"{name}.weight", linear.weight, module.get_parameter("weight"))
         _set(module, "weight", linear.weight.to(self.dtype if quantize is None else exact))
         if module.bias is not None:
             _set(module, "bias", self._parameter(name, "bias").to(self.dtype))
         if quantize is not None or observe is not None:
             self._observe(module, name, observe, quantize)
+
+    def _require_shape(self, name: str, values: torch.Tensor, expected: torch.Tensor) -> None:
+        """Refuse a tensor of another shape than the config's, but for dimensions of 1."""
+        stored, implied = ([n for n in tensor.shape if n != 1] for tensor in (values, expected))
+        if stored != implied:
+            raise BadInput(
+                f"{self.stored.directory}: '{name}' is {list(values.shape)} in the weights, but "
+                f"config.json implies {list(expected.shape)}; correct its sizes (hidden_size, "
+                "head_dim, vocab_size …), or export the checkpoint again."
+            )
 
     def _observe(
         self,

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import RunGate
+from harness import RunGate, lacking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Begun before the others: as one of the last it would keep one worker, while the rest have nothing
 # to do. `make test` tells xdist to leave the order alone.
 SLOW = ("test_llmcompressor", "test_on_a_gpu", "test_gpu_tools", "test_engine_failures")
+
+
+def pytest_report_header() -> list[str]:
+    """Say at the start what will be skipped, and how to have it run."""
+    return [f"skipped for want of {name}: {how}" for name, how in lacking(ROOT).items()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

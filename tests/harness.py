@@ -22,6 +22,25 @@ from quantgate.engine import ENVIRONMENT
 ENGINE_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
+LLMCOMPRESSOR = Path("build") / "llmcompressor"
+
+
+def lacking(root: Path) -> dict[str, str]:
+    """Return what tests are skipped for want of, and how to have it."""
+    needs = {
+        "chromium": (shutil.which("chromium"), "apt-get install chromium"),
+        "checkpoints by llm-compressor": (
+            (root / LLMCOMPRESSOR).is_dir(),
+            "python3 tools/make_llmcompressor.py (an environment of its own, and minutes)",
+        ),
+        "figures of a gate run to hold the README against": (
+            (root / "report" / "gate.json").is_file(),
+            "make gate",
+        ),
+    }
+    return {name: how for name, (there, how) in needs.items() if not there}
+
+
 def persons_environment() -> dict[str, str]:
     """Return the environment of a person who approves goldens: neither CI nor an xdist worker."""
     ours = ("CI", "PYTEST_XDIST_WORKER")

@@ -46,7 +46,9 @@ def scaled(factor: float) -> Iterator[None]:
 
 def old_limit(sources: Sources, checkpoint: Checkpoint, dtype: str) -> float:
     """Return twice what rounding to nearest costs the reference on average."""
-    rounded = sources.reference(checkpoint, "float64" if dtype == "float32" else dtype, "own", "rounds")
+    rounded = sources.reference(
+        checkpoint, "float64" if dtype == "float32" else dtype, "own", "rounds"
+    )
     exact = sources.reference(checkpoint, "float32")
     return ROUNDING_FACTOR * compare.mean_absolute_difference(rounded, exact)
 

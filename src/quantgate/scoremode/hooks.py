@@ -64,6 +64,11 @@ class Hook:
         """Whether it stands in for a classmethod."""
         return "." in self.name and list(inspect.signature(self.replacement).parameters)[1] == "cls"
 
+    @property
+    def is_async(self) -> bool:
+        """Whether it stands in for a coroutine function."""
+        return inspect.iscoroutinefunction(self.replacement)
+
     def __str__(self) -> str:
         named = [p.name for p in self.signature.parameters.values() if p.kind not in _VARIADIC]
         return f"{self.path}({', '.join(named)})"
@@ -119,7 +124,7 @@ def _why_not(declared: Hook, stock: Any) -> str | None:
     function = stock.__func__ if on_class else stock
     if not inspect.isfunction(function) or on_class != declared.on_class:
         return "it is another kind of method"
-    if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(declared.replacement):
+    if inspect.iscoroutinefunction(function) != declared.is_async:
         return "only one of both is async"
     parameters = list(inspect.signature(function).parameters.values())
     return misfit(declared.signature, Signature(parameters[1 if "." in declared.name else 0 :]))

@@ -2,19 +2,18 @@
 
     python tools/check_vllm.py                       # the installed version
     python tools/check_vllm.py newest
-    python tools/check_vllm.py 0.26.0 0.33.0 --markdown > docs/vllm-versions.md
+    python tools/check_vllm.py --markdown 0.32.0 0.33.0 > docs/vllm-versions.md
 
 A version's wheel is found by pip, in the index that pip is configured for; its sources are read,
 not imported. Exits 1 where something is missing or differs, 2 where a version cannot be had.
 """
-
-from __future__ import annotations
 
 import argparse
 import ast
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from inspect import Parameter, Signature
 from pathlib import Path
 
@@ -39,6 +38,10 @@ ATTRIBUTES = {
     "vllm.config ModelConfig": "get_vocab_size hf_config max_model_len pooler_config runner_type",
     "vllm.config VllmConfig": "additional_config cache_config model_config use_v2_model_runner",
     "vllm.entrypoints.llm LLM": "apply_model collective_rpc generate llm_engine",
+    "vllm.model_executor.kernels.linear": (
+        "_POSSIBLE_FP8_BLOCK_KERNELS _POSSIBLE_FP8_KERNELS _POSSIBLE_INT8_KERNELS "
+        "_POSSIBLE_KERNELS _POSSIBLE_MXFP4_KERNELS _POSSIBLE_MXFP8_KERNELS _POSSIBLE_NVFP4_KERNELS"
+    ),
     "vllm.model_executor.layers.logits_processor LogitsProcessor": (
         "forward logits_as_input scale soft_cap"
     ),
@@ -94,19 +97,25 @@ class Touched:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a version has of it. `problem` is empty where it fits; `others` are parameters."""
+    """What a version has of it: `problem` is empty where it fits, or is `absent` and not needed.
+
+    `others` are the parameters that a hook passes on.
+    """
 
     problem: str = ""
     others: tuple[str, ...] = ()
+    absent: bool = False
 
 
+@cache
 def touched() -> list[Touched]:
     """Return all that the project touches of vLLM: hooks, attributes, and what it imports."""
     hooks = [Touched(hook.module, hook.name, hook) for hook in HOOKS]
     attributes = [
-        Touched(module, f"{owner}.{name}")
-        for (module, owner), names in ((k.split(), v.split()) for k, v in ATTRIBUTES.items())
-        for name in names
+        Touched(module, f"{owner}.{name}" if owner else name)
+        for key, names in ATTRIBUTES.items()
+        for module, _, owner in [key.partition(" ")]
+        for name in names.split()
     ]
     return [*dict.fromkeys([*hooks, *attributes, *_imports()])]
 
@@ -122,7 +131,7 @@ def look_up(sources: Sources, item: Touched) -> Answer:
     """Return what a version has of one thing."""
     node = sources.member(item.module, item.name)
     if node is None:
-        return Answer("" if item.hook and item.hook.optional else "missing")
+        return Answer(absent=True) if item.hook and item.hook.optional else Answer("missing")
     if item.hook is None:
         return Answer()
     if not isinstance(node, Definition):
@@ -185,7 +194,10 @@ def _cell(items: Sequence[Touched], now: Sequence[Answer], before: Sequence[Answ
     notes = [f"`{_short(i)}`: {a.problem}" for i, a in zip(items, now, strict=True) if a.problem]
     if notes:
         return "**" + "; ".join(notes) + "**"
+    notes = [f"no `{_short(i)}`, not needed" for i, a in zip(items, now, strict=True) if a.absent]
     for item, new, old in zip(items, now, before, strict=True):
+        if new.absent or old.absent:
+            continue
         changed = [f"+{name}" for name in new.others if name not in old.others]
         changed += [f"−{name}" for name in old.others if name not in new.others]
         notes += [f"`{_short(item)}` {', '.join(changed)}"] if changed else []
@@ -216,13 +228,15 @@ def report(versions: Sequence[Sources]) -> str:
 def document(versions: Sequence[Sources]) -> str:
     """Return docs/vllm-versions.md."""
     names = [sources.version for sources in versions]
-    table = markdown_table(["of vLLM", "hooked", "read", *names], rows(versions))
+    table = markdown_table(["in vLLM", "hooked", "used", *names], rows(versions))
     return (
-        "# What Quantgate touches of vLLM\n\n"
-        f"Written by `{COMMAND} {' '.join(names)} --markdown`, from each version's sources. ✓: all "
-        "of it is\nthere, and each hooked method takes the parameters that its hook names. Other "
-        "parameters are passed on;\n+ and − are those that came and went since the version to the "
-        f"left.\n\n{table}\n"
+        "# What Quantgate uses of vLLM\n\n"
+        "This page is generated from the sources of each version:\n\n"
+        f"    {COMMAND} --markdown {' '.join(names)}\n\n"
+        "✓ means that everything in the row exists, and that each hooked method has the parameters "
+        "its hook names, in\nplace and with the same defaults. A hook passes every other parameter "
+        "on: + and − mark those added and removed\nsince the version to the left.\n\n"
+        f"{table.rstrip()}\n"
     )
 
 

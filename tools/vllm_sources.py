@@ -17,7 +17,6 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -43,13 +42,19 @@ class Sources:
 
     def __init__(self, version: str, read: ReadFile) -> None:
         self.version = version
-        self._read = read
-        self.tree = cache(self._parse)
+        self.read = read
+        self._trees: dict[str, ast.Module | None] = {}
+
+    def tree(self, module: str) -> ast.Module | None:
+        """Return a module's source, parsed, with every import's module in full."""
+        if module not in self._trees:
+            self._trees[module] = self._parse(module)
+        return self._trees[module]
 
     def _parse(self, module: str) -> ast.Module | None:
         path = module.replace(".", "/")
         for file in (f"{path}/__init__.py", f"{path}.py"):
-            if (text := self._read(file)) is not None:
+            if (text := self.read(file)) is not None:
                 tree = ast.parse(text)
                 for node in ast.walk(tree):
                     if isinstance(node, ast.ImportFrom):

@@ -34,8 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_implementation": "eager",
         },
     ),
-    # A short convolution's state is kept as Mamba's is. One head: vLLM 0.32.0's CPU build rotates
-    # only the first of this architecture's, with score mode or without.
+    # A short convolution's state is kept as Mamba's is. One head: vLLM 0.32.0's CPU build
+    # serves this architecture wrong with more, with score mode or without.
     "state and full": (
         "Lfm2Config",
         {
@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "conv_dim": 64,
             "block_dim": 64,
             "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": True,  # vLLM ties them, whatever the config says
         },
     ),
 }

@@ -71,7 +71,8 @@ class PromptScores(Sequence[Row | None]):
 
     def _expects(self, rows: int, columns: int) -> bool:
         states = columns - 1 - self._request.columns
-        return rows == self._request.rows and (states > 0) == self._request.hidden_states
+        fits = states > 0 if self._request.hidden_states else states == 0
+        return fits and rows == self._request.rows
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason

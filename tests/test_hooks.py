@@ -52,7 +52,9 @@ def logged() -> Iterator[list[str]]:
     handler.emit = lambda record: sentences.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.quantgate")
     logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)  # engines of this process may have asked for errors only
     yield sentences
+    logger.setLevel(logging.NOTSET)
     logger.removeHandler(handler)
 
 

@@ -2,8 +2,8 @@
 
     python tools/smallest_fault.py --checkpoint tiny-reward-qwen2-w4a16 --dtype serving
 
-Serves a checkpoint whose first v_proj is multiplied by 1 + δ in the engine alone, for δ from 2 down,
-and prints what `fidelity` measures beside what it allows, and beside what it allowed when that was
+Serves a checkpoint whose first quantized layer is multiplied by 1 + δ in the engine alone, for δ
+from 2 down, and prints what `fidelity` measures beside what it allows, and beside what it allowed when that was
 twice the rounding of a reference that rounds to nearest, without an error bar. The smallest δ that
 each of the two catches is its resolution.
 """
@@ -46,9 +46,8 @@ def scaled(factor: float) -> Iterator[None]:
 
 def old_limit(sources: Sources, checkpoint: Checkpoint, dtype: str) -> float:
     """Return twice what rounding to nearest costs the reference on average."""
-    rounded = sources.reference(
-        checkpoint, "float64" if dtype == "float32" else dtype, "own", "rounds"
-    )
+    dtype = "float64" if dtype == "float32" else dtype
+    rounded = sources.reference(checkpoint, dtype, narrowing="rounds")
     exact = sources.reference(checkpoint, "float32")
     return ROUNDING_FACTOR * compare.mean_absolute_difference(rounded, exact)
 

@@ -159,6 +159,28 @@ def test_mistakes_and_bad_input_keep_their_tracebacks() -> None:
             raise error
 
 
+@pytest.mark.parametrize(
+    "noticed",
+    [
+        "cancelled",  # the engine's future, in this process
+        "the engine's process has ended",  # our own watch of it
+        "Executor failed.",  # the engine's watch of its workers
+        # Another rank, in the middle of a collective of gloo's, through vLLM's executor.
+        "Worker failed with error '[gloo/transport/tcp/pair.cc:547] Connection closed by peer "
+        "[127.0.0.1]:33451. This is typically caused by a remote worker crashing. Check the logs "
+        "of the remote worker before reporting an error.', please check the stack trace above",
+        "[gloo/transport/tcp/pair.cc:456] writev [127.0.0.1]:3345: Connection reset by peer",
+    ],
+)
+def test_a_process_that_ended_is_named_whoever_notices_it(noticed: str) -> None:
+    """Several processes wait for one that is killed; which of them speaks first is a race."""
+    with (
+        pytest.raises(EngineFailure, match=r"a process of vLLM's has ended; .* `dmesg` says"),
+        explained("it"),
+    ):
+        raise RuntimeError(noticed)
+
+
 def test_a_device_that_answers_is_not_lost() -> None:
     with pytest.raises(EngineFailure, match="it \\(RuntimeError: CUDA error: x\\): the driver"):
         with explained("it"):

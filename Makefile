@@ -1,4 +1,5 @@
-# `make gate` judges the embedded checkpoints, `make test` tests the gate itself. Both set up .venv.
+# `make gate` judges the embedded checkpoints, `make test` tests the gate itself, and `make test-slow`
+# runs the tests that `make test` leaves out. All of them set up .venv.
 # `make gpu` measures what needs an NVIDIA GPU, in an environment of its own; with the newest vLLM, or
 # `make gpu VLLM=0.26.0`.
 VENV := .venv
@@ -9,13 +10,16 @@ VLLM ?=
 GPU_VENV := .venv-gpu$(VLLM)
 GPU_FIGURES ?= build/gpu$(VLLM)
 
-.PHONY: gate test gpu env checkpoints lint
+.PHONY: gate test test-slow gpu env checkpoints lint
 
 gate: checkpoints
 	$(VENV)/bin/pytest suites --gate-report $(REPORT)
 
 test: checkpoints lint
-	$(VENV)/bin/pytest tests -n $(WORKERS) --no-loadscope-reorder --durations 15
+	$(VENV)/bin/pytest tests -m "not slow" -n $(WORKERS) --no-loadscope-reorder --durations 15
+
+test-slow: checkpoints
+	$(VENV)/bin/pytest tests -m slow -n $(WORKERS) --no-loadscope-reorder --durations 15
 
 gpu:
 	$(PYTHON) tools/make_env.py $(GPU_VENV) --extras gpu,dev $(if $(VLLM),--require vllm==$(VLLM))

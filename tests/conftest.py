@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import RunGate
+from smaller import shrink, smaller
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,11 @@ SLOW = ("test_llmcompressor", "test_on_a_gpu", "test_gpu_tools", "test_engine_fa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest files first."""
+    """Put the slowest files first; let nobody call a test slow without a reason."""
+    for item in items:
+        for marker in item.iter_markers("slow"):
+            if not marker.kwargs.get("reason"):
+                raise pytest.UsageError(f"{item.nodeid}: say why it is slow: slow(reason=…)")
     places = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
 
@@ -89,15 +94,29 @@ def tool() -> Callable[[str], ModuleType]:
     return load
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A project to gate one checkpoint in, W4A16: its suites, fixtures and goldens may be changed.
+@pytest.fixture(scope="session")
+def small_probe(probe: "Probe") -> "Probe":
+    """The probe of a test's project: beginnings of the embedded one's windows."""
+    return smaller(probe)
 
-    Its checkpoint is read where `make checkpoints` built it.
-    """
-    copy = tmp_path / "project"
+
+@pytest.fixture(scope="session")
+def small_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a test's project is copied from: suites, fixtures and goldens, of smaller probes."""
+    copy = tmp_path_factory.mktemp("project")
     for name in ("suites", "fixtures", "golden/tiny-llama-w4a16"):
         shutil.copytree(ROOT / name, copy / name)
+    shrink(copy)
+    return copy
+
+
+@pytest.fixture
+def project(small_project: Path, tmp_path: Path) -> Path:
+    """A project to gate one checkpoint in, W4A16: its suites, fixtures and goldens may be changed.
+
+    Its checkpoint is read where `make checkpoints` built it. Its probes are smaller than ours.
+    """
+    copy = Path(shutil.copytree(small_project, tmp_path / "project"))
     for path in (copy / "fixtures" / "checkpoints").glob("*.toml"):
         if path.stem != "tiny-llama-w4a16":
             path.unlink()

@@ -77,7 +77,11 @@ def test_the_reward_models_file_is_one(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "answer"),
     [
-        ("README.md", r"^\d+\.\d+ nat per token$"),
+        pytest.param(
+            "README.md",
+            r"^\d+\.\d+ nat per token$",
+            marks=pytest.mark.slow(reason="an engine that vLLM compiles, as by default"),
+        ),
         ("docs/pooling.md", r"^\(20, 6\)$"),
     ],
 )

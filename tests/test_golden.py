@@ -151,12 +151,12 @@ def move_golden(path: Path, probe: Probe, by: float) -> None:
     path.write_text(to_json(dataclasses.replace(golden, measurement=moved), probe))
 
 
-def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path, probe: Probe) -> None:
+def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path, small_probe: Probe) -> None:
     """Of a golden that was taken of something else; one within tolerance stays as it is."""
     folder = tooled / "golden" / "tiny-llama-w4a16"
     path, other = folder / "drift-float32.cpu.json", folder / "drift-serving.cpu.json"
-    move_golden(path, probe, 0.25)
-    move_golden(other, probe, 1e-7)
+    move_golden(path, small_probe, 0.25)
+    move_golden(other, small_probe, 1e-7)
     before, untouched = json.loads(path.read_text()), other.read_bytes()
     floor = folder / "noise-float32.cpu.json"
     taken = json.loads(floor.read_text())
@@ -221,7 +221,7 @@ def test_a_golden_that_nothing_claims_is_an_error(tooled: Path, name: str) -> No
     assert "no checkpoint file claims this golden" in result.stderr + result.stdout
 
 
-def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path, probe: Probe) -> None:
+def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path) -> None:
     """Of another probe, and of native kernels where these are emulated."""
     folder = tooled / "golden" / "tiny-llama-w4a16"
     changes = {"drift-float32.cpu.json": ("key", "probe", "f" * 64),
@@ -239,7 +239,7 @@ def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path, probe: Pro
 
 
 def test_what_fails_fidelity_is_refused_or_recorded(
-    root: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+    root: Path, small_probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = logprob.score_rows
 
@@ -248,7 +248,7 @@ def test_what_fails_fidelity_is_refused_or_recorded(
         return found._replace(logprob=found.logprob - 1e-3)
 
     monkeypatch.setattr(logprob, "score_rows", shifted)
-    sources = Sources(lambda _task, _quality: probe, lambda _: None)
+    sources = Sources(lambda _task, _quality: small_probe, lambda _: None)
     known = read_checkpoint_files(root)["tiny-llama-w4a16"]
 
     def propose(*, accept: bool) -> Proposal:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantgate.emulation import EMULATED_KV_SCALES, is_emulated
+from quantgate.emulation import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,8 @@ def _kernels_of(module: Any) -> list[str]:
         return []
     scheme = getattr(module, "scheme", None) or method
     kernels = [held for held in vars(scheme).values() if _is_kernel(held)] or [scheme]
-    return [type(kernel).__name__ + "*" * is_emulated(kernel) for kernel in kernels]
+    emulated = hasattr(module, EMULATED_LINEAR)
+    return [type(k).__name__ + "*" * (emulated or is_emulated(k)) for k in kernels]
 
 
 def _is_kernel(held: object) -> bool:

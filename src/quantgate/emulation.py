@@ -21,6 +21,8 @@ PORTABLE = "portable"
 NATIVE = "native"
 # Where an attention layer keeps the scales (k, v) of an emulated FP8 KV cache.
 EMULATED_KV_SCALES = "quantgate_kv_scales"
+# What marks an unquantized layer whose products are emulated.
+EMULATED_LINEAR = "quantgate_float32_linear"
 
 
 def is_emulated(kernel: object) -> bool:
@@ -125,6 +127,38 @@ def patch_custom_ops(module: Any) -> None:
         return original(input, scale, *args, **kwargs)
 
     module.scaled_fp8_quant = scaled_fp8_quant
+
+
+def patch_unquantized_linear(module: ModuleType) -> None:
+    """Multiply 16-bit numbers in float32 where portable kernels are asked for.
+
+    What a build has for 16-bit products differs from processor to processor, in how it adds up and,
+    without AVX512-BF16, tenfold in speed.
+    """
+    method = module.UnquantizedLinearMethod
+    original = method.process_weights_after_loading
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        # Before the original, which may pack the weight for a kernel of its own.
+        float32 = layer.weight.detach().float() if _is_16_bit(layer.weight) else None
+        original(self, layer)
+        if float32 is not None and portable_wanted():
+            layer.cpu_linear = functools.partial(_float32_linear, float32)
+            setattr(layer, EMULATED_LINEAR, True)
+
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def _is_16_bit(weight: Any) -> bool:
+    return bool(weight.is_floating_point() and weight.itemsize == 2 and not weight.is_meta)
+
+
+def _float32_linear(float32: Any, x: Any, _weight: Any, bias: Any = None) -> Any:
+    """Return x [..., in] times the weight [out, in], summed in float32 and rounded once."""
+    import torch
+
+    bias = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), float32, bias).to(x.dtype)
 
 
 @functools.cache

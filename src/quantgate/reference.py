@@ -99,6 +99,7 @@ class StreamedModel:
         self.task = task
 
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self._exact = torch.promote_types(self.dtype, torch.float32)
         self.stored = StoredTensors(directory)
         self.quantization: Mapping[str, Any] | None = read_config(directory).get(
             "quantization_config"
@@ -203,13 +204,10 @@ class StreamedModel:
 
     def promote_head(self) -> torch.dtype:
         """Give the head float32 parameters, or float64 ones where the model has those."""
-        import torch
-
-        exact = torch.promote_types(self.dtype, torch.float32)
         for module in self._head:
             for part, parameter in module.named_parameters(recurse=False):
-                _set(module, part, parameter.to(exact))
-        return exact
+                _set(module, part, parameter.to(self._exact))
+        return self._exact
 
     def logits(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits [rows, labels] by HF's own code, soft-capping and scales included.
@@ -282,8 +280,10 @@ class StreamedModel:
                 if parameter.is_meta:
                     values = self._parameter(name, part).to(self.dtype)
                     _set(module, part, values.reshape(parameter.shape))
-            if observe is not None and type(module).__name__ == "Linear":
-                self._observe(module, name, observe, None)
+            if type(module).__name__ == "Linear" and module not in self._head:
+                _set(module, "weight", module.weight.to(self._exact))
+                if observe is not None or self.dtype != self._exact:
+                    self._observe(module, name, observe, None)
 
     def _group_of(self, module: torch.nn.Module, name: str) -> Group | None:
         import torch
@@ -308,16 +308,14 @@ class StreamedModel:
         linear: QuantizedLinear,
         observe: Observer | None,
     ) -> None:
-        import torch
-
         quantize = linear.quantize_input
         # Kernels that quantize inputs multiply codes, which float32 holds exactly; the others read
         # weights that were rounded to the dtype they are served in.
-        exact = torch.promote_types(self.dtype, torch.float32)
-        _set(module, "weight", linear.weight.to(self.dtype if quantize is None else exact))
+        weight = linear.weight.to(self.dtype) if quantize is None else linear.weight
+        _set(module, "weight", weight.to(self._exact))
         if module.bias is not None:
             _set(module, "bias", self._parameter(name, "bias").to(self.dtype))
-        if quantize is not None or observe is not None:
+        if quantize is not None or observe is not None or self.dtype != self._exact:
             self._observe(module, name, observe, quantize)
 
     def _observe(
@@ -327,12 +325,16 @@ class StreamedModel:
         observe: Observer | None,
         quantize: Quantizer | None,
     ) -> None:
-        """Replace a linear's forward by one that quantizes its input, and lets it be watched."""
+        """Replace a linear's forward by one that quantizes its input, and lets it be watched.
+
+        Sums are in float32, or float64, and rounded once, whatever the processor has for products
+        of 16-bit numbers.
+        """
         import torch
 
         def product(x: torch.Tensor) -> torch.Tensor:
             weight = module.get_parameter("weight")
-            values = x if quantize is None else quantize(x).to(weight.dtype)
+            values = (x if quantize is None else quantize(x)).to(weight.dtype)
             bias = None if module.bias is None else module.get_parameter("bias").to(weight.dtype)
             return torch.nn.functional.linear(values, weight, bias).to(x.dtype)
 

@@ -41,6 +41,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
         for module, patch in {
             "vllm._custom_ops": emulation.patch_custom_ops,
             "vllm.model_executor.kernels.linear": emulation.register_kernels,
+            "vllm.model_executor.layers.linear": emulation.patch_unquantized_linear,
             "vllm.model_executor.layers.attention.attention": emulation.patch_attention,
             f"{COMPRESSED_TENSORS}.schemes.compressed_tensors_w4a4_nvfp4": (
                 emulation.patch_nvfp4_scheme

@@ -8,30 +8,30 @@ rest, so a golden of these smaller probes is a part of the golden: it is still w
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from quantgate import golden, noise
-from quantgate.probe import Probe, Window, embedded_probe
+from quantgate.probe import Probe, Window, embedded_probe, read_probe
 from quantgate.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
-# Every second window: more documents than the statistics need to pass.
-EVERY = 2
-# How many tokens are left of most, and of every eighth: more than a block of the KV cache holds.
+# How many tokens are left of most windows, and of every eighth: more than a block of the KV cache
+# holds. All documents stay, which the statistics need many of.
 SHORT, LONG = 48, 200
 QUALITY_WINDOWS = 128
 
 
+@functools.cache
 def smaller(probe: Probe) -> Probe:
-    """Return a probe of the beginnings of every second window."""
-    lengths = [SHORT if place % 8 else LONG for place in range(len(probe.windows))]
-    kept = zip(probe.windows[::EVERY], lengths, strict=False)
-    return dataclasses.replace(probe, windows=tuple(_beginning(*each) for each in kept))
+    """Return a probe of the beginnings of a probe's windows."""
+    windows = [
+        _beginning(window, LONG if place % 8 == 7 else SHORT)
+        for place, window in enumerate(probe.windows)
+    ]
+    return dataclasses.replace(probe, windows=tuple(windows))
 
 
 def _beginning(window: Window, length: int) -> Window:
@@ -50,25 +50,30 @@ def _tokenizer() -> Any:
 
 
 def shrink(project: Path) -> None:
-    """Make a project's probe and goldens small, and the larger probes of models that pool."""
+    """Make a project's probes and goldens small."""
     whole = embedded_probe(project, GENERATE)
-    part = smaller(whole)
-    probes = project / "fixtures" / "probes"
-    for path in probes.glob("*-quality.jsonl"):
-        _write(path, _lines(path)[1 : QUALITY_WINDOWS + 1])
-    windows = zip(_lines(probes / "tiny.jsonl")[1::EVERY], part.windows, strict=True)
-    _write(probes / "tiny.jsonl", [{**line, "ids": w.ids, "text": w.text} for line, w in windows])
-    shrink_goldens(project / "golden", whole, part)
+    for path in (project / "fixtures" / "probes").glob("*.jsonl"):
+        _shrink_probe(path)
+    shrink_goldens(project / "golden", whole, smaller(whole))
+
+
+def _shrink_probe(path: Path) -> None:
+    """Cut the windows of a model that generates; leave some of a larger one of a model that pools.
+
+    The others are small already.
+    """
+    probe, (header, *lines) = read_probe(path), _lines(path)
+    if probe.task == GENERATE:
+        cut = smaller(probe).windows
+        lines = [{**line, "ids": w.ids, "text": w.text} for line, w in zip(lines, cut, strict=True)]
+    elif path.stem.endswith("-quality"):
+        lines = lines[:QUALITY_WINDOWS]
+    text = "".join(json.dumps(line) + "\n" for line in (header, *lines))
+    path.write_text(text, encoding="utf-8")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write(path: Path, windows: Iterable[dict[str, Any]]) -> None:
-    """Give a probe file these windows."""
-    lines = [_lines(path)[0], *windows]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def shrink_goldens(folder: Path, whole: Probe, part: Probe) -> None:
@@ -86,11 +91,10 @@ def shrink_goldens(folder: Path, whole: Probe, part: Probe) -> None:
 
 
 def golden_of_part(path: Path, whole: Probe, part: Probe) -> golden.Golden:
-    """Read a golden of `whole` as one of `part`, the beginnings of some of its windows."""
+    """Read a golden of `whole` as one of `part`, the beginnings of its windows."""
     found = golden.from_json(path.read_text(encoding="utf-8"), whole, path)
     lengths = {window.document: len(window.ids) for window in part.windows}
-    ends = np.array([lengths.get(document, 0) for document in whole.documents.tolist()])
-    rows = whole.positions < ends
+    rows = whole.positions < [lengths[document] for document in whole.documents.tolist()]
     measured = dataclasses.replace(
         found.measurement,
         values=found.measurement.values[rows],

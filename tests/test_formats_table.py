@@ -73,7 +73,7 @@ def test_the_kernels_are_those_that_serve(table: ModuleType, written: Rows, root
 def test_the_figures_are_those_of_the_last_gate(
     table: ModuleType, written: Rows, pooling: Rows, root: Path
 ) -> None:
-    """Where each check passes; the figure is then one of rounding, and another processor's is too."""
+    """Where a check passes, its figure is one of rounding, and another processor's is too."""
     report = root / "report" / "gate.json"
     if not report.exists():
         pytest.skip("`make gate` writes report/gate.json")

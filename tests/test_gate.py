@@ -126,6 +126,7 @@ def test_a_changed_checkpoint_passes_fidelity_and_fails_drift(
     assert goldens == {p: p.read_bytes() for p in goldens}
 
 
+@pytest.mark.slow(reason="engines that vLLM compiles, as for any checkpoint without a file")
 def test_a_checkpoint_given_by_path_is_gated_without_a_golden(
     run_gate: RunGate, quantized: Path, root: Path
 ) -> None:

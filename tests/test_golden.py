@@ -239,7 +239,7 @@ def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path) -> None:
 
 
 def test_what_fails_fidelity_is_refused_or_recorded(
-    root: Path, small_probe: Probe, monkeypatch: pytest.MonkeyPatch
+    project: Path, small_probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = logprob.score_rows
 
@@ -249,7 +249,7 @@ def test_what_fails_fidelity_is_refused_or_recorded(
 
     monkeypatch.setattr(logprob, "score_rows", shifted)
     sources = Sources(lambda _task, _quality: small_probe, lambda _: None)
-    known = read_checkpoint_files(root)["tiny-llama-w4a16"]
+    known = read_checkpoint_files(project)["tiny-llama-w4a16"]
 
     def propose(*, accept: bool) -> Proposal:
         return approval.propose(sources, known, "float32", "r", accept_failing=accept)

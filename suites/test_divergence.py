@@ -20,8 +20,8 @@ def test_divergence_from_base(gate: Gate, checkpoint: Checkpoint, device: str) -
     """Quantization moves distributions by no more than its scheme's budget."""
     base = checkpoint.base_checkpoint
     assert base is not None
-    engine, unquantized = (gate.sources.engine(c, "serving") for c in (checkpoint, base))
-    found = gate.sources.divergence(unquantized, base, engine, checkpoint)
+    engine, unquantized = (gate.sources.for_quality(c) for c in (checkpoint, base))
+    probe = gate.sources.probe_of(checkpoint, quality=True)
+    found = gate.sources.divergence(unquantized, base, engine, checkpoint, probe)
     margin = quality_margin(checkpoint, gate.run.schemes[checkpoint.id])
-    probe = gate.sources.probe_of(checkpoint)
     gate.judge(compare.divergence_from_base(engine, unquantized, found, probe, margin=margin))

@@ -34,10 +34,10 @@ def test_quality(gate: Gate, checkpoint: Checkpoint, device: str) -> None:
     """Quantization costs no more than its scheme's budget, in the dtype that is served."""
     base = checkpoint.base_checkpoint
     assert base is not None
-    engine = gate.sources.engine(checkpoint, "serving")
+    engine, unquantized = (gate.sources.for_quality(c) for c in (checkpoint, base))
     margin = quality_margin(checkpoint, gate.run.schemes[checkpoint.id])
-    probe = gate.sources.probe_of(checkpoint)
-    gate.judge(compare.quality(engine, gate.sources.engine(base, "serving"), probe, margin=margin))
+    probe = gate.sources.probe_of(checkpoint, quality=True)
+    gate.judge(compare.quality(engine, unquantized, probe, margin=margin))
 
 
 @pytest.mark.needs("golden")

@@ -1,9 +1,9 @@
-"""Train the tiny checkpoints that the tests and the embedded suites run on, and their probe.
+"""Train the tiny checkpoints that the tests and the embedded suites run on, and their probes.
 
-    python tools/make_tiny.py                           the Llama, and the probe
-    python tools/make_tiny.py --architecture qwen3      the Qwen3; the probe comes out the same
+    python tools/make_tiny.py                           the Llama, and the probes
+    python tools/make_tiny.py --architecture qwen3      the Qwen3; the probes come out the same
 
-The corpus, the tokenizer and the probe depend on the seed alone. The weights also depend on the
+The corpus, the tokenizer and the probes depend on the seed alone. The weights also depend on the
 machine's arithmetic, so their hash and their perplexity are recorded beside them.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,14 @@ TRAINING_DOCUMENTS = {
     "multilingual": 4500,
     "long": 1800,
 }
-PROBE_DOCUMENTS = {stratum: 8 if stratum == "long" else 11 for stratum in corpus.STRATA}
-# Tokens of a probe window, with BOS.
+# What a model's perplexity is recorded of.
+HELDOUT_DOCUMENTS = {stratum: 8 if stratum == "long" else 11 for stratum in corpus.STRATA}
+# The first of them are the probes: a larger one for what needs statistical power, and one whose
+# documents are cut, for what a fault shows anywhere in.
+QUALITY_DOCUMENTS = {stratum: 2 if stratum == "long" else 8 for stratum in corpus.STRATA}
+PROBE_DOCUMENTS = {stratum: 2 if stratum == "long" else 6 for stratum in corpus.STRATA}
+CUT, LONG_CUT = 96, 512
+# Tokens of a held-out window, with BOS.
 WINDOW, LONG_WINDOW = (100, 400), (800, 1000)
 
 ROW, LONG_ROW, BATCH = 512, 1024, 2048
@@ -163,19 +169,38 @@ def windows_of(tokenizer: Tokenizer, stratum: str, count: int, seed: int) -> Ite
             yield Window(document.id, stratum, 1, ids, document.text)
 
 
-def make_probe(tokenizer: Tokenizer, seed: int) -> list[Window]:
-    """The held-out windows of every stratum."""
+def heldout_windows(tokenizer: Tokenizer, counts: dict[str, int], seed: int) -> list[Window]:
+    """The first held-out windows of every stratum."""
     return [
         window
-        for stratum, count in PROBE_DOCUMENTS.items()
+        for stratum, count in counts.items()
         for window in windows_of(tokenizer, stratum, count, seed)
     ]
 
 
-def probe_lines(windows: Sequence[Window]) -> Iterator[str]:
+def cut(tokenizer: Tokenizer, window: Window) -> Window:
+    """Return the first tokens of a window, as many as are allowed and its text gives again."""
+    for length in range(LONG_CUT if window.stratum == "long" else CUT, 0, -1):
+        ids = window.ids[:length]
+        text = tokenizer.decode(list(ids[1:]), skip_special_tokens=False)
+        if tuple(tokenizer.encode(text).ids) == ids:
+            return replace(window, ids=ids, text=text)
+    raise ValueError(f"{window.document}: no beginning of it is tokenized alike.")
+
+
+def make_probes(tokenizer: Tokenizer, seed: int) -> dict[str, list[Window]]:
+    """Return the windows of both probes, by name."""
+    short = heldout_windows(tokenizer, PROBE_DOCUMENTS, seed)
+    return {
+        "tiny": [cut(tokenizer, window) for window in short],
+        "tiny-quality": heldout_windows(tokenizer, QUALITY_DOCUMENTS, seed),
+    }
+
+
+def probe_lines(name: str, windows: Sequence[Window]) -> Iterator[str]:
     """The probe file: a header, then one JSON object per window."""
     header = {
-        "probe": "tiny",
+        "probe": name,
         "vocab_size": VOCAB_SIZE,
         "bos_token_id": BOS_ID,
         "description": "Held-out documents of the synthetic corpus that the tiny Llama learned.",
@@ -358,7 +383,7 @@ def model_losses(folder: Path, windows: Sequence[Window]) -> list[float]:
     """Per window, the sum of -ln p over its scored tokens, by the saved weights in fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     losses = []
-    for window in track(windows, "Scoring the probe"):
+    for window in track(windows, "Scoring held-out text"):
         ids = torch.tensor([window.ids])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
@@ -389,7 +414,7 @@ def perplexity(losses: Sequence[float], windows: Sequence[Window], stratum: str 
 def stratum_record(
     stratum: str, windows: Sequence[Window], losses: Sequence[float], unigram: Sequence[float]
 ) -> dict[str, float]:
-    """The size and the perplexities of one stratum of the probe."""
+    """The size and the perplexities of one stratum of the held-out text."""
     sizes = [len(window.ids) - 1 for window in windows if window.stratum == stratum]
     return {
         "documents": len(sizes),
@@ -433,13 +458,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a tiny model and write its probe.")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--out", type=Path, help="default: fixtures/tiny/<architecture>")
-    parser.add_argument("--probe", type=Path, default=ROOT / "fixtures/probes/tiny.jsonl")
+    parser.add_argument("--probes", type=Path, default=ROOT / "fixtures/probes")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     tokenizer = train_tokenizer(arguments.seed)
-    windows = make_probe(tokenizer, arguments.seed)
+    windows = heldout_windows(tokenizer, HELDOUT_DOCUMENTS, arguments.seed)
     check_disjoint(windows, arguments.seed)
     batches = make_batches(tokenizer, arguments.seed)
     model = new_model(arguments.architecture, arguments.seed)
@@ -448,7 +473,9 @@ def main() -> None:
     folder = arguments.out or ROOT / "fixtures/tiny" / arguments.architecture
     save_model(training.model, folder)
     save_tokenizer(tokenizer, folder)
-    write_atomically(arguments.probe, "".join(probe_lines(windows)))
+    for name, probe in make_probes(tokenizer, arguments.seed).items():
+        lines = "".join(probe_lines(name, probe))
+        write_atomically(arguments.probes / f"{name}.jsonl", lines)
     record = make_record(folder, windows, batches, training, arguments.seed)
     write_atomically(folder / "training.json", json.dumps(record, indent=2) + "\n")
     print(

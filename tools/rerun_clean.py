@@ -145,7 +145,7 @@ def main() -> int:
     known = [
         checkpoint
         for name, checkpoint in read_checkpoint_files(ROOT).items()
-        if not any(failure.applies_on(device) for failure in checkpoint.known_failure)
+        if not any(failure.applies(on_processor=device == "cpu") for failure in checkpoint.known_failure)
         and (not wanted or name in wanted)
     ]
     if not known:

@@ -85,9 +85,9 @@ class KnownFailure:
     strict: bool = True
     """False where it may also pass, because it fails by little."""
 
-    def applies_on(self, device: str) -> bool:
-        """Whether it fails there: a processor's condition is of what runs on a processor."""
-        return self.when is None or (device == "cpu" and CONDITIONS[self.when]())
+    def applies(self, *, on_processor: bool) -> bool:
+        """Whether it fails here: a processor's condition is of kernels that run on it."""
+        return self.when is None or (on_processor and CONDITIONS[self.when]())
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Checkpoint:
     budget: Mapping[str, BudgetOverride] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd, compare=False)
     """What relative paths are relative to."""
+    quick: bool = False
+    """Whether `--quick` judges it: a choice with every format, task and check in it."""
     golden: bool = True
     """False for a checkpoint given by path, of which nobody approved anything yet, and where a file
     says so: native CPU kernels differ from machine to machine, and are judged by fidelity."""
@@ -158,10 +160,16 @@ class Checkpoint:
         """
         return self.task != GENERATE and task_of(read_config(self.directory)) != GENERATE
 
-    def known_failure_of(self, check: str, device: str) -> KnownFailure | None:
-        """Return the known failure of a check on this machine, if there is one."""
-        known = self.known_failure
-        return next((k for k in known if k.check == check and k.applies_on(device)), None)
+    @property
+    def has_quality(self) -> bool:
+        """Whether `quality` compares it with a base, or it is the base that is compared with."""
+        compared = self.is_base or self.base is not None
+        return compared and (self.task == GENERATE or self.has_own_metric)
+
+    def known_failure_of(self, check: str, *, on_processor: bool) -> KnownFailure | None:
+        """Return the known failure of a check whose kernels run on the processor, or do not."""
+        known = (k for k in self.known_failure if k.check == check)
+        return next((k for k in known if k.applies(on_processor=on_processor)), None)
 
 
 # The keys of a checkpoint file: every field but those that do not come from it.

@@ -37,6 +37,7 @@ from quantgate.stats import (
     PairedMean,
     documents_to_decide,
     paired_mean,
+    rounding_allowance,
     unpaired_mean,
 )
 from quantgate.task import GENERATE, is_classifier, quantity_of
@@ -89,7 +90,8 @@ def fidelity_chaotic(
         f"the reference itself moves by {floor:.3g} in float64, "
         f"{largest_difference(exact_reference, reference):.3g} at most: inputs are quantized"
     )
-    return _within_rounding(engine, reference, "reference", floor, said, probe)
+    allowed = within_rounding(exact_reference, reference, probe)
+    return _judge_mean(engine, reference, "reference", allowed, said, probe)
 
 
 def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
@@ -165,14 +167,15 @@ def fidelity_serving(
 ) -> Verdict:
     """Judge the serving dtype by the mean |Δ log-prob| to the float32 reference.
 
-    The allowance is `ROUNDING_FACTOR` times what rounding to that dtype costs the reference
-    itself. `base_noise` is the same mean for the unquantized base, shown beside it.
+    The allowance is what rounding to that dtype, as this build rounds, may cost the reference
+    (`within_rounding`). `base_noise` is the same mean for the unquantized base, shown beside it.
     """
     noise = mean_absolute_difference(reference_serving, reference)
     said = f"the reference itself moves by {noise:.3g} in {engine.provenance.dtype}"
     if base_noise is not None:
         said += f", the unquantized base in vLLM by {base_noise:.3g}"
-    return _within_rounding(engine, reference, "float32 reference", noise, said, probe)
+    allowed = within_rounding(reference_serving, reference, probe)
+    return _judge_mean(engine, reference, "float32 reference", allowed, said, probe)
 
 
 def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: float) -> Verdict:
@@ -241,7 +244,7 @@ def divergence_from_reference(
     Divergence grows with the square of an error, so the allowance is the square of
     `ROUNDING_FACTOR` times what rounding to the dtype costs the reference itself.
     """
-    allowed = float(rounded.kld.mean()) * ROUNDING_FACTOR**2
+    allowed = rounding_allowance(rounded.kld, probe.documents, ROUNDING_FACTOR**2)
     mean = Deviation("mean KLD", float(found.kld.mean()), allowed, statistic="kld")
     outcome: Outcome = "fail" if mean.exceeded else "pass"
     detail = f"{_divergence_detail(found)}; the reference itself moves by {rounded.kld.mean():.3g}"
@@ -285,27 +288,42 @@ def drift_exact(
     return _token_by_token(engine, golden, "golden", probe, rounding)
 
 
-def drift_mean(engine: Measurement, golden: Measurement, probe: Probe, *, margin: float) -> Verdict:
+def drift_mean(
+    engine: Measurement,
+    golden: Measurement,
+    probe: Probe,
+    *,
+    margin: float,
+    moved: Callable[[], float],
+) -> Verdict:
     """Judge the mean NLL against the approved one: equivalence, both sides.
 
     For the serving dtype, and for formats that quantize activations, where a difference of 1e-7
-    between two machines moves single tokens far. "Better than approved" is drift too.
+    between two machines moves single tokens far. "Better than approved" is drift too. A machine of
+    another arithmetic than the golden's is allowed what rounding alone may move the mean between
+    the two besides: `moved`, asked for only where the margin is not kept.
     """
     if engine.nonfinite or golden.nonfinite:
         return _verdict("fail", "a log-probability is not finite", [], engine, golden, probe)
     paired = paired_mean(_delta(golden, engine), probe.documents)
     lower, upper = paired.bounds()
     furthest = max(lower, upper, key=abs)
-    moved = Deviation(
+    other = arithmetic_difference(engine, golden)
+    if abs(furthest) >= margin and other:
+        margin += (rounding := moved())
+        other = f"; rounding may move it by {rounding:.3g} between the two machines ({other})"
+    else:
+        other = ""
+    shift = Deviation(
         "bound of mean ΔNLL", furthest, margin, "nat/token", two_sided=True, statistic="mean"
     )
     inside, outside = -margin < lower and upper < margin, lower > margin or upper < -margin
     outcome: Outcome = "pass" if inside else "fail" if outside else "inconclusive"
     detail = (
         f"mean ΔNLL is {paired.mean:.4g} ± {paired.standard_error:.2g} nat/token, perplexity "
-        f"{golden.perplexity:.4f} → {engine.perplexity:.4f}"
+        f"{golden.perplexity:.4f} → {engine.perplexity:.4f}{other}"
     )
-    verdict = _statistical(outcome, detail, [moved], paired, margin, engine, golden, probe)
+    verdict = _statistical(outcome, detail, [shift], paired, margin, engine, golden, probe)
     return dataclasses.replace(
         verdict,
         # Outside on either side; at the margin's edge only one of the two can be.
@@ -315,24 +333,50 @@ def drift_mean(engine: Measurement, golden: Measurement, probe: Probe, *, margin
 
 
 def drift_rounding(
-    engine: Measurement, golden: Measurement, probe: Probe, *, noise: float
+    engine: Measurement, golden: Measurement, probe: Probe, *, allowed: float
 ) -> Verdict:
     """Judge pooling outputs against the approved ones by their mean |Δ|.
 
-    For the serving dtype, and for formats that quantize activations. `noise` is what rounding, or
-    its cascade, costs the reference; two engines that only round are within `ROUNDING_FACTOR` times
-    it of each other.
+    For the serving dtype, and for formats that quantize activations. `allowed` is what rounding, or
+    its cascade, may cost: two engines that only round are each within it of the exact outputs.
     """
-    said = f"rounding moves the reference by {noise:.3g}"
-    return _within_rounding(engine, golden, "golden", noise, said, probe)
+    said = f"rounding may move it by {allowed:.3g}"
+    if other := arithmetic_difference(engine, golden):
+        said += f" between the two machines ({other})"
+    return _judge_mean(engine, golden, "golden", allowed, said, probe)
 
 
-def _within_rounding(
-    engine: Measurement, other: Measurement, name: str, noise: float, said: str, probe: Probe
+def arithmetic_difference(engine: Measurement, golden: Measurement) -> str:
+    """Return how the arithmetic of two measurements' machines differs; "" where it does not."""
+    here, there = engine.provenance.arithmetic, golden.provenance.arithmetic
+    names = sorted({*here, *there})
+    return ", ".join(
+        f"{name} {here.get(name, 'not said')}, not {there.get(name, 'not said')}"
+        for name in names
+        if here.get(name) != there.get(name)
+    )
+
+
+def mean_shift(rounded: Measurement, exact: Measurement, probe: Probe) -> float:
+    """Return the largest |mean| that rounding may move log-probabilities by: its upper bound."""
+    return max(map(abs, paired_mean(_delta(rounded, exact), probe.documents).bounds()))
+
+
+def within_rounding(rounded: Measurement, exact: Measurement, probe: Probe) -> float:
+    """Return what mean |Δ| an engine that only rounds may have from the exact reference.
+
+    `ROUNDING_FACTOR` times the reference's own, with the error of a mean of so few values.
+    """
+    sizes = np.abs(_delta(rounded, exact)).reshape(probe.scored, -1).mean(axis=1)
+    return rounding_allowance(sizes, probe.documents, ROUNDING_FACTOR)
+
+
+def _judge_mean(
+    engine: Measurement, other: Measurement, name: str, allowed: float, said: str, probe: Probe
 ) -> Verdict:
-    """Judge the mean |Δ| between two measurements by `ROUNDING_FACTOR` times `noise`."""
+    """Judge the mean |Δ| between two measurements."""
     measured = mean_absolute_difference(engine, other)
-    mean = _deviation("mean", measured, noise * ROUNDING_FACTOR, probe)
+    mean = _deviation("mean", measured, allowed, probe)
     detail = f"{_agreement('engine', engine, name, other, probe)}; {said}"
     return _verdict("fail" if mean.exceeded else "pass", detail, [mean], engine, other, probe)
 

@@ -5,14 +5,16 @@ Takes what the check needs from the sources and hands it to the comparison.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from quantgate import compare, fidelity
+from quantgate import builds, compare, fidelity
 from quantgate.budget import drift_margin
 from quantgate.checkpoint import Checkpoint
 from quantgate.golden import as_stored, judge_golden
 from quantgate.measurement import Measurement
+from quantgate.probe import Probe
 from quantgate.sources import Sources
 from quantgate.task import GENERATE
 from quantgate.verdict import Verdict
@@ -44,16 +46,37 @@ def against(
         rounding = partial(fidelity.rounding, sources, checkpoint)
         return compare.drift_exact(engine, golden, probe, rounding=rounding)
     if probe.task == GENERATE:
-        return compare.drift_mean(engine, golden, probe, margin=drift_margin(checkpoint))
-    noise = _noise(sources, checkpoint, dtype)
-    return compare.drift_rounding(engine, golden, probe, noise=noise)
+        return compare.drift_mean(
+            engine,
+            golden,
+            probe,
+            margin=drift_margin(checkpoint),
+            moved=lambda: sum(_of_both(sources, checkpoint, dtype, golden, compare.mean_shift)),
+        )
+    # Half of what each may be off: within ROUNDING_FACTOR of the rounding of two that are alike.
+    allowed = sum(_of_both(sources, checkpoint, dtype, golden, compare.within_rounding)) / 2
+    return compare.drift_rounding(engine, golden, probe, allowed=allowed)
 
 
-def _noise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> float:
-    """Return how far rounding moves the reference's stored values, on average.
+def _of_both(
+    sources: Sources,
+    checkpoint: Checkpoint,
+    dtype: str,
+    golden: Measurement,
+    figure: Callable[[Measurement, Measurement, Probe], float],
+) -> list[float]:
+    """Return a figure of what rounding does to the reference: as it is done here, and there.
 
-    To the serving dtype; or, in float32, where inputs are quantized, from float64.
+    Rounding to the serving dtype; or, in float32, where inputs are quantized, from float64.
     """
-    rounded = sources.reference(checkpoint, "float64" if dtype == "float32" else dtype)
-    exact = sources.reference(checkpoint, "float32")
-    return compare.mean_absolute_difference(as_stored(rounded), as_stored(exact))
+    probe, exact = sources.probe_of(checkpoint), sources.reference(checkpoint, "float32")
+    rounded = "float64" if dtype == "float32" else dtype
+    there = golden.provenance.arithmetic.get("bfloat16", builds.narrowing())
+    return [
+        figure(
+            as_stored(sources.reference(checkpoint, rounded, narrowing=narrowing)),
+            as_stored(exact),
+            probe,
+        )
+        for narrowing in (builds.narrowing(), cast(builds.Narrowing, there))
+    ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantgate import builds
 from quantgate.capture import EXTENSION, Capture, take_capture
 from quantgate.checkpoint import EngineSettings, read_config
 from quantgate.emulation import NATIVE, engine_arguments
@@ -386,7 +387,16 @@ def provenance_of(llm: LLM, dtype: str) -> Provenance:
     """Return where a measurement of a running engine comes from."""
     kernels, emulated = kernel_fingerprint(llm)
     ((device, platform),) = available_devices().items()
-    return Provenance("engine", device, platform, dtype, kernels, emulated, library_versions())
+    return Provenance(
+        "engine",
+        device,
+        platform,
+        dtype,
+        kernels,
+        emulated,
+        library_versions(),
+        builds.arithmetic(),
+    )
 
 
 def library_versions() -> dict[str, str]:

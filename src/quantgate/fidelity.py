@@ -50,10 +50,11 @@ def divergence(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     engine = sources.engine(checkpoint, "serving")
     exact = sources.reference(checkpoint, "float32")
     rounded = sources.reference(checkpoint, "serving")
-    found, moved = (
-        sources.divergence(exact, checkpoint, other, checkpoint) for other in (engine, rounded)
-    )
     probe = sources.probe_of(checkpoint)
+    found, moved = (
+        sources.divergence(exact, checkpoint, other, checkpoint, probe)
+        for other in (engine, rounded)
+    )
     return compare.divergence_from_reference(engine, exact, found, moved, probe)
 
 

@@ -21,6 +21,7 @@ from quantgate.evidence import kernels_line, profile_of, worst_lines
 from quantgate.measurement import Measurement
 from quantgate.serving import mixed
 from quantgate.sources import Sources
+from quantgate.stats import rounding_allowance
 from quantgate.verdict import Deviation, Profile, Verdict
 
 Values = NDArray[np.floating[Any]]
@@ -135,8 +136,9 @@ def same(
 
     In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
     and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
-    `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise: either way
-    of serving is within that, so the two are within twice it of each other. It is the floor that
+    `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise, and a bit for
+    its own error: either way of serving is within that, so the two are within twice it of each
+    other. It is the floor that
     is shown: of these rows, which the checkpoint's own is not. `raw` says whether these are values
     of the measurement itself, whose largest move is known.
     """
@@ -150,8 +152,10 @@ def same(
         derive(sources.reference(checkpoint, name).values)
         for name in ("float64" if dtype == "float32" else dtype, "float32")
     )
-    noise = float(np.mean(np.abs(rounded.astype(np.float64) - exact)))
-    allowed = max(allowed, noise * ROUNDING_FACTOR)
+    moved = np.abs(rounded.astype(np.float64) - exact)
+    noise = float(np.mean(moved))
+    moved = moved.reshape(len(moved), -1).mean(axis=1)
+    allowed = max(allowed, rounding_allowance(moved, np.arange(len(moved)), ROUNDING_FACTOR))
     return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "", floor=noise)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ class Provenance:
     emulated: tuple[str, ...] = ()
     """The kernels among them that are emulations."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
+    """What makes a machine round otherwise than another (`builds.arithmetic`); {} where nobody
+    said."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,18 @@ class Measurement:
     def perplexity(self) -> float:
         """exp of `mean_nll`."""
         return float(np.exp(self.mean_nll))
+
+
+def rows_of(measured: Measurement, rows: NDArray[np.int64]) -> Measurement:
+    """Return the part of a measurement that is of some of its scored tokens [m]."""
+    hidden = None if measured.hidden is None else measured.hidden[rows]
+    return replace(
+        measured,
+        values=measured.values[rows],
+        top1=measured.top1[rows],
+        hidden=hidden,
+        activated=None,
+    )
 
 
 def pooled(

@@ -20,7 +20,9 @@ import numpy as np
 from quantgate import task_quality
 from quantgate.checkpoint import BadInput, Checkpoint
 from quantgate.golden import GoldenKey, golden_key, golden_path, stored_dtype
-from quantgate.measurement import Measurement, Provenance
+from quantgate.measurement import Measurement, Provenance, rows_of
+from quantgate.probe import Probe
+from quantgate.serving import mixed
 from quantgate.task import GENERATE
 from quantgate.verdict import Deviation, Statistic, Verdict
 
@@ -93,9 +95,11 @@ def measure(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
     """Serve a checkpoint's probe again in several ways; `dtype` is a torch name or "serving"."""
     engine = sources.engine(checkpoint, dtype)
     probe = sources.probe_of(checkpoint)
-    again = sources.reruns(checkpoint, dtype, probe)
+    # The windows that `invariance` serves again too: the engine does it once for both.
+    part, rows = mixed(probe)
+    again, before = sources.reruns(checkpoint, dtype, part), rows_of(engine, rows)
     moved = {
-        f"{way}, {again.how}": _moved(sources, checkpoint, measured, engine)
+        f"{way}, {again.how}": _moved(sources, checkpoint, measured, before, part)
         for way, measured in again.found.items()
     }
     rounded = "float64" if engine.provenance.dtype == "float32" else dtype
@@ -104,7 +108,7 @@ def measure(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
         exact = sources.reference(checkpoint, "float32")
         reference = sources.reference(checkpoint, rounded)
         name = f"the reference in {reference.provenance.dtype}, not float32"
-        moved[name] = _moved(sources, checkpoint, reference, exact)
+        moved[name] = _moved(sources, checkpoint, reference, exact, probe)
     if engine.provenance.dtype != "float32" and _is_judged_by_a_metric(checkpoint):
         for way, metric in _metric_moved(sources, checkpoint, dtype).items():
             moved[f"{way}, larger probe"] = {"metric": metric}
@@ -113,23 +117,23 @@ def measure(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
 
 
 def _moved(
-    sources: Sources, checkpoint: Checkpoint, one: Measurement, other: Measurement
+    sources: Sources, checkpoint: Checkpoint, one: Measurement, other: Measurement, probe: Probe
 ) -> dict[Statistic, float]:
     delta = one.values.astype(np.float64) - other.values
     found: dict[Statistic, float] = {
         "mean_abs": float(np.abs(delta).mean()),
         "max_abs": float(np.abs(delta).max()),
     }
-    if sources.probe_of(checkpoint).task == GENERATE:
+    if probe.task == GENERATE:
         found["mean"] = float(abs(delta.mean()))
         if one.hidden is not None and other.hidden is not None:
-            kld = sources.divergence(other, checkpoint, one, checkpoint).kld
+            kld = sources.divergence(other, checkpoint, one, checkpoint, probe).kld
             found["kld"] = float(kld.mean())
     return found
 
 
 def _is_judged_by_a_metric(checkpoint: Checkpoint) -> bool:
-    return checkpoint.has_own_metric and checkpoint.base is not None
+    return checkpoint.has_own_metric and checkpoint.has_quality
 
 
 def _metric_moved(sources: Sources, checkpoint: Checkpoint, dtype: str) -> dict[str, float]:

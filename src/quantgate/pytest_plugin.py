@@ -64,6 +64,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the unquantized model that a --checkpoint given by path is compared with",
     )
     group.addoption(
+        "--quick",
+        action="store_true",
+        help="judge only the checkpoints whose file says quick = true",
+    )
+    group.addoption(
         "--gate-report",
         metavar="DIR",
         type=Path,
@@ -196,11 +201,19 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
     names, base = config.getoption("checkpoint"), config.getoption("base")
     if base is not None and not names:
         raise BadInput("--base goes with --checkpoint PATH; checkpoint files name their own base.")
+    quick = config.getoption("quick")
+    if quick and names:
+        raise BadInput("--quick goes without --checkpoint: the files say which ones are quick.")
     wanted = (
         [find_checkpoint(name, known, run.root, base) for name in dict.fromkeys(names)]
         if names
-        else list(known.values())
+        else [checkpoint for checkpoint in known.values() if checkpoint.quick or not quick]
     )
+    if not wanted and quick and known:
+        raise BadInput(
+            f"--quick: none of the {len(known)} files in {run.root / 'fixtures' / 'checkpoints'} "
+            "says quick = true."
+        )
     if not wanted:
         raise BadInput(
             f"{run.root / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
@@ -342,10 +355,9 @@ class Gate:
         __tracebackhide__ = True
         result = self.run.results[self.item.nodeid]
         checkpoint: Checkpoint = _params(self.item)["checkpoint"]
-        device: str = _params(self.item)["device"]
         verdict = replace(verdict, detail=printable(verdict.detail))
         verdict = self._completed(verdict, checkpoint)
-        known = checkpoint.known_failure_of(result.check, device)
+        known = checkpoint.known_failure_of(result.check, on_processor=verdict.on_processor)
         if known is not None and verdict.outcome == "fail":
             verdict = replace(verdict, known_failure=f"{known.reason} ({known.issue})")
         elif known is not None and known.strict and verdict.outcome == "pass":

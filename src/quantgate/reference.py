@@ -6,6 +6,7 @@ Inputs are quantized as vLLM quantizes them, and scales fused as vLLM fuses them
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from quantgate.builds import Narrowing, truncate_to_bfloat16
 from quantgate.checkpoint import BadInput, read_config
 from quantgate.engine import Announce, library_versions
 from quantgate.engine_failure import first_line
@@ -50,12 +52,14 @@ def measure(
     dtype: str,
     announce: Announce,
     dequantizer: DequantizerName = "own",
+    narrowing: Narrowing = "rounds",
 ) -> Measurement:
     """Score `probe` with HF modules in `dtype` over the checkpoint's dequantized weights.
 
     The head's product and the log-softmax are in float32, or in float64 where `dtype` is that.
+    `narrowing` is how rotations and attention come by bfloat16 (`builds.narrowing`).
     """
-    model = StreamedModel(directory, dtype, dequantizer, probe.task)
+    model = StreamedModel(directory, dtype, dequantizer, probe.task, narrowing)
     hidden = model.last_hidden(probe.windows, announce)
     announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
     provenance = Provenance("reference", "cpu", "cpu", dtype, versions=library_versions())
@@ -93,11 +97,12 @@ class StreamedModel:
         dtype: str,
         dequantizer: DequantizerName = "own",
         task: Task = GENERATE,
+        narrowing: Narrowing = "rounds",
     ) -> None:
         import torch
 
         self.task = task
-
+        self._truncates = narrowing == "truncates" and dtype == "bfloat16"
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._exact = torch.promote_types(self.dtype, torch.float32)
         self.stored = StoredTensors(directory)
@@ -110,6 +115,8 @@ class StreamedModel:
             )
         self._dequantize = _dequantizer(dequantizer)
         self.model = _empty_model(directory, self.dtype, task, self.stored)
+        if self._truncates:
+            self.model.set_attn_implementation(_truncating_attention_name())
         self._names = {module: name for name, module in self.model.named_modules()}
         # An encoder's layers are one module further in.
         body = self.model.base_model
@@ -251,8 +258,10 @@ class StreamedModel:
             self.model.base_model(torch.tensor([ids]), use_cache=False)
         finally:
             setattr(self._stack, self._stacked_as, layers)
-        kv_cache = self._kv_cache()
-        return _Step(calls[0][0], [(more, {**named, **kv_cache}) for _, more, named in calls])
+        others = self._kv_cache()
+        if self._truncates and "position_embeddings" in calls[0][2]:
+            others["position_embeddings"] = _in_float32(calls[0][2]["position_embeddings"])
+        return _Step(calls[0][0], [(more, {**named, **others}) for _, more, named in calls])
 
     def _kv_cache(self) -> dict[str, Any]:
         """Return what makes attention see keys and values as an FP8 cache gives them back."""
@@ -478,6 +487,43 @@ def _set(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
     import torch
 
     setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+
+
+def _truncating_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """HF's sdpa attention, with bfloat16 cut off as vLLM's AVX2 build does it (`builds`).
+
+    Queries and keys come rotated in float32; all are [1, heads, tokens, width].
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    query, key = (truncate_to_bfloat16(x.float()).float() for x in (query, key))
+    found, _ = sdpa_attention_forward(module, query, key, value.float(), mask, **options)
+    assert isinstance(found, torch.Tensor)
+    return truncate_to_bfloat16(found), None
+
+
+@functools.cache
+def _truncating_attention_name() -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = "quantgate_truncating"
+    AttentionInterface.register(name, _truncating_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _in_float32(positions: Any) -> Any:
+    """Return cosines and sines in float32, so that what is rotated by them is not rounded."""
+    return None if positions is None else tuple(part.float() for part in positions)
 
 
 def _empty(layer: torch.nn.Module) -> None:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 # How many tokens an engine takes at a time that cuts prompts into chunks.
 CHUNK = 64
-# How many windows show whether a way of serving matters.
-MIXED = 16
+# How many windows show whether a way of serving matters, and of how many tokens together: they are
+# served three and a half times in each dtype, and one request or chunk that gets another's rows or
+# blocks is off by orders of magnitude at each of them.
+MIXED, MIXED_TOKENS = 16, 1200
 
 Rows = NDArray[np.int64]
 
@@ -62,10 +64,19 @@ def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
 
 
 def mixed(probe: Probe) -> tuple[Probe, Rows]:
-    """Return `MIXED` of a probe's windows, of evenly spaced ranks by length, and their rows [m]."""
-    by_length = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
-    ranks = np.linspace(0, len(by_length) - 1, min(MIXED, len(by_length))).astype(int)
-    chosen = sorted({by_length[rank] for rank in ranks})
+    """Return a few of a probe's windows, of evenly spaced ranks by length, and their rows [m].
+
+    The shortest and the longest are among them.
+    """
+    sizes = [len(window.ids) for window in probe.windows]
+    by_length = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    for count in range(min(MIXED, len(sizes)), 1, -1):
+        ranks = np.linspace(0, len(sizes) - 1, count).astype(int)
+        chosen = sorted(by_length[rank] for rank in ranks)
+        if sum(sizes[i] for i in chosen) <= MIXED_TOKENS:
+            break
+    else:
+        chosen = sorted({by_length[0], by_length[-1]})
     return _part(probe, chosen), _rows(probe, chosen)
 
 

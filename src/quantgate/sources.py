@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -15,7 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from quantgate import engine, pooling, reference, serving
+from quantgate import builds, engine, pooling, reference, serving
+from quantgate.builds import Narrowing
 from quantgate.cache import DamagedEntry, DiskCache, code_version
 from quantgate.capture import Capture
 from quantgate.checkpoint import Checkpoint, actual_scheme, identity, read_config
@@ -33,8 +33,6 @@ from quantgate.task import EMBED, Task
 
 SERVING = "serving"
 Derived = TypeVar("Derived")
-# Settings from outside that change how a CPU computes: a measurement under others is another.
-_ARITHMETIC = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 @dataclass(eq=False)
@@ -87,8 +85,7 @@ class Sources:
 
     def _on_the_way(self, checkpoint: Checkpoint, dtype: str, llm: Any) -> None:
         """Measure what else an engine is wanted for, so that none like it is started again."""
-        compared = checkpoint.has_own_metric and (checkpoint.base or checkpoint.is_base)
-        if compared and dtype == resolve_dtype(checkpoint, SERVING):
+        if checkpoint.has_quality and dtype == resolve_dtype(checkpoint, SERVING):
             self._for_quality(checkpoint, lambda _, serve: serve(llm))
         if checkpoint.is_base:
             return
@@ -100,11 +97,12 @@ class Sources:
             self.late_interaction(checkpoint, llm)
 
     def for_quality(self, checkpoint: Checkpoint) -> Measurement:
-        """Measure raw outputs of the larger probe, in the dtype that is served.
+        """Measure the larger probe, in the dtype that is served.
 
         The engine of `engine(checkpoint, "serving")` does it on the way, where that one runs.
         """
         dtype = resolve_dtype(checkpoint, SERVING)
+        self.engine(checkpoint, dtype)
         return self._for_quality(
             checkpoint,
             lambda announce, serve: self._with_engine(checkpoint, dtype, {}, serve, announce),
@@ -134,15 +132,25 @@ class Sources:
         """Return what a base's measurement is kept under; None for what is under test."""
         if not checkpoint.is_base:
             return None
-        settings = {"settings": asdict(checkpoint.engine), "arithmetic": _arithmetic()}
-        return self._disk_key("engine", checkpoint, dtype, probe, **settings)
+        settings = asdict(checkpoint.engine)
+        return self._disk_key("engine", checkpoint, dtype, probe, settings=settings)
 
     def reference(
-        self, checkpoint: Checkpoint, dtype: str, dequantizer: DequantizerName = "own"
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        dequantizer: DequantizerName = "own",
+        narrowing: Narrowing | None = None,
     ) -> Measurement:
-        """Measure with HF modules over weights from our dequantizer or the library's."""
+        """Measure with HF modules over weights from our dequantizer or the library's.
+
+        In bfloat16, rotations and attention round as this build's do, or as `narrowing` says.
+        """
         dtype = resolve_dtype(checkpoint, dtype)
+        narrowing = (narrowing or builds.narrowing()) if dtype == "bfloat16" else "rounds"
         source = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
+        if narrowing == "truncates":
+            source += ", which truncates"
         found: Measurement = self._once(
             self._key(source, checkpoint, dtype),
             checkpoint,
@@ -152,9 +160,15 @@ class Sources:
                 dtype=dtype,
                 announce=announce,
                 dequantizer=dequantizer,
+                narrowing=narrowing,
             ),
             self._disk_key(
-                "reference", checkpoint, dtype, self.probe_of(checkpoint), dequantizer=dequantizer
+                "reference",
+                checkpoint,
+                dtype,
+                self.probe_of(checkpoint),
+                dequantizer=dequantizer,
+                narrowing=narrowing,
             ),
         )
         return found
@@ -279,10 +293,17 @@ class Sources:
             return serve(llm)
 
     def divergence(
-        self, base: Measurement, base_of: Checkpoint, other: Measurement, checkpoint: Checkpoint
+        self,
+        base: Measurement,
+        base_of: Checkpoint,
+        other: Measurement,
+        checkpoint: Checkpoint,
+        probe: Probe,
     ) -> Divergence:
-        """Return how far a measurement's distributions are from a base's, over the vocabulary."""
-        probe = self.probe_of(checkpoint)
+        """Return how far a measurement's distributions are from a base's, over the vocabulary.
+
+        Both are of `probe`.
+        """
         targets = [np.array(window.ids[window.score_from :]) for window in probe.windows]
         return divergence(
             self._side(base, base_of), self._side(other, checkpoint), np.concatenate(targets)
@@ -346,6 +367,7 @@ class Sources:
             "dtype": dtype,
             "code": code_version(),
             "versions": library_versions(),
+            "arithmetic": builds.arithmetic(),
             **more,
         }
 
@@ -435,13 +457,6 @@ def _from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Measurement:
     if "hidden" in found:
         found["hidden"] = _unpacked(found["hidden"])
     return Measurement(**found)
-
-
-def _arithmetic() -> dict[str, str]:
-    import torch
-
-    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
-    return found | {name: os.environ[name] for name in _ARITHMETIC if name in os.environ}
 
 
 def has_float32(checkpoint: Checkpoint) -> bool:

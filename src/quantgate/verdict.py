@@ -133,6 +133,11 @@ class Verdict:
         """What this verdict adds to the one on a whole run."""
         return "pass" if self.known_failure else self.outcome
 
+    @property
+    def on_processor(self) -> bool:
+        """Whether kernels of vLLM's CPU platform computed what was judged."""
+        return any(name.startswith("CPU") for name in self.kernels.values())
+
     def message(self, subject: str) -> str:
         """Return the text of a failure: cause, evidence, next step."""
         lines = [f"{subject}: {self.outcome.upper()}: {self.detail}"]

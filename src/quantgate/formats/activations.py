@@ -2,13 +2,15 @@
 
 compressed-tensors' rules are not vLLM's: it takes 127.5 for int8's largest code, and divides by an
 FP8 scale where vLLM multiplies by its reciprocal. These were checked bit for bit against vLLM
-0.32.0's own CPU code; its GPU code is still to be checked. All take x [rows, H] in any floating
-dtype and return float32.
+0.32.0's own CPU code; its GPU code is still to be checked. Where builds differ, the installed one
+is asked (`quantgate.builds`). All take x [rows, H] in any floating dtype and return float32.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from quantgate.builds import int8_rule
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,7 @@ def int8_per_token(x: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
     x = x.float()
     if symmetric:
         scale = x.abs().amax(dim=1, keepdim=True) / INT8_HIGHEST
-        return _int8(x, scale, scale.new_zeros(()))
+        return _int8(x, scale)
     lowest = x.amin(dim=1, keepdim=True)
     scale = (x.amax(dim=1, keepdim=True) - lowest) / (INT8_HIGHEST - INT8_LOWEST)
     zero_point = (INT8_LOWEST - lowest / scale).round()
@@ -37,17 +39,17 @@ def int8_per_tensor(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Static int8: the checkpoint's one scale and, for asymmetric inputs, zero point."""
-    offset = scale.new_zeros(()) if zero_point is None else zero_point.float()
-    return _int8(x.float(), scale.float(), offset)
+    return _int8(x.float(), scale.float(), None if zero_point is None else zero_point.float())
 
 
-def _int8(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """Round to nearest, ties to even. A row of zeros, whose scale is 0, stays zero.
-
-    vLLM multiplies and adds with one rounding (FMA): a float64 sum of float32's exact product.
-    """
-    fused = (x.double() * scale.reciprocal().double() + zero_point.double()).float()
-    codes = fused.round().clamp(INT8_LOWEST, INT8_HIGHEST)
+def _int8(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Round to nearest, ties to even. A row of zeros, whose scale is 0, stays zero."""
+    if zero_point is None:
+        codes = (x * scale.reciprocal()).round().clamp(INT8_LOWEST, INT8_HIGHEST)
+        return (codes * scale).where(scale != 0, 0.0)
+    codes = int8_rule()(x, scale, zero_point).clamp(INT8_LOWEST, INT8_HIGHEST)
     return ((codes - zero_point) * scale).where(scale != 0, 0.0)
 
 

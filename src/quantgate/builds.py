@@ -1,0 +1,148 @@
+"""What one build of vLLM computes otherwise than another: asked of the one installed, not assumed.
+
+vLLM's CPU builds differ by processor. The AVX-512 builds quantize an asymmetric int8 input with a
+fused multiply-add, the AVX2 build with two roundings; and the AVX2 build's own operators, of which
+an engine takes the rotary embedding and attention, cut a float32 result to bfloat16 where the
+AVX512-BF16 build rounds it to nearest. Neither is a fault of a checkpoint, so the reference does as
+the build at hand does.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+# x, the scale and the zero point, all float32, to codes that are not clamped yet.
+Int8Rule = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+Narrowing = Literal["rounds", "truncates"]
+"""How a build's own operators turn float32 into bfloat16."""
+
+# Settings from outside that change how a CPU computes: a measurement under others is another.
+_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def arithmetic() -> dict[str, str]:
+    """Return what makes this machine round otherwise than another that serves the same bytes.
+
+    Instruction set, vLLM's native library, threads, how bfloat16 and int8 come about, and the
+    settings that choose among them. Two machines that agree in all of it agree bit for bit in what
+    is not left to the order of threads.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return {"isa": torch.cuda.get_device_name()}
+    return {
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "library": _native_library(),
+        "threads": str(torch.get_num_threads()),
+        "bfloat16": narrowing(),
+        "int8": int8_rule_name(),
+        **{name: os.environ[name] for name in _SETTINGS if name in os.environ},
+    }
+
+
+def _native_library() -> str:
+    """Return which of its libraries vLLM takes on this processor (vllm/platforms/cpu.py)."""
+    import torch
+
+    if not torch.cpu._is_avx512_supported():
+        return "_C_AVX2"
+    return "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+
+
+@functools.cache
+def narrowing() -> Narrowing:
+    """Ask the build how its own operators turn float32 into bfloat16."""
+    import torch
+
+    operators = _operators()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.linspace(0.5, 2.0, 1024, device=device).bfloat16().view(4, 256)
+    # SiLU(x) * 1.5, of which the second half of each row is the factor.
+    joined = torch.cat([x, torch.full_like(x, 1.5)], dim=1)
+    given = torch.empty_like(x)
+    operators.silu_and_mul(given, joined)
+    exact = torch.nn.functional.silu(x.double()) * 1.5
+    return "truncates" if bool((given.double() < _nearest(exact)).any()) else "rounds"
+
+
+def _nearest(exact: torch.Tensor) -> torch.Tensor:
+    return exact.float().bfloat16().double()
+
+
+def truncate_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 x in bfloat16, its lower 16 bits cut off."""
+    import torch
+
+    bits = x.contiguous().view(torch.int32) & ~0xFFFF
+    return bits.view(torch.float32).bfloat16()
+
+
+def _fused(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """One rounding before the last: a float64 sum of float32's exact product."""
+    return (x.double() * scale.reciprocal().double() + zero_point.double()).float().round()
+
+
+def _separate(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """The product is rounded to float32, then the sum."""
+    return (x * scale.reciprocal() + zero_point).round()
+
+
+def _rounded_first(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """The quotient is rounded to an integer, then the zero point is added: vLLM's CUDA code."""
+    return (x / scale).round() + zero_point
+
+
+INT8_RULES: Mapping[str, Int8Rule] = {
+    "fused multiply-add": _fused,
+    "product and sum rounded": _separate,
+    "quotient rounded first": _rounded_first,
+}
+UNKNOWN = "unknown"
+
+
+@functools.cache
+def int8_rule_name() -> str:
+    """Ask the build which of `INT8_RULES` it quantizes asymmetric inputs by; "unknown" if none."""
+    import torch
+
+    _operators()
+    from vllm._custom_ops import scaled_int8_quant
+
+    generator = torch.Generator().manual_seed(0)
+    # Products of 8-bit significands fall near ties often: the rules part in 1 of 11,000.
+    x = torch.randn(2048, 256, generator=generator).bfloat16()
+    x = x.cuda() if torch.cuda.is_available() else x
+    codes, scale, zero_point = scaled_int8_quant(x, None, None, symmetric=False)
+    for name, rule in INT8_RULES.items():
+        own = rule(x.float(), scale, zero_point.float()).clamp(-128, 127)
+        if torch.equal(own, codes.float()):
+            return name
+    return UNKNOWN
+
+
+def int8_rule() -> Int8Rule:
+    """Return how this build quantizes an asymmetric int8 input; `ValueError` if it is not known."""
+    name = int8_rule_name()
+    if name == UNKNOWN:
+        raise ValueError(
+            "vLLM's scaled_int8_quant follows none of the rules that are known for int8 inputs "
+            f"with a zero point ({', '.join(INT8_RULES)}), so there is no reference for them."
+        )
+    return INT8_RULES[name]
+
+
+@functools.cache
+def _operators() -> Any:
+    """Return vLLM's native operators, loaded as an engine would."""
+    import torch
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    return torch.ops._C

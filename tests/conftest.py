@@ -22,17 +22,30 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Begun before the others: as one of the last it would keep one worker, while the rest have nothing
 # to do. `make test` tells xdist to leave the order alone.
-SLOW = ("test_llmcompressor", "test_on_a_gpu", "test_gpu_tools", "test_engine_failures")
+LONGEST = (
+    "test_llmcompressor",
+    "test_hostile",
+    "test_interpreted",
+    "test_engine_failures",
+    "test_golden",
+    "test_replay",
+    "test_devices",
+    "test_habits",
+    "test_gate",
+    "test_on_a_gpu",
+    "test_gpu_tools",
+    "test_noise",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest files first; let nobody call a test slow without a reason."""
+    """Put the files that take longest first; let nobody call a test slow without a reason."""
     for item in items:
         for marker in item.iter_markers("slow"):
             if not marker.kwargs.get("reason"):
                 raise pytest.UsageError(f"{item.nodeid}: say why it is slow: slow(reason=…)")
-    places = {name: place for place, name in enumerate(SLOW)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +71,17 @@ def probe(root: Path) -> "Probe":
 
 
 @pytest.fixture(scope="session")
-def hf_scores(root: Path, probe: "Probe") -> "list[NDArray[np.float64]]":
-    """HF's float32 scores of each window of the probe by the tiny model.
+def large_probe(root: Path) -> "Probe":
+    """The embedded probe of more and longer windows."""
+    from quantgate.probe import embedded_probe
+    from quantgate.task import GENERATE
+
+    return embedded_probe(root, GENERATE, quality=True)
+
+
+@pytest.fixture(scope="session")
+def hf_scores(root: Path, large_probe: "Probe") -> "list[NDArray[np.float64]]":
+    """HF's float32 scores of each window of the larger probe by the tiny model.
 
     A prefix of a window has a prefix of its scores.
     """
@@ -68,8 +90,8 @@ def hf_scores(root: Path, probe: "Probe") -> "list[NDArray[np.float64]]":
     from quantgate import reference
 
     model = root / "fixtures" / "tiny" / "llama"
-    measured = reference.measure(model, probe, dtype="float32", announce=lambda _: None)
-    ends = np.cumsum([window.scored for window in probe.windows])
+    measured = reference.measure(model, large_probe, dtype="float32", announce=lambda _: None)
+    ends = np.cumsum([window.scored for window in large_probe.windows])
     return np.split(measured.logprob.astype(np.float64), ends[:-1])
 
 

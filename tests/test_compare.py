@@ -120,11 +120,15 @@ def test_better_than_approved_is_drift_too() -> None:
     noise = np.random.default_rng(2).normal(0, 1e-3, PROBE.scored)
     for shift in (0.01, -0.01):
         verdict = compare.drift_mean(
-            measured(SCORES + noise + shift), measured(SCORES, "golden"), PROBE, margin=1e-3
+            measured(SCORES + noise + shift),
+            measured(SCORES, "golden"),
+            PROBE,
+            margin=1e-3,
+            moved=lambda: 0.0,
         )
         assert verdict.outcome == "fail"
     same = compare.drift_mean(
-        measured(SCORES + noise), measured(SCORES, "golden"), PROBE, margin=1e-3
+        measured(SCORES + noise), measured(SCORES, "golden"), PROBE, margin=1e-3, moved=lambda: 0.0
     )
     assert same.outcome == "pass"
 
@@ -137,7 +141,7 @@ def test_a_cost_of_exactly_its_margin_is_inconclusive() -> None:
         base = dataclasses.replace(measured(SCORES), values=SCORES.astype(np.float64))
         engine = dataclasses.replace(base, values=base.values - spread - margin)
         assert compare.quality(engine, base, PROBE, margin=margin).outcome == "inconclusive"
-        drifted = compare.drift_mean(engine, base, PROBE, margin=margin)
+        drifted = compare.drift_mean(engine, base, PROBE, margin=margin, moved=lambda: 0.0)
         assert drifted.outcome == "inconclusive"
         assert compare.quality(engine, base, PROBE, margin=margin * 1.5).outcome == "pass"
         assert compare.quality(engine, base, PROBE, margin=margin / 1.5).outcome == "fail"

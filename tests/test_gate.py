@@ -177,7 +177,7 @@ def test_an_nan_fails_every_comparison(
         compare.fidelity_serving(broken, honest, honest, probe, base_noise=None),
         compare.quality(broken, honest, probe, margin=1.0),
         compare.drift_exact(broken, honest, probe, rounding=lambda: 0.0),
-        compare.drift_mean(broken, honest, probe, margin=1.0),
+        compare.drift_mean(broken, honest, probe, margin=1.0, moved=lambda: 0.0),
     ):
         assert verdict.outcome == "fail"
         assert verdict.deviations[0].what == "non-finite log-probs"
@@ -213,7 +213,7 @@ def test_engines_that_differ_by_a_ten_thousandth_of_a_nat_are_told_apart(
     assert (largest.what, largest.allowed) == ("max |Δ log-prob|", 1e-5)
     assert largest.measured == pytest.approx(1e-4, rel=0.1)
     # The mean alone would not have told: a tenth of its margin.
-    mean = compare.drift_mean(measured, golden, small_probe, margin=1e-3)
+    mean = compare.drift_mean(measured, golden, small_probe, margin=1e-3, moved=lambda: 0.0)
     assert mean.outcome == "pass"
 
 

@@ -1,5 +1,6 @@
 # `make gate` judges the embedded checkpoints, a choice with every format, task and check; `make
-# gate-all` all of them. `make test` tests the gate itself. Each sets up .venv.
+# gate-all` all of them. `make test` tests the gate itself, but for the tests that are marked slow,
+# which `make test-slow` runs. Each sets up .venv.
 # `make gpu` measures what needs an NVIDIA GPU, in an environment of its own; with the newest vLLM, or
 # `make gpu VLLM=0.26.0`.
 VENV := .venv
@@ -10,7 +11,7 @@ VLLM ?=
 GPU_VENV := .venv-gpu$(VLLM)
 GPU_FIGURES ?= build/gpu$(VLLM)
 
-.PHONY: gate gate-all test gpu env checkpoints lint
+.PHONY: gate gate-all test test-slow gpu env checkpoints lint
 
 gate: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --quick --gate-report $(REPORT)
@@ -19,7 +20,10 @@ gate-all: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --gate-report $(REPORT)
 
 test: checkpoints lint
-	$(VENV)/bin/pytest tests -n $(WORKERS) --no-loadscope-reorder --durations 15
+	$(VENV)/bin/pytest tests -m "not slow" -n $(WORKERS) --no-loadscope-reorder --durations 15
+
+test-slow: checkpoints
+	$(VENV)/bin/pytest tests -m slow -n $(WORKERS) --no-loadscope-reorder --durations 15
 
 gpu:
 	$(PYTHON) tools/make_env.py $(GPU_VENV) --extras gpu,dev $(if $(VLLM),--require vllm==$(VLLM))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import RunGate, lacking
+from smaller import shrink, smaller
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Begun before the others: as one of the last it would keep one worker, while the rest have nothing
 # to do. `make test` tells xdist to leave the order alone.
-SLOW = ("test_llmcompressor", "test_on_a_gpu", "test_gpu_tools", "test_engine_failures")
+LONGEST = (
+    "test_llmcompressor",
+    "test_hostile",
+    "test_interpreted",
+    "test_engine_failures",
+    "test_golden",
+    "test_replay",
+    "test_devices",
+    "test_habits",
+    "test_gate",
+    "test_on_a_gpu",
+    "test_gpu_tools",
+    "test_noise",
+)
 
 
 def pytest_report_header() -> list[str]:
@@ -30,9 +44,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest files first."""
-    places = {name: place for place, name in enumerate(SLOW)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+    """Put the files that take longest first; let nobody call a test slow without a reason."""
+    for item in items:
+        for marker in item.iter_markers("slow"):
+            if not marker.kwargs.get("reason"):
+                raise pytest.UsageError(f"{item.nodeid}: say why it is slow: slow(reason=…)")
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +76,17 @@ def probe(root: Path) -> "Probe":
 
 
 @pytest.fixture(scope="session")
-def hf_scores(root: Path, probe: "Probe") -> "list[NDArray[np.float64]]":
-    """HF's float32 scores of each window of the probe by the tiny model.
+def large_probe(root: Path) -> "Probe":
+    """The embedded probe of more and longer windows."""
+    from quantgate.probe import embedded_probe
+    from quantgate.task import GENERATE
+
+    return embedded_probe(root, GENERATE, quality=True)
+
+
+@pytest.fixture(scope="session")
+def hf_scores(root: Path, large_probe: "Probe") -> "list[NDArray[np.float64]]":
+    """HF's float32 scores of each window of the larger probe by the tiny model.
 
     A prefix of a window has a prefix of its scores.
     """
@@ -68,8 +95,8 @@ def hf_scores(root: Path, probe: "Probe") -> "list[NDArray[np.float64]]":
     from quantgate import reference
 
     model = root / "fixtures" / "tiny" / "llama"
-    measured = reference.measure(model, probe, dtype="float32", announce=lambda _: None)
-    ends = np.cumsum([window.scored for window in probe.windows])
+    measured = reference.measure(model, large_probe, dtype="float32", announce=lambda _: None)
+    ends = np.cumsum([window.scored for window in large_probe.windows])
     return np.split(measured.logprob.astype(np.float64), ends[:-1])
 
 
@@ -94,15 +121,29 @@ def tool() -> Callable[[str], ModuleType]:
     return load
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A project to gate one checkpoint in, W4A16: its suites, fixtures and goldens may be changed.
+@pytest.fixture(scope="session")
+def small_probe(probe: "Probe") -> "Probe":
+    """The probe of a test's project: beginnings of the embedded one's windows."""
+    return smaller(probe)
 
-    Its checkpoint is read where `make checkpoints` built it.
-    """
-    copy = tmp_path / "project"
+
+@pytest.fixture(scope="session")
+def small_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a test's project is copied from: suites, fixtures and goldens, of smaller probes."""
+    copy = tmp_path_factory.mktemp("project")
     for name in ("suites", "fixtures", "golden/tiny-llama-w4a16"):
         shutil.copytree(ROOT / name, copy / name)
+    shrink(copy)
+    return copy
+
+
+@pytest.fixture
+def project(small_project: Path, tmp_path: Path) -> Path:
+    """A project to gate one checkpoint in, W4A16: its suites, fixtures and goldens may be changed.
+
+    Its checkpoint is read where `make checkpoints` built it. Its probes are smaller than ours.
+    """
+    copy = Path(shutil.copytree(small_project, tmp_path / "project"))
     for path in (copy / "fixtures" / "checkpoints").glob("*.toml"):
         if path.stem != "tiny-llama-w4a16":
             path.unlink()

@@ -16,7 +16,11 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from smaller import shrink_goldens, smaller
+
 from quantgate.engine import ENVIRONMENT
+from quantgate.probe import embedded_probe
+from quantgate.task import GENERATE
 
 # What a test's engine runs in, in a process of its own. vLLM's default is most of the memory.
 ENGINE_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -116,6 +120,8 @@ def project_of(project: Path, root: Path, *names: str) -> Path:
         file = f"fixtures/checkpoints/{name}.toml"
         shutil.copy(root / file, project / file)
         shutil.copytree(root / "golden" / name, project / "golden" / name)
+    whole = embedded_probe(root, GENERATE)
+    shrink_goldens(project / "golden", whole, smaller(whole))
     with (project / "conftest.py").open("a") as stream:
         stream.write(STARTS)
     (project / "suites" / "test_seen.py").write_text(SEEN)

@@ -205,6 +205,6 @@ def test_what_a_processor_cannot_do_excuses_no_gpu(monkeypatch: pytest.MonkeyPat
     of_processor = KnownFailure("quality", "saturates", "docs", when="x86-without-vnni")
     everywhere = KnownFailure("drift-float32", "moved", "docs")
     checkpoint = Checkpoint("x", "./x", known_failure=(of_processor, everywhere))
-    assert checkpoint.known_failure_of("quality", "cpu") is of_processor
-    assert checkpoint.known_failure_of("quality", "cuda") is None
-    assert checkpoint.known_failure_of("drift-float32", "cuda") is everywhere
+    assert checkpoint.known_failure_of("quality", on_processor=True) is of_processor
+    assert checkpoint.known_failure_of("quality", on_processor=False) is None
+    assert checkpoint.known_failure_of("drift-float32", on_processor=False) is everywhere

@@ -141,7 +141,7 @@ def test_what_would_decide_is_more_than_what_cannot(cost: float, margin: float, 
     quality = compare.quality(engine, base, PROBE, margin=margin)
     if quality.outcome == "inconclusive":
         assert said_to_be_wanted(quality) == max(to[1], PROBE.scored + 1)
-    drift = compare.drift_mean(engine, base, PROBE, margin=margin)
+    drift = compare.drift_mean(engine, base, PROBE, margin=margin, moved=lambda: 0.0)
     if drift.outcome == "inconclusive":
         assert said_to_be_wanted(drift) == max(to[1], to[-1], PROBE.scored + 1)
 
@@ -150,11 +150,15 @@ def test_better_than_approved_is_drift_too() -> None:
     noise = np.random.default_rng(2).normal(0, 1e-3, PROBE.scored)
     for shift in (0.01, -0.01):
         verdict = compare.drift_mean(
-            measured(SCORES + noise + shift), measured(SCORES, "golden"), PROBE, margin=1e-3
+            measured(SCORES + noise + shift),
+            measured(SCORES, "golden"),
+            PROBE,
+            margin=1e-3,
+            moved=lambda: 0.0,
         )
         assert verdict.outcome == "fail"
     same = compare.drift_mean(
-        measured(SCORES + noise), measured(SCORES, "golden"), PROBE, margin=1e-3
+        measured(SCORES + noise), measured(SCORES, "golden"), PROBE, margin=1e-3, moved=lambda: 0.0
     )
     assert same.outcome == "pass"
 
@@ -169,7 +173,7 @@ def test_a_cost_of_exactly_its_margin_is_inconclusive() -> None:
         at_it = compare.quality(engine, base, PROBE, margin=margin)
         assert at_it.outcome == "inconclusive"
         assert "cannot decide, and more will not: the mean is at its margin" in at_it.detail
-        drifted = compare.drift_mean(engine, base, PROBE, margin=margin)
+        drifted = compare.drift_mean(engine, base, PROBE, margin=margin, moved=lambda: 0.0)
         assert drifted.outcome == "inconclusive"
         assert compare.quality(engine, base, PROBE, margin=margin * 1.5).outcome == "pass"
         assert compare.quality(engine, base, PROBE, margin=margin / 1.5).outcome == "fail"

@@ -35,15 +35,30 @@ def test_its_options_exist(readme: str, root: Path) -> None:
     assert options - known == set()
 
 
-def test_its_make_targets_and_files_exist(readme: str, root: Path) -> None:
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_its_make_targets_and_files_exist(document: str, root: Path) -> None:
+    text = (root / document).read_text(encoding="utf-8")
     makefile = (root / "Makefile").read_text()
-    targets = set(re.findall(r"\bmake ([a-z]+)", readme))
+    targets = set(re.findall(r"\bmake ([a-z-]+)", text))
     assert targets >= {"gate", "test"}
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(
-        r"\b(?:tools|src|fixtures|golden|suites)/[\w/.-]*\w\.(?:py|jsonl)", readme
+        r"\b(?:tools|src|fixtures|golden|suites|tests)/[\w/.-]*\w\.(?:py|jsonl)", text
     ):
         assert (root / path).exists(), path
+
+
+def test_every_slow_test_is_listed_with_its_file(root: Path) -> None:
+    """Nobody's test leaves `make test` unnoticed."""
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    slow = {
+        f"tests/{path.name}"
+        for path in (root / "tests").glob("test_*.py")
+        if re.search(r"^[^\"\n]*pytest\.mark\.slow\(", path.read_text(), re.MULTILINE)
+    }
+    rows = [line for line in text.splitlines() if line.startswith("| `tests/")]
+    assert {name for row in rows for name in re.findall(r"`(tests/\w+\.py)`", row)} == slow
 
 
 def test_ci_calls_what_the_readme_calls(readme: str, root: Path) -> None:
@@ -77,7 +92,11 @@ def test_the_reward_models_file_is_one(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "answer"),
     [
-        ("README.md", r"^\d+\.\d+ nat per token$"),
+        pytest.param(
+            "README.md",
+            r"^\d+\.\d+ nat per token$",
+            marks=pytest.mark.slow(reason="an engine that vLLM compiles, as by default"),
+        ),
         ("docs/pooling.md", r"^\(20, 6\)$"),
     ],
 )
@@ -228,7 +247,9 @@ def test_the_doctor_names_the_kernel_of_a_format(root: Path) -> None:
     assert re.search(r"^none +yes +UnquantizedLinearMethod$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in DOCUMENTS)])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCUMENTS)]
+)
 def test_the_files_that_documents_link_to_exist(root: Path, document: str) -> None:
     text = (root / document).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http|#)([^)#]+)", text)

@@ -14,6 +14,7 @@ from quantgate.engine_failure import EngineFailure, LostDevice, explained, requi
 from quantgate.probe import Probe
 from quantgate.scheduling import check_of
 
+KILLS = pytest.mark.slow(reason="engines in processes of their own, one of which is killed")
 VICTIM, OTHER = "tiny-llama-w4a16", "tiny-llama-w8a16"
 FAULTS = f"""
 import multiprocessing, os, pathlib, signal
@@ -62,21 +63,24 @@ def verdicts(run_gate: RunGate) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("fault", "environment", "settings", "said"),
     [
-        ("take the memory", {}, "", "float32 (RuntimeError: "),
-        (
+        pytest.param("take the memory", {}, "", "float32 (RuntimeError: ", id="out of memory"),
+        pytest.param(
             "kill a process of vLLM's",
             {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
             "",
             "a process of vLLM's has ended; what it said is in the output, and `dmesg`",
+            marks=KILLS,
+            id="engine killed",
         ),
-        (
+        pytest.param(
             "kill a process of vLLM's",
             {},
             "tensor_parallel_size = 2\n",
             "a process of vLLM's has ended; what it said is in the output, and `dmesg`",
+            marks=KILLS,
+            id="tensor-parallel worker killed",
         ),
     ],
-    ids=["out of memory", "engine killed", "tensor-parallel worker killed"],
 )
 def test_what_cannot_be_served_is_not_run_and_the_next_checkpoint_is_judged(
     run_faulty: RunGate, fault: str, environment: dict[str, str], settings: str, said: str
@@ -112,6 +116,7 @@ def test_what_follows_a_lost_device_is_not_run_and_says_why(run_faulty: RunGate)
     assert VICTIM in other["detail"]
 
 
+@KILLS
 def test_a_checkpoint_that_ends_its_worker_is_not_run_and_others_are_judged(
     run_faulty: RunGate,
 ) -> None:
@@ -157,6 +162,28 @@ def test_mistakes_and_bad_input_keep_their_tracebacks() -> None:
     for error in (TypeError("x"), KeyError("x"), BadInput("x"), EngineFailure("x")):
         with pytest.raises(type(error)), explained("it", but=engine_failure.MISTAKES):
             raise error
+
+
+@pytest.mark.parametrize(
+    "noticed",
+    [
+        "cancelled",  # the engine's future, in this process
+        "the engine's process has ended",  # our own watch of it
+        "Executor failed.",  # the engine's watch of its workers
+        # Another rank, in the middle of a collective of gloo's, through vLLM's executor.
+        "Worker failed with error '[gloo/transport/tcp/pair.cc:547] Connection closed by peer "
+        "[127.0.0.1]:33451. This is typically caused by a remote worker crashing. Check the logs "
+        "of the remote worker before reporting an error.', please check the stack trace above",
+        "[gloo/transport/tcp/pair.cc:456] writev [127.0.0.1]:3345: Connection reset by peer",
+    ],
+)
+def test_a_process_that_ended_is_named_whoever_notices_it(noticed: str) -> None:
+    """Several processes wait for one that is killed; which of them speaks first is a race."""
+    with (
+        pytest.raises(EngineFailure, match=r"a process of vLLM's has ended; .* `dmesg` says"),
+        explained("it"),
+    ):
+        raise RuntimeError(noticed)
 
 
 def test_a_device_that_answers_is_not_lost() -> None:

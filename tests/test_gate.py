@@ -12,10 +12,11 @@ import pytest
 import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
+from smaller import golden_of_part
 
 from quantgate import compare, engine, reference
 from quantgate.checkpoint import EngineSettings, read_checkpoint_files
-from quantgate.golden import from_json, golden_path
+from quantgate.golden import golden_path
 from quantgate.measurement import Measurement
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, passage, probe_for
@@ -70,8 +71,9 @@ def fidelity_fp32(
 
 
 def test_a_fault_on_the_engines_side_alone_fails_fidelity(
-    quantized: Path, quantized_copy: Path, probe: Probe
+    quantized: Path, quantized_copy: Path, small_probe: Probe
 ) -> None:
+    probe = small_probe
     scale_one_group(quantized_copy, 1.02)
     perturbed = measure_engine(quantized_copy, probe)
     honest, same_fault = (measure_reference(path, probe) for path in (quantized, quantized_copy))
@@ -125,6 +127,7 @@ def test_a_changed_checkpoint_passes_fidelity_and_fails_drift(
     assert goldens == {p: p.read_bytes() for p in goldens}
 
 
+@pytest.mark.slow(reason="engines that vLLM compiles, as for any checkpoint without a file")
 def test_a_checkpoint_given_by_path_is_gated_without_a_golden(
     run_gate: RunGate, quantized: Path, root: Path
 ) -> None:
@@ -160,7 +163,10 @@ def test_a_missing_golden_is_not_run_and_does_not_pass(run_gate: RunGate) -> Non
     assert not golden.exists()
 
 
-def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, probe: Probe) -> None:
+def test_an_nan_fails_every_comparison(
+    quantized: Path, quantized_copy: Path, small_probe: Probe
+) -> None:
+    probe = small_probe
     path = quantized_copy / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = torch.nan
@@ -172,7 +178,7 @@ def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, pr
         compare.fidelity_serving(broken, honest, honest, probe, base_noise=None),
         compare.quality(broken, honest, probe, margin=1.0),
         compare.drift_exact(broken, honest, probe, rounding=lambda: 0.0),
-        compare.drift_mean(broken, honest, probe, margin=1.0),
+        compare.drift_mean(broken, honest, probe, margin=1.0, moved=lambda: 0.0),
     ):
         assert verdict.outcome == "fail"
         assert verdict.deviations[0].what == "non-finite log-probs"
@@ -180,16 +186,20 @@ def test_an_nan_fails_every_comparison(quantized: Path, quantized_copy: Path, pr
 
 
 def test_engines_that_differ_by_a_ten_thousandth_of_a_nat_are_told_apart(
-    quantized: Path, root: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+    quantized: Path,
+    root: Path,
+    probe: Probe,
+    small_probe: Probe,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every log-probability by the same 1e-4: too little for any average of a benchmark."""
     path = golden_path(root, "tiny-llama-w4a16", "drift-float32", "cpu")
-    golden = from_json(path.read_text(encoding="utf-8"), probe, path).measurement
+    golden = golden_of_part(path, probe, small_probe).measurement
 
     def judge(measured: Measurement) -> Verdict:
-        return compare.drift_exact(measured, golden, probe, rounding=lambda: 0.0)
+        return compare.drift_exact(measured, golden, small_probe, rounding=lambda: 0.0)
 
-    assert judge(measure_engine(quantized, probe)).outcome == "pass"
+    assert judge(measure_engine(quantized, small_probe)).outcome == "pass"
     honest = logprob.score_rows
 
     def shifted(head: Any, hidden: Any, targets: Any) -> Any:
@@ -197,13 +207,14 @@ def test_engines_that_differ_by_a_ten_thousandth_of_a_nat_are_told_apart(
         return found._replace(logprob=found.logprob - 1e-4)
 
     monkeypatch.setattr(logprob, "score_rows", shifted)
-    verdict = judge(measure_engine(quantized, probe))
+    measured = measure_engine(quantized, small_probe)
+    verdict = judge(measured)
     assert verdict.outcome == "fail"
     (largest,) = verdict.deviations
     assert (largest.what, largest.allowed) == ("max |Δ log-prob|", 1e-5)
     assert largest.measured == pytest.approx(1e-4, rel=0.1)
     # The mean alone would not have told: a tenth of its margin.
-    mean = compare.drift_mean(measure_engine(quantized, probe), golden, probe, margin=1e-3)
+    mean = compare.drift_mean(measured, golden, small_probe, margin=1e-3, moved=lambda: 0.0)
     assert mean.outcome == "pass"
 
 

@@ -16,10 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantgate import approval
+from quantgate import golden as stored
 from quantgate.approval import Proposal
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import BadInput, read_checkpoint_files
-from quantgate.golden import SKETCH, Golden, GoldenKey, as_stored, from_json, to_json
+from quantgate.golden import (
+    CHECKSUM,
+    SKETCH,
+    Golden,
+    GoldenKey,
+    as_stored,
+    from_json,
+    to_json,
+)
 from quantgate.measurement import Measurement, Provenance, pooled
 from quantgate.probe import Probe, Window
 from quantgate.scoremode import logprob
@@ -48,6 +57,11 @@ def golden_of(probe: Probe, seed: int = 0) -> Golden:
     return Golden(key, measurement, ({"date": "2026-01-01", "reason": "r"},))
 
 
+def sealed(content: dict[str, Any]) -> str:
+    """Return a golden's text with the checksum that belongs to it."""
+    return json.dumps({**content, CHECKSUM: stored._checksum(content)})
+
+
 @given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=8), seed=st.integers(0, 99))
 @settings(deadline=None)
 def test_a_golden_reads_back_bit_for_bit(lengths: list[int], seed: int) -> None:
@@ -65,12 +79,19 @@ def test_a_golden_reads_back_bit_for_bit(lengths: list[int], seed: int) -> None:
     ("damage", "message"),
     [
         (lambda text: text[:-40], "damaged"),
-        (lambda text: text.replace('"identity"', '"identify"'), "damaged"),
-        (lambda text: text.replace('"schema": 1', '"schema": 9'), "schema 9"),
-        (lambda text: text.replace('"logprob": "', '"logprob": "!'), "damaged"),
+        (lambda text: text.replace('"identity"', '"identify"'), "its sha256 is not that of what"),
+        (lambda text: text.replace('"schema": 2', '"schema": 9'), "schema 9"),
+        (
+            lambda text: text.replace('"logprob": "', '"logprob": "!'),
+            "its sha256 is not that of what",
+        ),
+        (
+            lambda text: sealed(json.loads(text.replace('"logprob": "', '"logprob": "!'))),
+            "damaged",
+        ),
         (
             lambda text: re.sub(r'"mean_nll": -?', '"mean_nll": 9', text),
-            "is not that of its values",
+            "its sha256 is not that of what it holds",
         ),
         (lambda _: "[]", "damaged"),
     ],
@@ -101,7 +122,7 @@ def test_outputs_of_models_that_pool_are_kept_whole_or_as_a_sketch(width: int) -
     assert np.flatnonzero(change.max(axis=1)).tolist() == [3]
     assert change.max() == pytest.approx(0.5 / (width**0.5 if width > SKETCH else 1), rel=1e-3)
     damaged = re.sub(r'"rms": \d', '"rms": 9', to_json(golden, probe))
-    with pytest.raises(BadInput, match=r"its rms is not that of its values"):
+    with pytest.raises(BadInput, match="its sha256 is not that of what it holds"):
         from_json(damaged, probe, "x.json")
 
 
@@ -151,12 +172,12 @@ def move_golden(path: Path, probe: Probe, by: float) -> None:
     path.write_text(to_json(dataclasses.replace(golden, measurement=moved), probe))
 
 
-def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path, probe: Probe) -> None:
+def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path, small_probe: Probe) -> None:
     """Of a golden that was taken of something else; one within tolerance stays as it is."""
     folder = tooled / "golden" / "tiny-llama-w4a16"
     path, other = folder / "drift-float32.cpu.json", folder / "drift-serving.cpu.json"
-    move_golden(path, probe, 0.25)
-    move_golden(other, probe, 1e-7)
+    move_golden(path, small_probe, 0.25)
+    move_golden(other, small_probe, 1e-7)
     before, untouched = json.loads(path.read_text()), other.read_bytes()
     floor = folder / "noise-float32.cpu.json"
     taken = json.loads(floor.read_text())
@@ -184,7 +205,7 @@ def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path, probe: P
         old,
         new,
     )
-    assert set(after) == {"schema", "key", "measured", "provenance", "history"}
+    assert set(after) == {"schema", "key", "measured", "provenance", "history", CHECKSUM}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +242,7 @@ def test_a_golden_that_nothing_claims_is_an_error(tooled: Path, name: str) -> No
     assert "no checkpoint file claims this golden" in result.stderr + result.stdout
 
 
-def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path, probe: Probe) -> None:
+def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path) -> None:
     """Of another probe, and of native kernels where these are emulated."""
     folder = tooled / "golden" / "tiny-llama-w4a16"
     changes = {"drift-float32.cpu.json": ("key", "probe", "f" * 64),
@@ -229,7 +250,7 @@ def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path, probe: Pro
     for name, (part, field, value) in changes.items():
         content = json.loads((folder / name).read_text())
         content[part][field] = value
-        (folder / name).write_text(json.dumps(content))
+        (folder / name).write_text(sealed(content))
     before = files_of(tooled)
     result = regenerate(tooled, *W4A16)
     assert result.returncode == 1, result.stderr
@@ -239,7 +260,7 @@ def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path, probe: Pro
 
 
 def test_what_fails_fidelity_is_refused_or_recorded(
-    root: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
+    project: Path, small_probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = logprob.score_rows
 
@@ -248,8 +269,8 @@ def test_what_fails_fidelity_is_refused_or_recorded(
         return found._replace(logprob=found.logprob - 1e-3)
 
     monkeypatch.setattr(logprob, "score_rows", shifted)
-    sources = Sources(lambda _task, _quality: probe, lambda _: None)
-    known = read_checkpoint_files(root)["tiny-llama-w4a16"]
+    sources = Sources(lambda _task, _quality: small_probe, lambda _: None)
+    known = read_checkpoint_files(project)["tiny-llama-w4a16"]
 
     def propose(*, accept: bool) -> Proposal:
         return approval.propose(sources, known, "float32", "r", accept_failing=accept)
@@ -275,7 +296,7 @@ def test_a_golden_of_another_probe_is_not_run(run_gate: RunGate) -> None:
     path = run_gate.project / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
     content = json.loads(path.read_text())
     content["key"]["probe"] = "f" * 64
-    path.write_text(json.dumps(content))
+    path.write_text(sealed(content))
     result = run_gate("suites", "-k", "drift and float32", "--gate-report", "report")
     assert result.returncode == 1
     ((check,),) = [checkpoint["checks"] for checkpoint in run_gate.report["checkpoints"]]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,15 @@ def gpu(root: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, TOOL, *map(str, arguments)],
         cwd=root, capture_output=True, text=True, check=False, timeout=580,
     )  # fmt: skip
+
+
+@pytest.fixture
+def tooled(project: Path, root: Path) -> Path:
+    """A project with the tools and the checkpoint that they are tried on, and smaller probes."""
+    shutil.copytree(root / "tools", project / "tools")
+    file = Path("fixtures") / "checkpoints" / f"{NAME}.toml"
+    shutil.copy(root / file, project / file)
+    return project
 
 
 @pytest.fixture
@@ -55,12 +65,14 @@ def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
     assert "nothing is selected" in none.stderr
 
 
-def test_it_measures_once_and_writes_figures_and_tables(root: Path, tmp_path: Path) -> None:
+@pytest.mark.slow(reason="every part of make gpu, with an engine that vLLM compiles")
+def test_it_measures_once_and_writes_figures_and_tables(tooled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures"
     parts = ["machine", "formats", "ways", "runner-v1", "runner-v2", "forced"]
-    arguments: list[str | Path] = [*WITHOUT, "--checkpoint", NAME, "--out", tmp_path]
+    arguments: list[str | Path] = [*WITHOUT, "--checkpoint", NAME, "--out", out]
     arguments += [word for part in parts for word in ("--part", part)]
-    done = gpu(root, *arguments)
-    content = json.loads((tmp_path / "gpu.json").read_text())
+    done = gpu(tooled, *arguments)
+    content = json.loads((out / "gpu.json").read_text())
     assert done.returncode == 1, done.stderr  # V2 needs Triton
     (missed,) = content["parts"]["runner-v2"]
     assert "Model Runner V2 requires Triton" in missed["not_run"]
@@ -84,29 +96,30 @@ def test_it_measures_once_and_writes_figures_and_tables(root: Path, tmp_path: Pa
     assert ways["noise"]
     (forced,) = (said["figures"] for said in content["parts"]["forced"])
     assert forced["disabled"] == "CPUInt8ScaledMMLinearKernel"
-    tables = (tmp_path / "gpu.md").read_text()
+    tables = (out / "gpu.md").read_text()
     for heading in ("machine", "formats", "ways", "runner-v1", "forced", "Not run"):
         assert f"\n### {heading}\n" in tables
 
     # What was measured is not measured again; what was not run is tried again.
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("measured/*/formats/*.json")}
-    again = gpu(root, *WITHOUT, "--checkpoint", NAME, "--out", tmp_path,
+    before = {p: p.stat().st_mtime_ns for p in out.glob("measured/*/formats/*.json")}
+    again = gpu(tooled, *WITHOUT, "--checkpoint", NAME, "--out", out,
                 "--part", "formats", "--part", "runner-v2")  # fmt: skip
     assert again.returncode == 1
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "runner-v2: " in again.stderr
-    kept = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    kept = json.loads((out / "gpu.json").read_text())["parts"]
     assert kept["ways"] == content["parts"]["ways"]
 
 
-def test_figures_so_far_are_written_when_it_is_ended(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, TOOL, *WITHOUT, "--checkpoint", NAME, "--out", str(tmp_path)]
+def test_figures_so_far_are_written_when_it_is_ended(tooled: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "figures", tmp_path / "log"
+    command = [sys.executable, TOOL, *WITHOUT, "--checkpoint", NAME, "--out", str(out)]
     command += ["--part", "machine", "--part", "ways"]
-    measured, log = tmp_path / "measured", tmp_path / "log"
-    with running(command, log, cwd=root) as process:
+    measured = out / "measured"
+    with running(command, log, cwd=tooled) as process:
         wait_until(lambda: list(measured.glob("*/ways/running")), process, log, 300)
     assert process.returncode == 128 + 15
-    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    parts = json.loads((out / "gpu.json").read_text())["parts"]
     assert "figures" in parts["machine"][0]
     assert parts["ways"] == []
 

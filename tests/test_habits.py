@@ -54,13 +54,15 @@ def outcomes(run_gate: RunGate) -> dict[str, str]:
     return {check["name"]: check["verdict"] for check in checkpoint["checks"]}
 
 
-def test_stop_at_a_failure_and_run_the_last_ones_again(run_gate: RunGate, probe: Probe) -> None:
+def test_stop_at_a_failure_and_run_the_last_ones_again(
+    run_gate: RunGate, small_probe: Probe
+) -> None:
     """A golden is moved, which only drift sees; then it is put back."""
     path: Path = run_gate.project / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
     approved = path.read_text()
-    golden = from_json(approved, probe, path)
+    golden = from_json(approved, small_probe, path)
     moved = replace(golden.measurement, values=golden.measurement.values - 0.25)
-    path.write_text(to_json(replace(golden, measurement=moved), probe))
+    path.write_text(to_json(replace(golden, measurement=moved), small_probe))
     report = ("--gate-report", "report")
 
     listed = run_gate("suites", "-k", FEW, "--co", "-q", *report)

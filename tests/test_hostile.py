@@ -12,6 +12,8 @@ from harness import RunGate
 from safetensors.torch import load_file, save_file
 from test_html import CHROMIUM, browse, elements
 
+pytestmark = pytest.mark.slow(reason="a gate run for each hostile checkpoint")
+
 SCRIPT = "<script>document.title='owned';console.log('owned')</script>"
 ESCAPES = "\x1b]0;owned\x07\x1b[31m\u202e\x00"
 MARKDOWN = "\n## owned | a | `` ```\n[x](http://evil.example)"

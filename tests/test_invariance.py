@@ -24,7 +24,7 @@ PROVENANCE = Provenance("engine", "cpu", "cpu", "float32")
 
 def few(task: Task, quality: bool) -> Probe:
     whole = embedded_probe(ROOT, task, quality=quality)
-    return dataclasses.replace(whole, windows=whole.windows[::3])
+    return dataclasses.replace(whole, windows=whole.windows[::6])
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import pytest
 
 from quantgate.scoremode import logprob_triton as fused
 
+pytestmark = pytest.mark.slow(reason="compiles nine kernels for GPUs")
+
 # Shared memory a block may have, in bytes (CUDA C++ programming guide, "compute capabilities").
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 

@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from harness import RunGate, persons_environment
 from safetensors import safe_open
 
 from quantgate.cache import DiskCache
 from quantgate.golden import from_json, to_json
 from quantgate.probe import Probe
+
+pytestmark = pytest.mark.slow(reason="whole gate runs, killed and then repeated")
 
 KILLS = int(os.environ.get("KILLS", "1"))
 LONGEST = 25.0
@@ -64,16 +67,18 @@ def test_a_killed_gate_run_damages_no_golden_and_no_cache_entry(run_gate: RunGat
     assert cache_entries(run_gate.project) == 1  # the float32 reference
 
 
-def test_a_killed_regen_leaves_every_golden_whole(project: Path, root: Path, probe: Probe) -> None:
+def test_a_killed_regen_leaves_every_golden_whole(
+    project: Path, root: Path, small_probe: Probe
+) -> None:
     """Each is the one before or the one after, and the next run makes all of them the one after."""
     shutil.copytree(root / "tools", project / "tools")
     rng = random.Random(1)
     folder = project / "golden" / "tiny-llama-w4a16"
     moved = {}
     for path in folder.glob("drift-*.json"):
-        golden = from_json(path.read_text(), probe, path)
+        golden = from_json(path.read_text(), small_probe, path)
         lower = replace(golden.measurement, values=golden.measurement.values - 0.25)
-        path.write_text(to_json(replace(golden, measurement=lower), probe))
+        path.write_text(to_json(replace(golden, measurement=lower), small_probe))
         moved[path] = len(golden.history)
     command = [sys.executable, "tools/regen_golden.py", "--checkpoint", "tiny-llama-w4a16",
                "--reason", "because"]  # fmt: skip
@@ -81,12 +86,12 @@ def test_a_killed_regen_leaves_every_golden_whole(project: Path, root: Path, pro
         kill_at_random(command, project, rng)
         cache_entries(project)
         for path, approved in moved.items():
-            history = from_json(path.read_text(), probe, path).history
+            history = from_json(path.read_text(), small_probe, path).history
             assert len(history) in (approved, approved + 1)
     done = subprocess.run(
         command, cwd=project, env=persons_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     for path, approved in moved.items():
-        assert len(from_json(path.read_text(), probe, path).history) == approved + 1
+        assert len(from_json(path.read_text(), small_probe, path).history) == approved + 1
     assert RunGate(project)("suites", "-k", "drift").returncode == 0

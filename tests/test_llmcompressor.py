@@ -7,6 +7,8 @@ from harness import LLMCOMPRESSOR, RunGate
 
 from quantgate.checkpoint import actual_scheme
 
+pytestmark = pytest.mark.slow(reason="the whole gate on seven checkpoints")
+
 BUILD = Path(__file__).resolve().parent.parent / LLMCOMPRESSOR
 # By the name of their recipe in tools/make_llmcompressor.py.
 SCHEMES = {

@@ -12,7 +12,7 @@ import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
 
-from quantgate import compare, fidelity, invariance, pooled, task_quality
+from quantgate import compare, drift, fidelity, invariance, pooled, task_quality
 from quantgate.checkpoint import (
     BadInput,
     Checkpoint,
@@ -242,10 +242,7 @@ def test_a_scale_that_is_a_twentieth_too_large_is_found(
     if format_name == "w4a16":
         verdict = compare.drift_exact(measured, golden, probe, rounding=lambda: 0.0)
     else:
-        noise = compare.mean_absolute_difference(
-            whole.reference(checkpoint, "float64"), whole.reference(checkpoint, "float32")
-        )
-        verdict = compare.drift_rounding(measured, golden, probe, noise=noise)
+        verdict = drift.against(whole, checkpoint, "float32", measured, golden)
     assert_fails(verdict, "|Δ logit|", "by label")
     assert fidelity.float32(whole, checkpoint).outcome == "pass"
 

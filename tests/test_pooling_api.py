@@ -61,6 +61,8 @@ def test_the_first_spelling_gives_logits(root: Path, model: str, task: str, labe
     import numpy as np
 
     from quantgate import reference
+    from quantgate.budget import FP32_MAX_RAW, ROUNDING_FACTOR
+    from quantgate.compare import largest_difference
     from quantgate.probe import Probe, Window
 
     script = SCRIPT.replace("MODEL", str(root / model)).replace("TASK", task)
@@ -76,11 +78,17 @@ def test_the_first_spelling_gives_logits(root: Path, model: str, task: str, labe
     np.testing.assert_allclose(found["probabilities"], today, atol=1e-3 if "fp8" in model else 1e-5)
     window = Window("d", "s", 0, tuple(found["ids"]), "")
     kind: Task = "token_classify" if task == "token_classification" else "token_reward"
-    expected = reference.measure(
-        root / model, Probe("p", 1024, (window,), kind), dtype="float32", announce=lambda _: None
+    probe = Probe("p", 1024, (window,), kind)
+    expected, exact = (
+        reference.measure(root / model, probe, dtype=dtype, announce=lambda _: None)
+        for dtype in ("float32", "float64")
     )
     error = np.abs(np.array(found["logits"]) - expected.values)
-    assert error.max() <= 2e-5 if "w4a16" in model else error.mean() <= 1e-2
+    # As fidelity-float32 judges: this text's logits, of up to 13, are moved by 2.0e-5 where HF
+    # computes them in float64, on a processor with AVX2, and vLLM rounds as often as HF.
+    rounding = ROUNDING_FACTOR * largest_difference(exact, expected)
+    limit = max(FP32_MAX_RAW, rounding)
+    assert error.max() <= limit if "w4a16" in model else error.mean() <= 1e-2
     assert found["empty"] == ["ValueError", "prompt 1 is empty; there is no token in it to label."]
     assert found["no ids"][1] == "prompt 0 is empty; there is no token in it to label."
     assert "maximum context length is" in found["too long"][1]

@@ -47,7 +47,7 @@ def served_and_replayed(
 
 
 def test_a_fault_of_one_kernel_is_found_where_it_is(
-    quantized: Path, probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: Path, small_probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A millionth of one module's weights is off: no log-probability shows it, replay does."""
     import vllm.model_executor.kernels.linear  # noqa: F401  first: it brings the emulated ones
@@ -64,8 +64,8 @@ def test_a_fault_of_one_kernel_is_found_where_it_is(
         return weight
 
     monkeypatch.setattr(emulated_kernels, "dequantize_groups", faulty)
-    measured, found = served_and_replayed(quantized, probe, tmp_path)
-    verdict = compare.replayed(measured, found, probe)
+    measured, found = served_and_replayed(quantized, small_probe, tmp_path)
+    verdict = compare.replayed(measured, found, small_probe)
     assert verdict.outcome == "fail"
     off = [module.name for module in found.modules if module.output > 1e-5]
     assert off == ["model.layers.1.mlp.down_proj"]

@@ -73,6 +73,7 @@ assert outputs[0].prompt_token_ids == token_ids
 """
 
 
+@pytest.mark.slow(reason="an engine that vLLM compiles, as by default")
 def test_the_documented_usage_runs_as_written(quantized: Path) -> None:
     """In a plain script, with the engine in a process of its own, as vLLM has it by default."""
     usage = BASIC_USAGE.format(model=str(quantized)) + OPTIMIZED_USAGE

@@ -35,7 +35,7 @@ print(measured.provenance.kernels)
 
 
 def test_two_ranks_give_the_references_scores_and_modules(
-    root: Path, quantized: Path, probe: Probe, tmp_path: Path
+    small_project: Path, quantized: Path, small_probe: Probe, tmp_path: Path
 ) -> None:
     """Each rank reduces its own vocabulary shard, and saw its own part of every linear."""
     environment = {
@@ -45,7 +45,7 @@ def test_two_ranks_give_the_references_scores_and_modules(
     }
     captured, scores = tmp_path / "captured", tmp_path / "scores.npz"
     captured.mkdir()
-    probe_file = root / "fixtures" / "probes" / "tiny.jsonl"
+    probe_file = small_project / "fixtures" / "probes" / "tiny.jsonl"
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, quantized, probe_file, scores, captured],
         env=environment,
@@ -56,13 +56,13 @@ def test_two_ranks_give_the_references_scores_and_modules(
     assert result.returncode == 0, result.stderr[-3000:]
     assert "'self_attn.qkv_proj': 'DequantizingLinearKernel'" in result.stdout
     found = np.load(scores)
-    expected = reference.measure(quantized, probe, dtype="float32", announce=lambda _: None)
+    expected = reference.measure(quantized, small_probe, dtype="float32", announce=lambda _: None)
     difference = np.abs(found["logprob"].astype(np.float64) - expected.logprob)
     assert difference.max() <= 1e-5
 
     capture = Capture(captured, tuple(found["windows"].tolist()))
     assert len(list(captured.iterdir())) == 2 * len(capture.windows)
-    replayed = replay(quantized, probe, capture, announce=lambda _: None)
+    replayed = replay(quantized, small_probe, capture, announce=lambda _: None)
     assert len(replayed.modules) == 4 * 7
     assert max(module.output for module in replayed.modules) <= 1e-5
     assert max(module.input for module in replayed.modules) <= 1e-5

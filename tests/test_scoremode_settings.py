@@ -41,7 +41,7 @@ def llm(request: pytest.FixtureRequest, root: Path) -> Iterator[Any]:
 
 @given(
     chosen=st.lists(
-        st.tuples(st.integers(0, 62), st.integers(1, 1024), st.booleans()),
+        st.tuples(st.integers(0, 41), st.integers(1, 1024), st.booleans()),
         min_size=1,
         max_size=12,
     ),
@@ -54,7 +54,7 @@ def llm(request: pytest.FixtureRequest, root: Path) -> Iterator[Any]:
 )
 def test_scores_do_not_depend_on_how_the_engine_runs(
     llm: Any,
-    probe: Probe,
+    large_probe: Probe,
     hf_scores: list[NDArray[np.float64]],
     chosen: list[tuple[int, int, bool]],
     start: int,
@@ -64,7 +64,7 @@ def test_scores_do_not_depend_on_how_the_engine_runs(
 
     prompts, params = [], []
     for index, length, generates in chosen:
-        ids = list(probe.windows[index].ids[:length])
+        ids = list(large_probe.windows[index].ids[:length])
         first = min(start, len(ids) - 1)
         prompts.append({"prompt_token_ids": ids[:500] if generates else ids})
         params.append(
@@ -88,14 +88,14 @@ def test_scores_do_not_depend_on_how_the_engine_runs(
 
 
 def test_an_aborted_request_leaves_the_others_alone(
-    llm: Any, probe: Probe, hf_scores: list[NDArray[np.float64]]
+    llm: Any, large_probe: Probe, hf_scores: list[NDArray[np.float64]]
 ) -> None:
     from vllm import SamplingParams
 
     engine = llm.llm_engine
-    longest = max(range(63), key=lambda i: len(probe.windows[i].ids))
+    longest = max(range(len(large_probe.windows)), key=lambda i: len(large_probe.windows[i].ids))
     for name, index in (("gone", longest), ("kept", 0)):
-        ids = list(probe.windows[index].ids)
+        ids = list(large_probe.windows[index].ids)
         engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(score_mode=True))
     outputs = list(engine.step())
     engine.abort_request(["gone"])
@@ -108,7 +108,7 @@ def test_an_aborted_request_leaves_the_others_alone(
 
 def test_a_preempted_request_is_scored_whole(
     root: Path,
-    probe: Probe,
+    large_probe: Probe,
     hf_scores: list[NDArray[np.float64]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,7 +129,7 @@ def test_a_preempted_request_is_scored_whole(
             stock(scheduler, request, *rest, **options)
 
         monkeypatch.setattr(Scheduler, "_preempt_request", counted)
-        ids = [list(window.ids) for window in probe.windows]
+        ids = [list(window.ids) for window in large_probe.windows]
         generating = SamplingParams(max_tokens=300, ignore_eos=True, detokenize=False)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in [*(i[:250] for i in ids[:8]), *ids]],

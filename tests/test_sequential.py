@@ -12,19 +12,24 @@ from quantgate.sequential import CHARACTERS, Progress, probe_of_text, quality_un
 from quantgate.sources import Sources
 
 
+@pytest.fixture(scope="module")
+def sources(large_probe: Probe) -> Sources:
+    """Sources that serve the base once for all margins."""
+    return Sources(lambda _task, _quality: large_probe, lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("margin", "outcome"), [(0.0722, "pass"), (-0.05, "fail"), (0.0028, "inconclusive")]
 )
 def test_it_stops_when_it_is_clear_and_not_before(
-    root: Path, probe: Probe, margin: float, outcome: str
+    root: Path, sources: Sources, large_probe: Probe, margin: float, outcome: str
 ) -> None:
     """The embedded W4A16 costs about 0.0031 nat a token."""
-    sources = Sources(lambda _task, _quality: probe, lambda _: None)
     checkpoint = read_checkpoint_files(root)["tiny-llama-w4a16"]
-    seen: list[Progress] = list(quality_until_clear(sources, checkpoint, probe, margin))
+    seen: list[Progress] = list(quality_until_clear(sources, checkpoint, large_probe, margin))
     assert [progress.outcome for progress in seen[:-1]] == ["inconclusive"] * (len(seen) - 1)
     assert seen[-1].outcome == outcome
-    assert seen[-1].documents == (len(probe.windows) if outcome == "inconclusive" else 32)
+    assert seen[-1].documents == (len(large_probe.windows) if outcome == "inconclusive" else 32)
     assert seen[-1].lower < seen[-1].mean < seen[-1].upper
 
 

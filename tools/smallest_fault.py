@@ -3,9 +3,9 @@
     python tools/smallest_fault.py --checkpoint tiny-reward-qwen2-w4a16 --dtype serving
 
 Serves a checkpoint whose first quantized layer is multiplied by 1 + δ in the engine alone, for δ
-from 2 down, and prints what `fidelity` measures beside what it allows, and beside what it allowed when that was
-twice the rounding of a reference that rounds to nearest, without an error bar. The smallest δ that
-each of the two catches is its resolution.
+from 2 down, and prints what `fidelity` measures beside what it allows, and beside what it allowed
+when that was twice the rounding of a reference that rounds to nearest, without an error bar. The
+smallest δ that each of the two catches is its resolution.
 """
 
 import argparse

@@ -25,7 +25,8 @@ _OUT_OF_MEMORY = (
 _DRIVER = ("cuda error", "cudnn error", "cublas error", "nccl error", "unspecified launch failure")
 # What is a mistake in somebody's code: its traceback is what one needs.
 MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)
-# How vLLM says that a process of its own is gone.
+# How vLLM says that a process of its own is gone, and gloo that a rank is: whichever of the other
+# processes notices first.
 _ENDED = (
     "cancelled",
     "process has ended",
@@ -33,6 +34,9 @@ _ENDED = (
     "workerproc initialization failed",
     "engine core initialization failed",
     "enginecore encountered an issue",
+    "connection closed by peer",
+    "connection reset by peer",
+    "remote worker crashing",
 )
 _LESS_MEMORY = (
     "give it more ranks ([engine] tensor_parallel_size), fewer tokens at a time (max_model_len, "

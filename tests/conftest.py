@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import RunGate
+from harness import RunGate, lacking
 from smaller import shrink, smaller
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ LONGEST = (
     "test_gpu_tools",
     "test_noise",
 )
+
+
+def pytest_report_header() -> list[str]:
+    """Say at the start what will be skipped, and how to have it run."""
+    return [f"skipped for want of {name}: {how}" for name, how in lacking(ROOT).items()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

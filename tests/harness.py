@@ -26,6 +26,25 @@ from quantgate.task import GENERATE
 ENGINE_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
+LLMCOMPRESSOR = Path("build") / "llmcompressor"
+
+
+def lacking(root: Path) -> dict[str, str]:
+    """Return what tests are skipped for want of, and how to have it."""
+    needs = {
+        "chromium": (shutil.which("chromium"), "apt-get install chromium"),
+        "checkpoints by llm-compressor": (
+            (root / LLMCOMPRESSOR).is_dir(),
+            "python3 tools/make_llmcompressor.py (an environment of its own, and minutes)",
+        ),
+        "figures of a gate run to hold the README against": (
+            (root / "report" / "gate.json").is_file(),
+            "make gate",
+        ),
+    }
+    return {name: how for name, (there, how) in needs.items() if not there}
+
+
 def persons_environment() -> dict[str, str]:
     """Return the environment of a person who approves goldens: neither CI nor an xdist worker."""
     ours = ("CI", "PYTEST_XDIST_WORKER")
@@ -130,6 +149,40 @@ def wait_until(
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.2)
+
+
+# What a model of random weights is made of, whatever its architecture.
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+    "vocab_size": 1000,  # vLLM pads it to 1,024
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make_model(directory: Path, config_class: str, spread: float = 1.0, **settings: Any) -> Any:
+    """Save a model of random weights, and return it in float32.
+
+    Its logits are `spread` times as far apart as they would be.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # PhiConfig's biases start at 0
+            parameter += 0.1 * torch.randn_like(parameter)
+        model.get_output_embeddings().weight *= spread
+    model.save_pretrained(directory)
+    return model.eval()
 
 
 STARTING_SECONDS = 180

@@ -1,14 +1,19 @@
 """Comparisons on made-up measurements: the outcomes and the text of a failure."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from quantgate import compare
 from quantgate.divergence import Divergence
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, Window
+from quantgate.stats import paired_mean
 from quantgate.verdict import Deviation, Verdict, worst
 
 PROBE = Probe("p", 99, tuple(Window(f"d{i}", "prose", 1, tuple(range(26)), "") for i in range(40)))
@@ -116,6 +121,31 @@ def test_quality_is_decided_by_the_confidence_bound(cost: float, outcome: str) -
         assert "1000 tokens cannot decide, about" in verdict.detail
 
 
+def said_to_be_wanted(verdict: Verdict) -> int:
+    found = re.search(r"(\d+) tokens cannot decide, about (\d+) would", verdict.detail)
+    assert found is not None, verdict.detail
+    assert int(found[1]) == PROBE.scored
+    return int(found[2])
+
+
+@given(cost=st.floats(-0.3, 0.3), margin=st.sampled_from([0.02, 0.1]), seed=st.integers(0, 9))
+@hypothesis_settings(deadline=None)
+def test_what_would_decide_is_more_than_what_cannot(cost: float, margin: float, seed: int) -> None:
+    """One-sided: nearness to -margin is of no matter. Equivalence: the nearer margin is what is."""
+    spread = np.repeat(np.random.default_rng(seed).normal(0, 0.3, 40), 25)
+    base, engine = measured(SCORES), measured(SCORES - cost + spread)
+    paired = paired_mean(
+        base.values.astype(np.float64) - engine.values.astype(np.float64), PROBE.documents
+    )
+    to = {sign: paired.tokens_to_decide(sign * margin) or np.inf for sign in (1, -1)}
+    quality = compare.quality(engine, base, PROBE, margin=margin)
+    if quality.outcome == "inconclusive":
+        assert said_to_be_wanted(quality) == max(to[1], PROBE.scored + 1)
+    drift = compare.drift_mean(engine, base, PROBE, margin=margin)
+    if drift.outcome == "inconclusive":
+        assert said_to_be_wanted(drift) == max(to[1], to[-1], PROBE.scored + 1)
+
+
 def test_better_than_approved_is_drift_too() -> None:
     noise = np.random.default_rng(2).normal(0, 1e-3, PROBE.scored)
     for shift in (0.01, -0.01):
@@ -140,7 +170,9 @@ def test_a_cost_of_exactly_its_margin_is_inconclusive() -> None:
     for spread in (cost - cost.mean(), np.zeros(PROBE.scored)):
         base = dataclasses.replace(measured(SCORES), values=SCORES.astype(np.float64))
         engine = dataclasses.replace(base, values=base.values - spread - margin)
-        assert compare.quality(engine, base, PROBE, margin=margin).outcome == "inconclusive"
+        at_it = compare.quality(engine, base, PROBE, margin=margin)
+        assert at_it.outcome == "inconclusive"
+        assert "cannot decide, and more will not: the mean is at its margin" in at_it.detail
         drifted = compare.drift_mean(engine, base, PROBE, margin=margin, moved=lambda: 0.0)
         assert drifted.outcome == "inconclusive"
         assert compare.quality(engine, base, PROBE, margin=margin * 1.5).outcome == "pass"

@@ -98,13 +98,51 @@ def test_memory_is_bounded_by_chunks_and_chunks_change_nothing(
     assert chunked.same_top.tolist() == whole.same_top.tolist()
 
 
+@given(
+    vocabulary=st.integers(2, 40),
+    extra=st.integers(-38, 38),
+    rows=st.integers(1, 9),
+    pad_logit=st.sampled_from([-30.0, 0.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_longer_vocabulary_is_compared_over_what_both_have(
+    vocabulary: int, extra: int, rows: int, pad_logit: float, seed: int
+) -> None:
+    """What a padded checkpoint gives its further tokens is lost: KL over all, by definition."""
+    base, other, targets = sides(rows, 8, vocabulary, 0.3, seed)
+    common = max(1, vocabulary + min(0, extra))
+    targets %= common
+    more = np.float32(pad_logit)
+
+    def padded(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(base.logits(hidden), (0, max(0, extra)), value=float(more))
+
+    if extra >= 0:  # the checkpoint is padded
+        found = divergence(base, Side(other.hidden, padded, vocabulary + extra), targets)
+        q = padded(torch.from_numpy(other.hidden)).double().log_softmax(-1)[:, :vocabulary].numpy()
+    else:  # the base has more
+        few = Side(other.hidden, lambda h: other.logits(h)[:, :common], common)
+        found = divergence(base, few, targets)
+        q = few.logits(torch.from_numpy(few.hidden)).double().log_softmax(-1).numpy()
+    p = base.logits(torch.from_numpy(base.hidden))[:, :common].double().log_softmax(-1).numpy()
+    expected = (np.exp(p) * (p - q[:, :common])).sum(axis=1)
+    np.testing.assert_allclose(found.kld, expected, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(
+        found.logprob, np.take_along_axis(q, targets[:, None], axis=1)[:, 0], atol=1e-4, rtol=1e-4
+    )
+    assert found.extra == (extra if extra >= 0 else common - vocabulary)
+
+
 @pytest.mark.parametrize("wrong", ["rows", "vocabulary", "nothing"])
 def test_what_does_not_fit_is_refused(wrong: str) -> None:
     base, other, targets = sides(5, 4, 10, 0.1)
     if wrong == "vocabulary":
-        other = sides(5, 4, 11, 0.1)[1]
+        other, targets = sides(5, 4, 11, 0.1)[1], np.arange(6, 11)
     count = {"rows": 4, "nothing": 0}.get(wrong, 5)
-    with pytest.raises(ValueError, match=r"targets\.$|vocabularies of 10 and 11"):
+    with pytest.raises(
+        ValueError, match=r"targets\.$|token 10 of the text is in one vocabulary only"
+    ):
         divergence(base, other, targets[:count])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from quantgate.measurement import Measurement
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, passage, probe_for
 from quantgate.scoremode import logprob
-from quantgate.verdict import Verdict
+from quantgate.verdict import Deviation, Verdict
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
 CHECKS = [
@@ -217,6 +218,46 @@ def test_engines_that_differ_by_a_ten_thousandth_of_a_nat_are_told_apart(
     assert mean.outcome == "pass"
 
 
+LOUD = """
+import logging, sys
+import pytest
+from quantgate.engine_failure import EngineFailure
+from quantgate.verdict import Verdict
+
+def _library():
+    logging.getLogger("torch.__trace").debug("a line of a library's log")
+    print("printed by a library")
+    print("a library's warning", file=sys.stderr)
+
+def test_quality(gate, checkpoint, device):
+    _library()
+    gate.judge(Verdict("fail", "it costs too much"))
+
+def test_drift(gate, checkpoint, device):
+    _library()
+    raise EngineFailure("the engine ended")
+
+def test_replay(gate, checkpoint, device):
+    _library()
+    raise RuntimeError("nobody foresaw this")
+"""
+
+
+def test_a_failing_check_shows_its_reason_and_not_what_libraries_log(run_gate: RunGate) -> None:
+    suites = run_gate.project / "suites"
+    shutil.rmtree(suites)
+    suites.mkdir()
+    (suites / "test_loud.py").write_text(LOUD)
+    found = run_gate("suites", "--log-level=DEBUG", "-k", "quality or drift").stdout
+    assert "tiny-llama-w4a16 quality: FAIL: it costs too much" in found
+    assert "the engine ended" in found
+    assert "library" not in found
+    found = run_gate("suites", "--log-level=DEBUG", "-k", "replay").stdout
+    assert "RuntimeError: nobody foresaw this" in found
+    assert "printed by a library" in found
+    assert "a line of a library's log" not in found
+
+
 def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
     """Drift says it itself, with the tool that approves."""
     listed = subprocess.run(
@@ -227,13 +268,29 @@ def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
     assert names >= {"quality", "drift", "replay", "invariance", "head"}
     known = read_checkpoint_files(root)["tiny-llama-w4a16"]
     by_path = dataclasses.replace(known, scheme=None, source="/my models/x", base="org/base")
+    failed = Verdict("fail", "off", (Deviation("bound", 0.2, 0.1),))
     for name in names - {"drift"}:
-        assert next_step(name, "fail", known), name
-    assert next_step("fidelity-float32", "fail", known).endswith(
+        assert next_step(name, failed, known), name
+    assert next_step("fidelity-float32", failed, known).endswith(
         "pytest suites --checkpoint tiny-llama-w4a16 -k replay"
     )
-    assert "--checkpoint '/my models/x' --base org/base" in next_step("replay", "fail", by_path)
-    assert "sequential_quality" in next_step("quality", "inconclusive", known)
+    assert "--checkpoint '/my models/x' --base org/base" in next_step("replay", failed, by_path)
+    assert "sequential_quality" in next_step("quality", Verdict("inconclusive", ""), known)
+
+
+@pytest.mark.parametrize(
+    ("measured", "fault"), [(0.2, False), (1.0, False), (1.001, True), (float("nan"), True)]
+)
+@pytest.mark.parametrize("check", ["quality", "divergence-from-base"])
+def test_a_loss_far_beyond_its_margin_is_no_reason_to_raise_it(
+    root: Path, check: str, measured: float, fault: bool
+) -> None:
+    known = read_checkpoint_files(root)["tiny-llama-w4a16"]
+    verdict = Verdict("fail", "off", (Deviation("bound", measured, 0.1),))
+    step = next_step(check, verdict, known)
+    assert ("do not raise the margin" in step) is fault
+    assert ("give [budget.quality] a margin" in step) is not fault
+    assert ('tiny-llama-w4a16 -k "fidelity or replay"' in step) is fault
 
 
 def test_a_token_is_shown_in_its_text(quantized: Path, probe: Probe) -> None:

@@ -1,11 +1,14 @@
 """What people do with pytest works on the gate: -x, --lf, -k, --co, -n and --junitxml."""
 
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import RunGate
+from harness import LLMCOMPRESSOR, RunGate, lacking
 
 from quantgate.golden import from_json, to_json
 from quantgate.probe import Probe
@@ -27,6 +30,23 @@ def serve(*arguments):
 
 engine.serve = serve
 """
+
+
+def test_what_will_be_skipped_is_said_at_the_start(root: Path, tmp_path: Path) -> None:
+    """With a browser on the path and without; of what a build lacks, the tool that makes it."""
+    (browser := tmp_path / "bin" / "chromium").parent.mkdir()
+    browser.write_text("#!/bin/sh\n")
+    browser.chmod(0o755)
+    command = [sys.executable, "-m", "pytest", "tests/test_stats.py", "--co"]
+    for path, said in ((tmp_path, True), (browser.parent, False)):
+        environment = {**os.environ, "PATH": str(path)}
+        header = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, check=True
+        ).stdout.partition("collected")[0]
+        assert ("skipped for want of chromium: apt-get install chromium" in header) is said
+    assert "tools/make_llmcompressor.py" in lacking(tmp_path)["checkpoints by llm-compressor"]
+    (tmp_path / LLMCOMPRESSOR).mkdir(parents=True)
+    assert "checkpoints by llm-compressor" not in lacking(tmp_path)
 
 
 def outcomes(run_gate: RunGate) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from harness import RunGate
+from harness import LLMCOMPRESSOR, RunGate
 
 from quantgate.checkpoint import actual_scheme
 
 pytestmark = pytest.mark.slow(reason="the whole gate on seven checkpoints")
 
-BUILD = Path(__file__).resolve().parent.parent / "build" / "llmcompressor"
+BUILD = Path(__file__).resolve().parent.parent / LLMCOMPRESSOR
 # By the name of their recipe in tools/make_llmcompressor.py.
 SCHEMES = {
     "fp8-dynamic": "FP8_DYNAMIC",

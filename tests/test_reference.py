@@ -178,6 +178,30 @@ def test_a_tensor_that_is_missing_is_named(quantized_copy: Path, damage: str, me
         reference.measure(quantized_copy, SHORT, dtype="float32", announce=quiet)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"head_dim": 128},
+            r"'model\.layers\.0\.self_attn\.q_proj\.weight' is \[256, 256\] in the weights, but "
+            r"config\.json implies \[512, 256\]; correct its sizes",
+        ),
+        (
+            {"vocab_size": 1088},
+            r"'model\.embed_tokens\.weight' is \[1024, 256\] .* implies \[1088, 256\]",
+        ),
+        ({"intermediate_size": 640}, r"gate_proj\.weight' is \[512, 256\] .* implies \[640, 256\]"),
+    ],
+)
+def test_a_config_that_contradicts_its_tensors_is_refused(
+    quantized_copy: Path, change: dict[str, int], message: str
+) -> None:
+    path = quantized_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadInput, match=message):
+        reference.measure(quantized_copy, SHORT, dtype="float32", announce=quiet)
+
+
 LAYERS = 24
 
 

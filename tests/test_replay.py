@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantgate import engine, fidelity, library_weights, reference
+from quantgate import compare, engine, fidelity, library_weights, reference
 from quantgate.attribution import Suspects, attribute
 from quantgate.capture import Capture
 from quantgate.checkpoint import Checkpoint, EngineSettings
-from quantgate.compare import replayed
 from quantgate.formats.weights import dequantize_weight
 from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe, Window
@@ -66,7 +65,7 @@ def test_a_fault_of_one_kernel_is_found_where_it_is(
 
     monkeypatch.setattr(emulated_kernels, "dequantize_groups", faulty)
     measured, found = served_and_replayed(quantized, small_probe, tmp_path)
-    verdict = replayed(measured, found, small_probe)
+    verdict = compare.replayed(measured, found, small_probe)
     assert verdict.outcome == "fail"
     off = [module.name for module in found.modules if module.output > 1e-5]
     assert off == ["model.layers.1.mlp.down_proj"]
@@ -111,17 +110,12 @@ def seven_bits(source: Path, target: Path) -> None:
 
 
 def native_int8(run_gate: RunGate, root: Path, *, known: bool) -> None:
-    """Gate vLLM's own int8 kernel, with a processor that has no VNNI if a failure is known."""
+    """Gate vLLM's own int8 kernel, with or without its known failures on file."""
     name = "tiny-llama-w8a8-native"
     text = (root / "fixtures" / "checkpoints" / f"{name}.toml").read_text()
     path = run_gate.project / "fixtures" / "checkpoints" / f"{name}.toml"
-    path.write_text(text)
+    path.write_text(text if known else text.partition("[[known_failure]]")[0])
     run_gate.remove_its_checkpoint()
-    if known:
-        with (run_gate.project / "conftest.py").open("a") as conftest:
-            conftest.write(
-                "from quantgate import processor\nprocessor.flags = lambda: frozenset({'avx2'})\n"
-            )
 
 
 # What oneDNN takes for the processor's instructions: none of VNNI's.
@@ -176,7 +170,7 @@ def test_a_known_failure_that_is_gone_is_a_failure(run_gate: RunGate, root: Path
         lambda text: text.replace('"native"', '"portable"'),
     )
     few = "serving and not invariance"
-    result = run_gate("suites", "-k", few, "--gate-report", "report")
+    result = run_gate("suites", "-k", few, "--gate-report", "report", **NO_VNNI)
     assert result.returncode == 1
     assert "it passes, but is listed as a known failure" in result.stdout
     ((fidelity, replay),) = [c["checks"] for c in run_gate.report["checkpoints"]]
@@ -197,6 +191,7 @@ REPLAY = Replay(
     np.zeros(6, np.float32),
     np.arange(6),
 )
+SIX = Probe("p", 9, (Window("d", "prose", 1, tuple(range(7)), ""),))
 FAILED = Verdict("fail", "off")
 DEVIATION = Deviation("max", 1.0, 0.1)
 SUSPECTS = Suspects(
@@ -234,6 +229,41 @@ def test_a_failure_is_attributed(change: dict[str, Any], fault: str) -> None:
         assert verdict.evidence[-1].startswith("module     layers.0.mlp.down_proj: output 0.5")
         assert verdict.evidence[-1].endswith("SomeKernel")
     assert f"fault      {verdict.attribution}" in verdict.message("x")
+
+
+OFF = {"layers.0.q": (0.5, 0.0), "layers.0.k": (1e-7, 0.2), "layers.0.v": (1e-7, 1e-7)}
+
+
+def replay_of(modules: dict[str, tuple[float, float]], values: float = -1.0) -> Replay:
+    errors = tuple(ModuleError(name, name, *off) for name, off in modules.items())
+    return Replay(errors, np.full(6, values, np.float32), np.arange(6))
+
+
+def lines_of_modules(dtype: str, found: Replay) -> list[str]:
+    """What a failed replay says of modules, attributed to the engine."""
+    engine = measurement(-1.0, dtype)
+    verdict = compare.replayed(engine, found, SIX)
+    suspects = dataclasses.replace(SUSPECTS, engine=engine, replay=lambda: found)
+    attributed = attribute(dataclasses.replace(verdict, outcome="fail"), suspects)
+    return [line for line in attributed.evidence if line.startswith("module ")]
+
+
+def test_replay_lists_what_is_beyond_its_limit_and_once() -> None:
+    first, second = lines_of_modules("float32", replay_of(OFF))
+    assert first.startswith("module     layers.0.q: output 0.5")
+    assert second.startswith("module     layers.0.k: output 1e-07, input 0.2 of its rms")
+    assert second.endswith("its product is right, what feeds it is not")
+    (only,) = lines_of_modules("bfloat16", replay_of(OFF))  # inputs are not judged there
+    assert only.startswith("module     layers.0.q")
+    (nan,) = lines_of_modules("float32", replay_of({"layers.0.q": (float("nan"), 0.0)}))
+    assert "output nan" in nan
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_no_linear_is_off_replay_says_what_it_does_not_see(dtype: str) -> None:
+    (line,) = lines_of_modules(dtype, replay_of({"layers.0.q": (1e-7, 1e-7)}, values=-3.0))
+    assert line.startswith("module     no linear is off by more than ")
+    assert "replay does not see embeddings, norms, attention and the head" in line
 
 
 def test_what_does_not_fail_is_nobodys_fault() -> None:

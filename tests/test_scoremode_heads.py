@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import SMALL, make_model
 from numpy.typing import NDArray
 
 from quantgate.checkpoint import EngineSettings
@@ -19,19 +20,6 @@ from quantgate.engine import running_engine
 MAXIMUM, MEAN = 1e-5, 1e-6
 TOKENS = 200
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "max_position_embeddings": 512,
-    "vocab_size": 1000,  # vLLM pads it to 1,024
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
 # What makes a head special: the config's class, and the settings that do.
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "padded vocabulary": ("LlamaConfig", {}),
@@ -40,21 +28,6 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "logit scale": ("CohereConfig", {"logit_scale": 0.25}),
     "bias": ("PhiConfig", {}),
 }
-
-
-def make_model(directory: Path, config_class: str, **settings: Any) -> Any:
-    """Save a model of random weights, and return it in float32."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():  # PhiConfig's biases start at 0
-            parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(directory)
-    return model.eval()
 
 
 def engine(directory: Path, dtype: str = "float32", **extra: Any) -> AbstractContextManager[Any]:

@@ -194,8 +194,33 @@ def test_a_simulation_notices_an_error_that_is_too_small(
 def test_tokens_to_decide_brings_the_bound_to_the_margin() -> None:
     found = PairedMean(mean=0.010, clustered_error=0.004, n=1000, clusters=50)
     needed = found.tokens_to_decide(margin=0.012)
+    assert needed is not None
     at_that_size = PairedMean(0.010, 0.004 * np.sqrt(1000 / needed), needed, 50)
     assert at_that_size.bounds()[1] == pytest.approx(0.012, abs=1e-5)
+
+
+@given(
+    mean=st.floats(-1, 1),
+    error=st.floats(1e-6, 1),
+    margin=st.floats(1e-3, 1),
+    n=st.integers(10, 10**6),
+    clusters=st.integers(2, 200),
+)
+def test_so_many_tokens_decide_and_one_fewer_do_not(
+    mean: float, error: float, margin: float, n: int, clusters: int
+) -> None:
+    found = PairedMean(mean, error, n, clusters)
+    needed = found.tokens_to_decide(margin)
+    if needed is None:
+        assert mean == pytest.approx(margin, rel=1e-12)
+        return
+
+    def half_at(tokens: float) -> float:
+        return PairedMean(0.0, error * np.sqrt(n / tokens), n, clusters).bounds()[1]
+
+    gap = abs(margin - mean)
+    assert half_at(needed) <= gap * (1 + 1e-9)
+    assert needed == 1 or half_at(needed - 1) >= gap * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(

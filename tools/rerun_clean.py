@@ -106,7 +106,7 @@ def checks(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Iterator[tup
     if base is not None:
         unquantized = sources.engine(base, dtype)
         margin = quality_margin(checkpoint, actual_scheme(checkpoint.directory))
-        found = sources.divergence(unquantized, base, engine, checkpoint)
+        found = sources.divergence(unquantized, base, engine, checkpoint, probe)
         yield "quality", compare.quality(engine, unquantized, probe, margin=margin)
         yield (
             "divergence-from-base",
@@ -145,7 +145,7 @@ def main() -> int:
     known = [
         checkpoint
         for name, checkpoint in read_checkpoint_files(ROOT).items()
-        if not any(failure.applies(on_processor=device == "cpu") for failure in checkpoint.known_failure)
+        if not any(f.applies(on_processor=device == "cpu") for f in checkpoint.known_failure)
         and (not wanted or name in wanted)
     ]
     if not known:

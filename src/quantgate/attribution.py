@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quantgate.compare import mean_absolute_difference, worst_modules
+from quantgate.compare import mean_absolute_difference, modules_beyond
 from quantgate.measurement import Measurement
 from quantgate.replay import Replay
 from quantgate.verdict import Verdict
@@ -37,8 +37,9 @@ def attribute(verdict: Verdict, suspects: Suspects) -> Verdict:
     """Return a failed verdict with its fault: CHECKPOINT, REFERENCE, ENVIRONMENT or ENGINE."""
     if verdict.outcome != "fail":
         return verdict
-    fault, evidence = _fault(suspects)
-    return dataclasses.replace(verdict, attribution=fault, evidence=(*verdict.evidence, *evidence))
+    fault, found = _fault(suspects)
+    more = (line for line in found if line not in verdict.evidence)  # replay lists modules itself
+    return dataclasses.replace(verdict, attribution=fault, evidence=(*verdict.evidence, *more))
 
 
 def _fault(suspects: Suspects) -> tuple[str, list[str]]:
@@ -68,5 +69,5 @@ def _fault(suspects: Suspects) -> tuple[str, list[str]]:
     return (
         "ENGINE: both dequantizers agree on every weight"
         + (", and the unquantized base is served right" if suspects.base is not None else ""),
-        worst_modules(engine, suspects.replay()),
+        modules_beyond(engine, suspects.replay()),
     )

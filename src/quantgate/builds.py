@@ -23,7 +23,15 @@ Narrowing = Literal["rounds", "truncates"]
 """How a build's own operators turn float32 into bfloat16."""
 
 # Settings from outside that change how a CPU computes: a measurement under others is another.
-_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+_SETTINGS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "OPENBLAS_CORETYPE",
+    "NPY_DISABLE_CPU_FEATURES",
+    "GLIBC_TUNABLES",
+)
 
 
 def arithmetic() -> dict[str, str]:

@@ -132,25 +132,40 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
         dtype=dtype,
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,
-        evidence=() if outcome == "pass" else tuple(worst_modules(engine, replay)),
+        evidence=() if outcome == "pass" else tuple(modules_beyond(engine, replay)),
     )
 
 
-def worst_modules(engine: Measurement, replay: Replay) -> list[str]:
-    """Return a line for each of the modules that are furthest off, with its kernel."""
-    kernels = engine.provenance.kernels
+def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:
+    """Return a line for each of the modules that are furthest beyond replay's limit.
 
-    def line(module: ModuleError) -> str:
-        kind = ".".join(module.module.split(".")[-2:])
-        return (
-            f"module     {module.name}: output {module.output:.3g}, input {module.input:.3g} of "
-            f"its rms, {kernels.get(kind, 'kernel unknown')}"
-        )
+    Where none is, one line says what replay does not see.
+    """
+    dtype = engine.provenance.dtype
+    limit = REPLAY_MODULE if dtype == "float32" else REPLAY_MODULE_16_BIT[dtype]
 
     def size(module: ModuleError) -> float:
-        return _nan_is_largest(max(module.output, module.input, key=_nan_is_largest))
+        output = _nan_is_largest(module.output)
+        # In 16 bits an input carries the rounding of all layers before.
+        return max(output, _nan_is_largest(module.input)) if dtype == "float32" else output
 
-    return [line(m) for m in sorted(replay.modules, key=size, reverse=True)[:WORST_MODULES]]
+    beyond = sorted((m for m in replay.modules if size(m) > limit), key=size, reverse=True)
+    if not beyond:
+        return [
+            f"module     no linear is off by more than {limit:.3g} of its rms on the engine's own "
+            "inputs; replay does not see embeddings, norms, attention and the head: look there"
+        ]
+    return [_module_line(m, engine, limit) for m in beyond[:WORST_MODULES]]
+
+
+def _module_line(module: ModuleError, engine: Measurement, limit: float) -> str:
+    kind = ".".join(module.module.split(".")[-2:])
+    line = (
+        f"module     {module.name}: output {module.output:.3g}, input {module.input:.3g} of its "
+        f"rms, {engine.provenance.kernels.get(kind, 'kernel unknown')}"
+    )
+    fed_wrong = module.output <= limit  # but its input is beyond
+    return line + "; its product is right, what feeds it is not" if fed_wrong else line
 
 
 def _nan_is_largest(value: float) -> float:
@@ -256,7 +271,20 @@ def _divergence_detail(found: Divergence) -> str:
     return (
         f"mean KLD is {found.kld.mean():.4g} nat, {found.kld.max():.3g} at most; "
         f"{np.count_nonzero(~found.same_top)} of {len(found.kld)} most probable tokens flip"
+        f"{_vocabularies(found.extra)}"
     )
+
+
+def _vocabularies(extra: int) -> str:
+    """Say what became of the tokens that only one vocabulary has."""
+    if extra > 0:
+        return (
+            f"; the checkpoint has {extra} tokens that the base lacks: the probability they get "
+            "counts as lost"
+        )
+    if extra < 0:
+        return f"; {-extra} tokens that the checkpoint lacks are left out of the base"
+    return ""
 
 
 def _with_divergence(verdict: Verdict, found: Divergence, probe: Probe) -> Verdict:
@@ -448,9 +476,18 @@ def _statistical(
         outcome = "inconclusive"
         detail += f"; {paired.clusters} documents are too few, {FEWEST_CLUSTERS} are needed"
     elif outcome == "inconclusive":
-        wanted = min(paired.tokens_to_decide(sign * margin) for sign in (1, -1))
-        detail += f"; {paired.n} tokens cannot decide, about {wanted} would"
+        both = any(deviation.two_sided for deviation in deviations)
+        detail += f"; {_tokens_wanted(paired, (margin, -margin) if both else (margin,))}"
     return _verdict(outcome, detail, deviations, a, b, probe, mde=mde)
+
+
+def _tokens_wanted(paired: PairedMean, margins: tuple[float, ...]) -> str:
+    """Say how many tokens would put the mean clear of all of `margins`, which these do not."""
+    wanted = [paired.tokens_to_decide(margin) for margin in margins]
+    numbers = [number for number in wanted if number is not None]
+    if len(numbers) < len(wanted):
+        return f"{paired.n} tokens cannot decide, and more will not: the mean is at its margin"
+    return f"{paired.n} tokens cannot decide, about {max(*numbers, paired.n + 1)} would"
 
 
 def _verdict(

@@ -52,6 +52,9 @@ class Divergence:
     """Whether the most probable token is the same [n]."""
     confidence: NDArray[np.float64]
     """The base's largest probability [n]."""
+    extra: int = 0
+    """How many tokens the other has that the base lacks, as a padded vocabulary has; negative where
+    the base has more."""
 
     @property
     def delta_p(self) -> NDArray[np.float64]:
@@ -61,21 +64,31 @@ class Divergence:
 
 
 def divergence(base: Side, other: Side, targets: NDArray[np.int64]) -> Divergence:
-    """Return the divergence of `other` from `base`; `targets` [n] are the text's own tokens."""
+    """Return the divergence of `other` from `base`; `targets` [n] are the text's own tokens.
+
+    Where one vocabulary is longer, its first tokens are the other's. The base's distribution is
+    over what both have: it gives other tokens nothing, so what `other` gives them is lost, and
+    counts.
+    """
     import torch
 
     if not len(base.hidden) == len(other.hidden) == len(targets) > 0:
         raise ValueError(
             f"{len(base.hidden)}, {len(other.hidden)} hidden states and {len(targets)} targets."
         )
-    if base.vocabulary != other.vocabulary:
-        raise ValueError(f"vocabularies of {base.vocabulary} and {other.vocabulary} tokens.")
-    rows = max(1, CHUNK_BYTES // (4 * base.vocabulary))
+    common = min(base.vocabulary, other.vocabulary)
+    if targets.max() >= common:
+        raise ValueError(
+            f"token {targets.max()} of the text is in one vocabulary only: they have "
+            f"{base.vocabulary} and {other.vocabulary} tokens."
+        )
+    rows = max(1, CHUNK_BYTES // (4 * max(base.vocabulary, other.vocabulary)))
     parts: list[tuple[torch.Tensor, ...]] = []
     with torch.inference_mode():
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             ours, theirs = (s.logits(torch.from_numpy(s.hidden[chunk])) for s in (base, other))
+            ours = _widened(ours[:, :common], other.vocabulary)
             parts += _in_blocks(ours, theirs, torch.from_numpy(targets[chunk]))
     kld, own, own_of_base, same, confidence = (
         torch.cat(column).numpy() for column in zip(*parts, strict=True)
@@ -86,7 +99,16 @@ def divergence(base: Side, other: Side, targets: NDArray[np.int64]) -> Divergenc
         own_of_base.astype(np.float64),
         same,
         confidence.astype(np.float64),
+        other.vocabulary - base.vocabulary,
     )
+
+
+def _widened(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return logits [rows, V] with further tokens that are impossible."""
+    import torch
+
+    more = vocabulary - logits.shape[1]
+    return torch.nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
 
 
 def _in_blocks(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantgate.checkpoint import BadInput, Checkpoint, EngineSettings
-from quantgate.processor import VNNI, flags, processor_name
+from quantgate.processor import has_vnni, processor_name
 from quantgate.task import GENERATE
 
 UNQUANTIZED_KERNEL = "Unquantized"
@@ -72,7 +72,7 @@ def machine() -> dict[str, str]:
     found = dict(library_versions())
     found["GPUs"] = gpu_names() or "none: no CUDA kernel can be certified here"
     found["processor"] = torch.backends.cpu.get_cpu_capability() + (
-        ", VNNI" if VNNI & flags() else ", no VNNI: stock int8 kernels saturate"
+        ", VNNI" if has_vnni() else ", no VNNI: stock int8 kernels saturate"
     )
     return found
 

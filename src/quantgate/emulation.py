@@ -11,9 +11,13 @@ holds on every x86-64 machine. Only vLLM's CPU platform is touched.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+from quantgate.scoremode.hooks import EMULATION, hook
+
+COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors"
 
 # The key in vLLM's `additional_config`, which reaches every process of an engine.
 ADDITIONAL_CONFIG_KEY = "quantgate"
@@ -69,9 +73,12 @@ def portable_wanted() -> bool:
 
 def register_kernels(module: ModuleType) -> None:
     """Offer the emulated kernels to vLLM's choice of kernels on CPU (vllm…kernels.linear)."""
-    from vllm.platforms import PlatformEnum
+    from vllm.platforms import PlatformEnum, current_platform
 
     from quantgate.emulated_kernels import KERNELS
+
+    if not current_platform.is_cpu():
+        return
 
     for table, kernels in KERNELS.items():
         # First, not last: vLLM's CPU kernels claim builds in which their operator does not exist.
@@ -80,73 +87,81 @@ def register_kernels(module: ModuleType) -> None:
         possible[:0] = kernels
 
 
-def patch_nvfp4_scheme(module: Any) -> None:
+@hook(
+    f"{COMPRESSED_TENSORS}.schemes.compressed_tensors_w4a4_nvfp4",
+    "init_nvfp4_linear_kernel",
+    feature=EMULATION,
+    cpu_only=True,
+)
+def init_nvfp4_linear_kernel(stock: Any, use_a16: Any = False, *args: Any, **kwargs: Any) -> Any:
     """Let NVFP4A16 load on CPU, where vLLM would insist on Marlin."""
-    from quantgate.emulated_kernels import weight_only_nvfp4
+    if use_a16:
+        from quantgate.emulated_kernels import weight_only_nvfp4
 
-    original = module.init_nvfp4_linear_kernel
-
-    def init_nvfp4_linear_kernel(use_a16: bool = False) -> Any:
-        if use_a16:
-            return weight_only_nvfp4()
-        return original(use_a16=use_a16)
-
-    module.init_nvfp4_linear_kernel = init_nvfp4_linear_kernel
+        return weight_only_nvfp4()
+    return stock(use_a16, *args, **kwargs)
 
 
-def patch_compressed_tensors(module: ModuleType) -> None:
-    """Let W4AFP8 load on CPU, and keep KV scales where the cache is emulated.
-
-    vLLM's scheme for W4AFP8 asks for SM 9.0; its loading does not.
-    """
-    config = module.CompressedTensorsConfig
-    config._is_fp8_w4a8_sm90 = classmethod(
-        lambda cls, weight_quant, input_quant: cls._is_fp8_w4a8(weight_quant, input_quant)
-    )
-    method = module.CompressedTensorsKVCacheMethod
-    original = method.process_weights_after_loading
-
-    def process_weights_after_loading(self: Any, layer: Any) -> None:
-        original(self, layer)
-        if wanted().get("kv_cache") == "fp8":
-            setattr(layer, EMULATED_KV_SCALES, (layer._k_scale_float, layer._v_scale_float))
-
-    method.process_weights_after_loading = process_weights_after_loading
+@hook(
+    f"{COMPRESSED_TENSORS}.compressed_tensors",
+    "CompressedTensorsConfig._is_fp8_w4a8_sm90",
+    feature=EMULATION,
+    cpu_only=True,
+)
+def is_fp8_w4a8_sm90(
+    stock: Any, cls: Any, weight_quant: Any, input_quant: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Let W4AFP8 load on CPU: vLLM's scheme asks for SM 9.0; its loading does not."""
+    return cls._is_fp8_w4a8(weight_quant, input_quant)
 
 
-def patch_custom_ops(module: Any) -> None:
+@hook(
+    f"{COMPRESSED_TENSORS}.compressed_tensors",
+    "CompressedTensorsKVCacheMethod.process_weights_after_loading",
+    feature=EMULATION,
+    cpu_only=True,
+)
+def process_weights_after_loading(
+    stock: Any, method: Any, layer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Keep KV scales where the cache is emulated."""
+    answer = stock(layer, *args, **kwargs)
+    if wanted().get("kv_cache") == "fp8":
+        setattr(layer, EMULATED_KV_SCALES, (layer._k_scale_float, layer._v_scale_float))
+    return answer
+
+
+@hook("vllm._custom_ops", "scaled_fp8_quant", feature=EMULATION, cpu_only=True)
+def scaled_fp8_quant(stock: Any, input: Any, scale: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Give static FP8 quantization a body: vLLM's CPU builds have an empty stub of it."""
-    from quantgate.formats.activations import to_e4m3
+    if scale is not None and (portable_wanted() or static_fp8_is_missing()):
+        from quantgate.formats.activations import to_e4m3
 
-    original = module.scaled_fp8_quant
-
-    def scaled_fp8_quant(input: Any, scale: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if scale is not None and (portable_wanted() or static_fp8_is_missing()):
-            scaled = input.float() * scale.float().reciprocal()
-            return to_e4m3(scaled), scale
-        return original(input, scale, *args, **kwargs)
-
-    module.scaled_fp8_quant = scaled_fp8_quant
+        scaled = input.float() * scale.float().reciprocal()
+        return to_e4m3(scaled), scale
+    return stock(input, scale, *args, **kwargs)
 
 
-def patch_unquantized_linear(module: ModuleType) -> None:
+@hook(
+    "vllm.model_executor.layers.linear",
+    "UnquantizedLinearMethod.process_weights_after_loading",
+    feature=EMULATION,
+    cpu_only=True,
+)
+def process_unquantized_linear(
+    stock: Any, method: Any, layer: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Multiply 16-bit numbers in float32 where portable kernels are asked for.
 
     What a build has for 16-bit products differs from processor to processor, in how it adds up and,
     without AVX512-BF16, tenfold in speed.
     """
-    method = module.UnquantizedLinearMethod
-    original = method.process_weights_after_loading
-
-    def process_weights_after_loading(self: Any, layer: Any) -> None:
-        # Before the original, which may pack the weight for a kernel of its own.
-        float32 = layer.weight.detach().float() if _is_16_bit(layer.weight) else None
-        original(self, layer)
-        if float32 is not None and portable_wanted():
-            layer.cpu_linear = functools.partial(_float32_linear, float32)
-            setattr(layer, EMULATED_LINEAR, True)
-
-    method.process_weights_after_loading = process_weights_after_loading
+    # Before the stock method, which may pack the weight for a kernel of its own.
+    float32 = layer.weight.detach().float() if _is_16_bit(layer.weight) else None
+    stock(layer, *args, **kwargs)
+    if float32 is not None and portable_wanted():
+        layer.cpu_linear = functools.partial(_float32_linear, float32)
+        setattr(layer, EMULATED_LINEAR, True)
 
 
 def _is_16_bit(weight: Any) -> bool:
@@ -170,30 +185,18 @@ def static_fp8_is_missing() -> bool:
     return operator is None or not operator.default._schema.arguments
 
 
-def patch_attention(module: ModuleType) -> None:
+@hook(
+    "vllm.model_executor.layers.attention.attention",
+    "Attention.forward",
+    feature=EMULATION,
+    cpu_only=True,
+)
+def attention_forward(
+    stock: Any, layer: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Quantize keys and values on their way into the cache where a quantized cache is emulated."""
-    from quantgate.formats.activations import fp8_cached
+    if (scales := getattr(layer, EMULATED_KV_SCALES, None)) is not None:
+        from quantgate.formats.activations import fp8_cached
 
-    original = module.Attention.forward
-
-    def forward(self: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if (scales := getattr(self, EMULATED_KV_SCALES, None)) is not None:
-            key, value = (
-                fp8_cached(x, scale) for x, scale in zip((key, value), scales, strict=True)
-            )
-        return original(self, query, key, value, *args, **kwargs)
-
-    module.Attention.forward = forward
-
-
-def on_cpu(patch: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    """Return a patch that leaves its module alone where vLLM runs on anything but the CPU."""
-
-    @functools.wraps(patch)
-    def patch_on_cpu(module: ModuleType) -> None:
-        from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
-            patch(module)
-
-    return patch_on_cpu
+        key, value = (fp8_cached(x, scale) for x, scale in zip((key, value), scales, strict=True))
+    return stock(query, key, value, *args, **kwargs)

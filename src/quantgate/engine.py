@@ -30,7 +30,13 @@ from quantgate.engine_failure import (
 from quantgate.measurement import Measurement, Provenance, pooled
 from quantgate.pooling import encode, outputs, pooling_arguments, raw_outputs
 from quantgate.probe import Probe
-from quantgate.scoremode.hooks import require_hooks, vllm_version
+from quantgate.scoremode.hooks import (
+    EMULATION,
+    POOLING,
+    SCORE_MODE,
+    require_hooks,
+    vllm_version,
+)
 from quantgate.task import GENERATE
 
 if TYPE_CHECKING:
@@ -207,7 +213,8 @@ def running_engine(
     failed = True
     try:
         with explained(f"{vllm} failed while it served it in {dtype}", but=MISTAKES):
-            require_hooks(llm.llm_engine.vllm_config)
+            for feature in (SCORE_MODE, POOLING, *([EMULATION] if on_cpu else [])):
+                require_hooks(llm.llm_engine.vllm_config, feature)
             end_waiting_when_it_dies(llm.llm_engine.engine_core)
             yield llm
         failed = False

@@ -136,9 +136,8 @@ def same(
 
     In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
     and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
-    `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise, and a bit for
-    its own error: either way of serving is within that, so the two are within twice it of each
-    other. It is the floor that
+    `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise, and that
+    mean's own error: either way of serving is within that. It is the floor that
     is shown: of these rows, which the checkpoint's own is not. `raw` says whether these are values
     of the measurement itself, whose largest move is known.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from quantgate.checkpoint import Checkpoint
-from quantgate.verdict import Outcome
+from quantgate.verdict import Verdict
 
 _WHICH_MODULE = "which module it is: {pytest} -k replay"
 _OTHERWISE = (
@@ -13,8 +13,16 @@ _OTHERWISE = (
     '"{family}"'
 )
 _COST = "if this cost is meant, give [budget.quality] a margin and a reason in {file}"
+_FAULT = (
+    "do not raise the margin: a loss of more than {times} times it is a fault, not the cost of "
+    "quantization; compare tokenizer, config.json and scales with the base's, and see {pytest} -k "
+    '"fidelity or replay"'
+)
 _MORE = "more documents in the probe decide it; tools/sequential_quality.py takes any text"
 _EXPORT = "export the checkpoint again with its base's head and config.json: docs/pooling.md"
+
+# A loss of more than this many times its margin is not what quantization of that width costs.
+FAR_BEYOND = 10
 
 # By the beginning of a check's name.
 _STEPS = {
@@ -33,16 +41,24 @@ _STEPS = {
 }
 
 
-def next_step(check: str, outcome: Outcome, checkpoint: Checkpoint) -> str:
+def next_step(check: str, verdict: Verdict, checkpoint: Checkpoint) -> str:
     """Return what to do about a check that did not pass."""
     step = next((s for name, s in _STEPS.items() if check.startswith(name)), "")
-    if outcome == "inconclusive" and step == _COST:
+    if step == _COST and verdict.outcome == "inconclusive":
         step = _MORE
+    elif step == _COST and _far_beyond(verdict):
+        step = _FAULT
     return step.format(
         pytest=f"pytest suites {_selection(checkpoint)}",
         family=check.removesuffix("-float32").removesuffix("-serving").replace("-", "_"),
         file=f"fixtures/checkpoints/{checkpoint.id}.toml",
+        times=FAR_BEYOND,
     )
+
+
+def _far_beyond(verdict: Verdict) -> bool:
+    """Whether a loss is beyond `FAR_BEYOND` times its margin, or not a number."""
+    return any(not d.measured <= FAR_BEYOND * d.allowed for d in verdict.deviations)
 
 
 def _selection(checkpoint: Checkpoint) -> str:

@@ -11,41 +11,40 @@ checked against the checkpoint before anything is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
 from quantgate.formats.groups import group_of
-from quantgate.scoremode.hooks import replace_method
+from quantgate.scoremode.hooks import POOLING, hook
 from quantgate.task import GENERATE, HEADS, label_names, num_labels, task_of
 
 # The tasks of the first spelling; both give logits for each token.
 TOKEN_TASKS = ("token_classification", "token_reward")
+COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
 
 
-def patch_llm(module: ModuleType) -> None:
-    """Let `LLM` take `task=` and `model_config=`, and `encode` know its engine's task."""
+@hook("vllm.entrypoints.llm", "LLM.__init__", feature=POOLING)
+def init(stock: Any, llm: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let `LLM` take `task=` and `model_config=`."""
+    task = kwargs.pop("task", None)
+    if task is None:
+        return stock(model, *args, **kwargs)
+    settings = kwargs.pop("model_config", None) or {}
+    started = stock(model, *args, **{**token_task_options(model, task, settings), **kwargs})
+    llm.token_task = task
+    return started
 
-    def init(stock: Any, llm: Any, model: Any, **options: Any) -> Any:
-        task = options.pop("task", None)
-        if task is None:
-            return stock(model, **options)
-        settings = options.pop("model_config", None) or {}
-        started = stock(model, **{**token_task_options(model, task, settings), **options})
-        llm.token_task = task
-        return started
 
-    def encode(
-        stock: Any, llm: Any, prompts: Any, pooling_params: Any = None, **options: Any
-    ) -> Any:
-        if options.get("pooling_task") is None:
-            pooler = llm.llm_engine.model_config.pooler_config
-            options["pooling_task"] = pooler and pooler.task
-        if hasattr(llm, "token_task"):
-            refuse_empty(prompts)
-        return stock(prompts, pooling_params, **options)
-
-    replace_method(module, "LLM.__init__", init)
-    replace_method(module, "LLM.encode", encode)
+@hook("vllm.entrypoints.llm", "LLM.encode", feature=POOLING)
+def encode(
+    stock: Any, llm: Any, prompts: Any, *args: Any, pooling_task: Any = None, **kwargs: Any
+) -> Any:
+    """Let `LLM.encode` know its engine's task."""
+    if pooling_task is None:
+        pooler = llm.llm_engine.model_config.pooler_config
+        pooling_task = pooler and pooler.task
+    if hasattr(llm, "token_task"):
+        refuse_empty(prompts)
+    return stock(prompts, *args, pooling_task=pooling_task, **kwargs)
 
 
 def token_task_options(model: Any, task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,11 +106,16 @@ def _each(prompts: Any) -> Iterator[Any]:
 
 
 def patch_outputs(module: Any) -> None:
-    """Give `PoolingRequestOutput` the `data` of its outputs."""
+    """Give `PoolingRequestOutput` the `data` of its outputs, unless it has one of its own."""
+    if hasattr(module.PoolingRequestOutput, "data"):
+        return
     module.PoolingRequestOutput.data = property(lambda output: output.outputs.data)
 
 
-def patch_quantization(module: ModuleType) -> None:
+@hook(COMPRESSED_TENSORS, "CompressedTensorsConfig.get_quant_method", feature=POOLING)
+def get_quant_method(
+    stock: Any, config: Any, layer: Any, prefix: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Keep heads of models that pool in full precision.
 
     vLLM 0.32.0 gives the head of a reward model no name, so that `ignore` cannot name it: it would
@@ -120,24 +124,21 @@ def patch_quantization(module: ModuleType) -> None:
     """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-    def get_quant_method(stock: Any, config: Any, layer: Any, prefix: str) -> Any:
-        if not isinstance(layer, LinearBase) or not _is_head(prefix):
-            return stock(layer, prefix)
-        named = {"config_groups": {"group": {"targets": ["Linear"]}}, "ignore": config.ignore}
-        kept = [name for name in HEADS if group_of(name, "Linear", named) is None]
-        if prefix in kept or (not prefix and kept):
-            return UnquantizedLinearMethod()
-        raise ValueError(
-            f"the head '{prefix or 'score'}' is quantized, which vLLM cannot serve with a bias: "
-            "quantize the model again with its head in `ignore`."
-        )
-
-    replace_method(module, "CompressedTensorsConfig.get_quant_method", get_quant_method)
+    if not _is_head(prefix) or not isinstance(layer, LinearBase):
+        return stock(layer, prefix, *args, **kwargs)
+    named = {"config_groups": {"group": {"targets": ["Linear"]}}, "ignore": config.ignore}
+    kept = [name for name in HEADS if group_of(name, "Linear", named) is None]
+    if prefix in kept or (not prefix and kept):
+        return UnquantizedLinearMethod()
+    raise ValueError(
+        f"the head '{prefix or 'score'}' is quantized, which vLLM cannot serve with a bias: "
+        "quantize the model again with its head in `ignore`."
+    )
 
 
 def _is_head(prefix: str) -> bool:
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
-    pools = config is not None and config.model_config.runner_type == "pooling"
-    return pools and (not prefix or prefix in HEADS)
+    runner = getattr(getattr(config, "model_config", None), "runner_type", None)
+    return runner == "pooling" and (not prefix or prefix in HEADS)

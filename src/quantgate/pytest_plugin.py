@@ -384,7 +384,7 @@ class Gate:
         verdict = replace(verdict, since_golden=changed or "")
         if verdict.outcome == "pass":
             return verdict
-        step = verdict.next_step or next_step(self.check, verdict.outcome, checkpoint)
+        step = verdict.next_step or next_step(self.check, verdict, checkpoint)
         return replace(verdict, next_step=step)
 
 
@@ -435,12 +435,17 @@ def pytest_runtest_makereport(
     run = item.config.stash[RUN]
     if (result := run.results.get(item.nodeid)) is None:
         return report
-    if call.excinfo is not None and isinstance(call.excinfo.value, BadInput | EngineFailure):
-        report.longrepr = str(call.excinfo.value)
+    error = call.excinfo.value if call.excinfo else None
+    if foreseen := isinstance(error, BadInput | EngineFailure):
+        report.longrepr = str(error)
     elif report.failed:
         report.longrepr = _printable_lines(report.longreprtext)
+    # A check that explains itself needs no captured output, and thousands of lines that libraries
+    # log at DEBUG would bury even a traceback.
+    quiet = foreseen or result.verdict != PENDING
+    report.sections = [] if quiet else [s for s in report.sections if "Captured log" not in s[0]]
     if result.verdict == PENDING and not report.passed:
-        reason = str(call.excinfo.value) if call.excinfo else report.outcome
+        reason = str(error) if error else report.outcome
         result = replace(result, verdict=not_run(reason))
     result = replace(result, seconds=result.seconds + report.duration)
     run.results[item.nodeid] = result

@@ -287,8 +287,9 @@ class StreamedModel:
                 continue
             for part, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
-                    values = self._parameter(name, part).to(self.dtype)
-                    _set(module, part, values.reshape(parameter.shape))
+                    values = self._parameter(name, part)
+                    self._require_shape(f"{name}.{part}", values, parameter)
+                    _set(module, part, values.to(self.dtype).reshape(parameter.shape))
             if type(module).__name__ == "Linear" and module not in self._head:
                 _set(module, "weight", module.weight.to(self._exact))
                 if observe is not None or self.dtype != self._exact:
@@ -320,12 +321,23 @@ class StreamedModel:
         quantize = linear.quantize_input
         # Kernels that quantize inputs multiply codes, which float32 holds exactly; the others read
         # weights that were rounded to the dtype they are served in.
+        self._require_shape(f"{name}.weight", linear.weight, module.get_parameter("weight"))
         weight = linear.weight.to(self.dtype) if quantize is None else linear.weight
         _set(module, "weight", weight.to(self._exact))
         if module.bias is not None:
             _set(module, "bias", self._parameter(name, "bias").to(self.dtype))
         if quantize is not None or observe is not None or self.dtype != self._exact:
             self._observe(module, name, observe, quantize)
+
+    def _require_shape(self, name: str, values: torch.Tensor, expected: torch.Tensor) -> None:
+        """Refuse a tensor of another shape than the config's, but for dimensions of 1."""
+        stored, implied = ([n for n in tensor.shape if n != 1] for tensor in (values, expected))
+        if stored != implied:
+            raise BadInput(
+                f"{self.stored.directory}: '{name}' is {list(values.shape)} in the weights, but "
+                f"config.json implies {list(expected.shape)}; correct its sizes (hidden_size, "
+                "head_dim, vocab_size …), or export the checkpoint again."
+            )
 
     def _observe(
         self,

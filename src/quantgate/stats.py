@@ -64,12 +64,16 @@ class PairedMean:
         """
         return (self.quantile(1 - alpha) + self.quantile(power)) * self.standard_error
 
-    def tokens_to_decide(self, margin: float, alpha: float = ALPHA) -> int:
-        """Return how many tokens would put the mean, as it is, clear of `margin`."""
+    def tokens_to_decide(self, margin: float, alpha: float = ALPHA) -> int | None:
+        """Return how many tokens would put the mean, as it is, clear of `margin`.
+
+        None where the mean is so near to it that no number would.
+        """
         gap = abs(margin - self.mean)
-        if gap == 0.0:
-            return np.iinfo(np.int64).max
-        return int(np.ceil(self.n * (self.quantile(1 - alpha) * self.standard_error / gap) ** 2))
+        half = self.quantile(1 - alpha) * self.standard_error
+        if gap <= half * np.finfo(np.float64).eps:
+            return None
+        return int(self.n * (half / gap) ** 2) + 1  # at a whole number the bound is on the margin
 
     def _tail(self, distance: float, *, below: bool) -> float:
         from scipy import stats

@@ -77,8 +77,9 @@ def score_step(
     """Score all rows of a step in one call; return the `LogprobsTensors` of finished requests.
 
     `compute_logits` is the model's bound method, `hidden_states` [tokens, H] the step's. Finished
-    requests leave `in_progress`. A model whose head cannot be scored exactly says so in its
-    requests' results: an exception here would end the engine.
+    requests leave `in_progress`. A model whose head cannot be scored exactly, or a prompt of which
+    rows were not computed here, says so in its requests' results: an exception here would end the
+    engine.
     """
     from quantgate.scoremode.head import HeadRefused
 
@@ -88,7 +89,9 @@ def score_step(
         if scored:
             _score_chunks(compute_logits, hidden_states, scored, in_progress)
     except HeadRefused as refusal:
-        return _refused(finished, in_progress, str(refusal))
+        for name in finished:
+            del in_progress[name]
+        return dict.fromkeys(finished, _refused(str(refusal)))
     return {name: _tensors(in_progress.pop(name), hidden_states) for name in finished}
 
 
@@ -154,9 +157,9 @@ def _tensors(finished: InProgress, hidden_states: torch.Tensor) -> Any:
 
     request, parts = finished.request, finished.parts
     if (rows := sum(len(part.top1) for part in parts)) != request.rows:
-        raise RuntimeError(
-            f"score mode computed {rows} rows of a request for {request.rows}; this is a defect of "
-            "quantgate, or of its fit with this vLLM: please report it."
+        return _refused(
+            f"score mode got {rows} of the {request.rows} rows to score: vLLM took the others from "
+            "a cache beyond score_start, as a KV connector does; score from row 0.",
         )
     if parts:
         top1 = torch.cat([part.top1 for part in parts])
@@ -167,17 +170,12 @@ def _tensors(finished: InProgress, hidden_states: torch.Tensor) -> Any:
     return LogprobsTensors(top1.unsqueeze(1), values, top1.new_zeros(len(top1)))
 
 
-def _refused(
-    finished: list[str], in_progress: dict[str, InProgress], reason: str
-) -> dict[str, Any]:
+def _refused(reason: str) -> Any:
     """Pack a sentence instead of scores: its code points, and no values."""
     import torch
     from vllm.v1.outputs import LogprobsTensors
 
     codes = torch.tensor([ord(character) for character in reason], dtype=torch.int32)
-    for name in finished:
-        del in_progress[name]
-    sentence = LogprobsTensors(
+    return LogprobsTensors(
         codes.unsqueeze(1), torch.empty(len(codes), 0), codes.new_zeros(len(codes))
     )
-    return dict.fromkeys(finished, sentence)

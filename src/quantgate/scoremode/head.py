@@ -38,7 +38,10 @@ def find_head(
     _, processor, lm_head, rows, bias = calls[0]
     if processor.logits_as_input:
         raise HeadRefused(f"score mode does not support {model}: it has no language-model head.")
-    return _head(processor, lm_head, bias), rows
+    try:
+        return _head(processor, lm_head, bias), rows
+    except AttributeError as error:  # a head that this vLLM builds otherwise
+        raise HeadRefused(f"score mode does not support the head of {model}: {error}.") from error
 
 
 @contextmanager
@@ -49,7 +52,12 @@ def _logits_processor_held_back() -> Iterator[list[tuple[Any, ...]]]:
     stock = LogitsProcessor.forward
 
     def hold_back(
-        processor: Any, lm_head: Any, hidden_states: Any, embedding_bias: Any = None, *_: Any
+        processor: Any,
+        lm_head: Any,
+        hidden_states: Any,
+        embedding_bias: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> Any:
         answer = hidden_states.new_empty(0)
         calls.append((answer, processor, lm_head, hidden_states, embedding_bias))

@@ -1,53 +1,56 @@
 """Where requests enter the engine: attach to each scoring request what it asks for."""
 
 import functools
-from types import ModuleType
 from typing import Any
 
-from quantgate.scoremode.hooks import replace_method, require_hooks
+from quantgate.scoremode.hooks import hook, require_hooks
 from quantgate.scoremode.request import SCORE_KEY, TARGETS, make_score_request
 
 
-def patch_renderer(module: ModuleType) -> None:
+@hook("vllm.renderers.base", "BaseRenderer._process_tokens")
+def process_tokens(stock: Any, renderer: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
     """Let `TokensPrompt(target_token_ids=…)` through to the input processor."""
+    return _with_targets(stock(prompt, *args, **kwargs), prompt)
 
-    def process_tokens(stock: Any, renderer: Any, prompt: Any, **options: Any) -> Any:
-        return _with_targets(stock(prompt, **options), prompt)
 
-    async def process_tokens_async(stock: Any, renderer: Any, prompt: Any, **options: Any) -> Any:
-        return _with_targets(await stock(prompt, **options), prompt)
-
-    replace_method(module, "BaseRenderer._process_tokens", process_tokens)
-    replace_method(module, "BaseRenderer._process_tokens_async", process_tokens_async)
+@hook("vllm.renderers.base", "BaseRenderer._process_tokens_async")
+async def process_tokens_async(
+    stock: Any, renderer: Any, prompt: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Let `TokensPrompt(target_token_ids=…)` through to the input processor."""
+    return _with_targets(await stock(prompt, *args, **kwargs), prompt)
 
 
 def _with_targets(engine_input: Any, prompt: Any) -> Any:
-    if (targets := prompt.get(TARGETS)) is not None:
+    if isinstance(prompt, dict) and (targets := prompt.get(TARGETS)) is not None:
         engine_input[TARGETS] = targets
     return engine_input
 
 
-def patch_input_processor(module: ModuleType) -> None:
+@hook("vllm.v1.engine.input_processor", "InputProcessor.process_inputs")
+def process_inputs(
+    stock: Any,
+    processor: Any,
+    request_id: Any,
+    prompt: Any,
+    params: Any,
+    supported_tasks: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Check every scoring request in the caller's process, before the engine sees it."""
-
-    def process_inputs(
-        stock: Any, processor: Any, request_id: str, prompt: Any, params: Any, *rest: Any, **kw: Any
-    ) -> Any:
-        if not getattr(params, "score_mode", False):
-            if isinstance(prompt, dict) and prompt.get(TARGETS) is not None:
-                raise _bad_request(f"{TARGETS} needs SamplingParams(score_mode=True).")
-            return stock(request_id, prompt, params, *rest, **kw)
-        require_hooks(processor.vllm_config)
-        tasks = kw.get("supported_tasks", rest[0] if rest else ())
-        try:
-            prompt, params = _scoring_inputs(
-                processor, prompt, params, tasks, kw.get("tokenization_kwargs")
-            )
-        except ValueError as error:
-            raise _bad_request(str(error)) from None
-        return stock(request_id, prompt, params, *rest, **kw)
-
-    replace_method(module, "InputProcessor.process_inputs", process_inputs)
+    if not getattr(params, "score_mode", False):
+        if isinstance(prompt, dict) and prompt.get(TARGETS) is not None:
+            raise _bad_request(f"{TARGETS} needs SamplingParams(score_mode=True).")
+        return stock(request_id, prompt, params, supported_tasks, *args, **kwargs)
+    require_hooks(processor.vllm_config)
+    try:
+        prompt, params = _scoring_inputs(
+            processor, prompt, params, supported_tasks, kwargs.get("tokenization_kwargs")
+        )
+    except ValueError as error:
+        raise _bad_request(str(error)) from None
+    return stock(request_id, prompt, params, supported_tasks, *args, **kwargs)
 
 
 def _scoring_inputs(

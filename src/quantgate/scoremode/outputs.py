@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantgate.scoremode.hooks import replace_method
+from quantgate.scoremode.hooks import hook, vllm_version
 from quantgate.scoremode.request import PAD, ScoreRequest, is_score_request
 
 Row = dict[int, Any]
@@ -54,17 +53,31 @@ class PromptScores(Sequence[Row | None]):
     def receive(self, tensors: Any) -> None:
         """Take the worker's `LogprobsTensors`, made by `batch`; they come once, whole."""
         values = tensors.logprobs.numpy()
-        if not values.shape[1]:
-            self._refusal = "".join(map(chr, tensors.logprob_token_ids[:, 0].tolist()))
-            for name in ("logprobs", "top1", "top1_logprobs", "hidden_states"):
-                delattr(self, name)
-            return
         end = 1 + self._request.columns
+        if not values.shape[1]:
+            self._refuse("".join(map(chr, tensors.logprob_token_ids[:, 0].tolist())))
+            return
+        if not self._expects(*values.shape):
+            self._refuse(
+                f"score mode does not support vLLM {vllm_version()}: {self._request.rows} rows of "
+                f"{end} values were asked for, and {list(values.shape)} came back."
+            )
+            return
         self.logprobs = np.array(values[:, 1:end], np.float32).reshape(self.token_ids.shape)
         self.top1 = np.array(tensors.logprob_token_ids[:, 0].numpy(), np.int32)
         self.top1_logprobs = np.array(values[:, 0], np.float32)
         if self._request.hidden_states:
             self.hidden_states = np.array(values[:, end:], np.float32)
+
+    def _expects(self, rows: int, columns: int) -> bool:
+        states = columns - 1 - self._request.columns
+        fits = states > 0 if self._request.hidden_states else states == 0
+        return fits and rows == self._request.rows
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        for name in ("logprobs", "top1", "top1_logprobs", "hidden_states"):
+            delattr(self, name)
 
     def __getattr__(self, name: str) -> Any:
         """Raise a `ValueError` for what a model that score mode refuses did not give."""
@@ -112,28 +125,30 @@ class PromptScores(Sequence[Row | None]):
         return f"PromptScores({self._request.rows} of {len(self)} tokens)"
 
 
-def patch_logprobs_processor(module: ModuleType) -> None:
+@hook("vllm.v1.engine.logprobs", "LogprobsProcessor.from_new_request")
+def new_logprobs_processor(
+    stock: Any, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Give a scoring request's `LogprobsProcessor` the arrays to fill."""
+    processor = stock(tokenizer, request, *args, **kwargs)
+    if is_score_request(request.sampling_params):
+        asked = ScoreRequest.from_params(request.sampling_params)
+        scores = PromptScores(asked, _whole_prompt(asked, request))
+        processor.prompt_logprobs = processor.quantgate_scores = scores
+    return processor
+
+
+@hook("vllm.v1.engine.logprobs", "LogprobsProcessor.update_from_output")
+def update_from_output(stock: Any, self: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
     """Let `LogprobsProcessor` collect a scoring request's arrays as they are."""
-
-    def from_new_request(stock: Any, cls: Any, tokenizer: Any, request: Any) -> Any:
-        processor = stock(tokenizer, request)
-        if is_score_request(request.sampling_params):
-            asked = ScoreRequest.from_params(request.sampling_params)
-            scores = PromptScores(asked, _whole_prompt(asked, request))
-            processor.prompt_logprobs = processor.quantgate_scores = scores
-        return processor
-
-    def update_from_output(stock: Any, self: Any, output: Any) -> None:
-        scores: PromptScores | None = getattr(self, "quantgate_scores", None)
-        if scores is None:
-            stock(output)
-        elif output.new_prompt_logprobs_tensors is not None:
-            scores.receive(output.new_prompt_logprobs_tensors)
-            if scores.as_list:
-                self.prompt_logprobs = _as_list(scores, self)
-
-    replace_method(module, "LogprobsProcessor.from_new_request", from_new_request)
-    replace_method(module, "LogprobsProcessor.update_from_output", update_from_output)
+    scores: PromptScores | None = getattr(self, "quantgate_scores", None)
+    if scores is None:
+        return stock(output, *args, **kwargs)
+    if output.new_prompt_logprobs_tensors is not None:
+        scores.receive(output.new_prompt_logprobs_tensors)
+        if scores.as_list:
+            self.prompt_logprobs = _as_list(scores, self)
+    return None
 
 
 def _whole_prompt(asked: ScoreRequest, request: Any) -> list[int]:
@@ -164,23 +179,22 @@ def _as_list(scores: PromptScores, processor: Any) -> list[Row | None] | None:
     return rows
 
 
-def patch_output_processor(module: ModuleType) -> None:
-    """Give the whole prompt back, and drop the token that the engine samples at its end."""
+@hook("vllm.v1.engine.output_processor", "RequestState.from_new_request")
+def new_request_state(
+    stock: Any, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Give a scoring request's whole prompt back."""
+    state = stock(tokenizer, request, *args, **kwargs)
+    if is_score_request(request.sampling_params):
+        asked = ScoreRequest.from_params(request.sampling_params)
+        state.prompt_token_ids = _whole_prompt(asked, request)
+    return state
 
-    def from_new_request(
-        stock: Any, cls: Any, tokenizer: Any, request: Any, *rest: Any, **kw: Any
-    ) -> Any:
-        state = stock(tokenizer, request, *rest, **kw)
-        if is_score_request(request.sampling_params):
-            asked = ScoreRequest.from_params(request.sampling_params)
-            state.prompt_token_ids = _whole_prompt(asked, request)
-        return state
 
-    def new_completion_output(stock: Any, self: Any, token_ids: Any, *rest: Any) -> Any:
-        completion = stock(token_ids, *rest)
-        if getattr(self.logprobs_processor, "quantgate_scores", None) is not None:
-            completion.token_ids, completion.text = [], ""
-        return completion
-
-    replace_method(module, "RequestState.from_new_request", from_new_request)
-    replace_method(module, "RequestState._new_completion_output", new_completion_output)
+@hook("vllm.v1.engine.output_processor", "RequestState._new_completion_output")
+def new_completion_output(stock: Any, self: Any, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    """Drop the token that the engine samples at the end of a scored prompt."""
+    completion = stock(token_ids, *args, **kwargs)
+    if getattr(self.logprobs_processor, "quantgate_scores", None) is not None:
+        completion.token_ids, completion.text = [], ""
+    return completion

@@ -3,7 +3,7 @@
 from types import ModuleType
 from typing import Any
 
-from quantgate.scoremode.hooks import replace_method
+from quantgate.scoremode.hooks import HTTP, hook, refuse_if_off
 from quantgate.scoremode.request import SCORE_KEY, TARGETS
 
 NO_BEAM_SEARCH = "score_mode must be left out with beam search, which generates; got True."
@@ -91,15 +91,16 @@ def _patch_beam_search_params(module: ModuleType) -> None:
     module.BeamSearchParams = BeamSearchParams  # type: ignore[attr-defined]
 
 
-def patch_completion_request(module: ModuleType) -> None:
+@hook(
+    "vllm.entrypoints.openai.completion.protocol",
+    "CompletionRequest.to_beam_search_params",
+    feature=HTTP,
+)
+def to_beam_search_params(stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse a completion request that asks for beam search and, in `vllm_xargs`, for scoring."""
-
-    def to_beam_search_params(stock: Any, request: Any, *arguments: Any, **options: Any) -> Any:
-        if (request.vllm_xargs or {}).get("score_mode"):
-            raise ValueError(NO_BEAM_SEARCH)
-        return stock(*arguments, **options)
-
-    replace_method(module, "CompletionRequest.to_beam_search_params", to_beam_search_params)
+    if (getattr(request, "vllm_xargs", None) or {}).get("score_mode"):
+        raise ValueError(NO_BEAM_SEARCH)
+    return stock(*args, **kwargs)
 
 
 def _reduce(params: Any) -> tuple[Any, ...]:
@@ -146,6 +147,7 @@ def _flag(value: Any) -> bool:
 
 
 def _prepare_for_scoring(params: Any) -> None:
+    refuse_if_off("vllm.v1.engine.input_processor")
     _refuse_what_scoring_cannot_do(params)
     # The engine samples once at the end of every prompt; `outputs` drops that token.
     params.max_tokens = 1

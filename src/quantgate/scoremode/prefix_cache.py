@@ -1,27 +1,50 @@
 """Let a scoring request read the prefix cache, but only up to the first row that it scores."""
 
-from types import ModuleType
 from typing import Any
 
-from quantgate.scoremode.hooks import replace_method
+import wrapt
+
+from quantgate.scoremode.hooks import hook
 from quantgate.scoremode.request import ScoreRequest, is_score_request
 
+MANAGER = "vllm.v1.core.kv_cache_manager"
 
-def patch_kv_cache_manager(module: ModuleType) -> None:
-    """Limit cache hits, which are whole blocks, to the rows before `score_start`.
 
-    A row that is read from the cache has no hidden state in this step, so it cannot be scored.
+class _ReadUpTo(wrapt.ObjectProxy):  # type: ignore[type-arg]
+    """A vLLM request whose cache lookup ends after `start` tokens.
+
+    vLLM looks up one token less than a request has, so that there is one left to compute.
     """
 
-    def get_computed_blocks(stock: Any, manager: Any, request: Any) -> Any:
-        if not is_score_request(request.sampling_params):
-            return stock(request)
-        start = ScoreRequest.from_params(request.sampling_params).start
-        hashes = request.block_hashes
-        request.block_hashes = hashes[: start // manager.block_pool.hash_block_size]
-        try:
-            return stock(request)
-        finally:
-            request.block_hashes = hashes
+    def __init__(self, request: Any, start: int) -> None:
+        super().__init__(request)
+        self._self_start = start
 
-    replace_method(module, "KVCacheManager.get_computed_blocks", get_computed_blocks)
+    @property
+    def num_tokens(self) -> int:
+        return min(int(self.__wrapped__.num_tokens), self._self_start + 1)
+
+
+@hook(MANAGER, "KVCacheManager.get_computed_blocks")
+@hook(MANAGER, "KVCacheManager.get_computed_blocks_for_connector", optional=True)
+def get_computed_blocks(
+    stock: Any,
+    manager: Any,
+    request: Any,
+    max_cache_hit_length: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """End the cache lookup of a scoring request at `score_start`.
+
+    A row that is read from the cache has no hidden state in this step, so it cannot be scored.
+    Each kind of cache (full attention, sliding window, Mamba) then finds the longest hit that it
+    can resume from. `max_cache_hit_length` is there from vLLM 0.33.0 on.
+    """
+    limit = max_cache_hit_length
+    if is_score_request(getattr(request, "sampling_params", None)):
+        start = ScoreRequest.from_params(request.sampling_params).start
+        request = _ReadUpTo(request, start)
+        limit = None if limit is None else min(limit, start)
+    given = () if limit is None and not args else (limit, *args)
+    return stock(request, *given, **kwargs)

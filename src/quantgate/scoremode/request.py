@@ -17,8 +17,9 @@ PAD = -1
 
 def is_score_request(sampling_params: Any) -> bool:
     """Whether a vLLM `SamplingParams` (or None, for pooling requests) asks for score mode."""
-    extra_args = getattr(sampling_params, "extra_args", None)
-    return bool(extra_args and extra_args.get(SCORE_KEY))
+    wire = (getattr(sampling_params, "extra_args", None) or {}).get(SCORE_KEY)
+    # A client may put anything there over HTTP, but JSON has no bytes.
+    return isinstance(wire, dict) and isinstance(wire.get("targets"), bytes)
 
 
 @dataclass(frozen=True)

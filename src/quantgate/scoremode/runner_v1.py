@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from quantgate.scoremode.batch import Chunk, InProgress, chunk_of, score_step
-from quantgate.scoremode.hooks import replace_method
+from quantgate.scoremode.hooks import V1_RUNNER, hook
 from quantgate.scoremode.request import ScoreRequest, is_score_request
 
 if TYPE_CHECKING:
@@ -16,27 +15,29 @@ if TYPE_CHECKING:
 IN_PROGRESS = "_quantgate_in_progress"
 
 
-def patch_model_runner(module: ModuleType) -> None:
+@hook(V1_RUNNER, "GPUModelRunner._get_prompt_logprobs_dict")
+def get_prompt_logprobs(
+    stock: Any,
+    runner: Any,
+    hidden_states: Any,
+    num_scheduled_tokens: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Answer scoring requests where the runner answers `prompt_logprobs`."""
-
-    def get_prompt_logprobs(
-        stock: Any, runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]
-    ) -> dict[str, Any]:
-        wanted = runner.num_prompt_logprobs
-        scoring = {
-            request_id: wanted.pop(request_id)
-            for request_id in list(wanted)
-            if is_score_request(runner.requests[request_id].sampling_params)
-        }
-        results: dict[str, Any] = stock(hidden_states, num_scheduled_tokens)
-        if scoring:
-            scores = _score(runner, hidden_states, list(scoring), num_scheduled_tokens)
-            results |= {name: tensors.to_cpu_nonblocking() for name, tensors in scores.items()}
-            runner._sync_device()
-            wanted.update({name: k for name, k in scoring.items() if name not in results})
-        return results
-
-    replace_method(module, "GPUModelRunner._get_prompt_logprobs_dict", get_prompt_logprobs)
+    wanted = getattr(runner, "num_prompt_logprobs", {})
+    scoring = {
+        request_id: wanted.pop(request_id)
+        for request_id in list(wanted)
+        if is_score_request(runner.requests[request_id].sampling_params)
+    }
+    results = stock(hidden_states, num_scheduled_tokens, *args, **kwargs)
+    if scoring:
+        scores = _score(runner, hidden_states, list(scoring), num_scheduled_tokens)
+        results |= {name: tensors.to_cpu_nonblocking() for name, tensors in scores.items()}
+        runner._sync_device()
+        wanted.update({name: k for name, k in scoring.items() if name not in results})
+    return results
 
 
 def _score(

@@ -1,0 +1,116 @@
+"""What builds of vLLM compute differently is asked of the one that is installed."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantgate import builds
+from quantgate.checkpoint import read_checkpoint_file
+from quantgate.formats import activations
+from quantgate.probe import embedded_probe
+from quantgate.sources import Sources
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    for answer in (builds.narrowing, builds.int8_rule_name):
+        answer.cache_clear()
+    yield
+    for answer in (builds.narrowing, builds.int8_rule_name):
+        answer.cache_clear()
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40))
+def test_truncation_goes_towards_zero_by_less_than_a_unit_in_the_last_place(
+    values: list[float],
+) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    cut = builds.truncate_to_bfloat16(x).float()
+    assert bool((cut.abs() <= x.abs()).all())
+    # bfloat16 has 8 significant bits; 2^-133 is its smallest subnormal number.
+    assert bool(((x - cut).abs() <= x.abs() * 2.0**-7 + 2.0**-133).all())
+    assert torch.equal(builds.truncate_to_bfloat16(cut), cut.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("narrow", "answer"),
+    [
+        (lambda x: x.float().bfloat16(), "rounds"),
+        (lambda x: builds.truncate_to_bfloat16(x.float()), "truncates"),
+    ],
+)
+def test_how_a_build_narrows_is_seen(
+    narrow: Callable[[torch.Tensor], torch.Tensor], answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+        gate, up = x.double().chunk(2, dim=-1)
+        out.copy_(narrow(torch.nn.functional.silu(gate) * up))
+
+    made_up = SimpleNamespace(silu_and_mul=silu_and_mul)
+    monkeypatch.setattr(builds, "_operators", lambda: made_up)
+    assert builds.narrowing() == answer
+
+
+def made_up_operator(rule: builds.Int8Rule) -> Callable[..., Any]:
+    def scaled_int8_quant(x: torch.Tensor, *_: Any, symmetric: bool) -> Any:
+        x = x.float()
+        lowest = x.amin(dim=1, keepdim=True)
+        scale = (x.amax(dim=1, keepdim=True) - lowest) / 255
+        zero_point = (-128 - lowest / scale).round()
+        return rule(x, scale, zero_point).clamp(-128, 127).char(), scale, zero_point.int()
+
+    return scaled_int8_quant
+
+
+@pytest.mark.parametrize("name", builds.INT8_RULES)
+def test_every_rule_for_int8_inputs_is_told_from_the_others(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import _custom_ops
+
+    rule = builds.INT8_RULES[name]
+    monkeypatch.setattr(_custom_ops, "scaled_int8_quant", made_up_operator(rule))
+    assert builds.int8_rule_name() == name
+    assert builds.int8_rule() is rule
+
+
+def test_a_rule_that_is_not_known_is_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import _custom_ops
+
+    up = made_up_operator(lambda x, scale, zero: (x / scale + zero).ceil())
+    monkeypatch.setattr(_custom_ops, "scaled_int8_quant", up)
+    assert builds.arithmetic()["int8"] == "unknown"
+    with pytest.raises(ValueError, match="follows none of the rules"):
+        activations.int8_per_token(torch.randn(2, 8), symmetric=False)
+    # Symmetric inputs have no zero point to add.
+    assert activations.int8_per_token(torch.randn(2, 8), symmetric=True).shape == (2, 8)
+
+
+def test_the_installed_build_follows_a_known_rule() -> None:
+    assert builds.int8_rule_name() in builds.INT8_RULES
+    assert builds.arithmetic()["bfloat16"] in ("rounds", "truncates")
+
+
+def test_the_reference_rounds_as_the_build_does(root: Path) -> None:
+    """Its error in bfloat16 is the engine's own, as far as the same operators make it."""
+    checkpoint = read_checkpoint_file(
+        root / "fixtures" / "checkpoints" / "tiny-reward-qwen2-w4a16.toml", root
+    )
+    sources = Sources(lambda task, q: embedded_probe(root, task, quality=q), lambda _: None)
+    exact = sources.reference(checkpoint, "float32").values
+    engine = sources.engine(checkpoint, "serving").values - exact
+    own = builds.narrowing()
+    found: dict[str, float] = {}
+    for narrowing in ("rounds", "truncates"):
+        error = sources.reference(checkpoint, "serving", narrowing=narrowing).values - exact
+        found[narrowing] = float(np.corrcoef(engine.ravel(), error.ravel())[0, 1])
+    assert max(found, key=lambda name: found[name]) == own, found
+    if own == "truncates":  # a bias that both have, where two roundings have little in common
+        assert found[own] > 0.8

@@ -1,0 +1,153 @@
+"""Run a command as another, lesser processor, as far as software can choose.
+
+    python tools/as_machine.py sse41 --threads 1 -- .venv/bin/pytest suites --checkpoint ID
+
+Libraries pick code by the processor they find. Each of them can be told to take what a lesser one
+would: ATen, oneDNN, MKL, OpenBLAS, NumPy and glibc's libm by variables of the environment, vLLM by
+what `torch.cpu` answers (tools/machine/sitecustomize.py). The command's subprocesses inherit all of
+it. docs/limits.md says what this does not reach. On the machine that was asked for, nothing is set
+but the number of threads.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantgate.checkpoint import BadInput
+from quantgate.processor import flags
+
+PATCH = Path(__file__).resolve().parent / "machine"
+# What the patch reads: the beginnings of the names of what the processor is not to have.
+HIDDEN = "AS_MACHINE_HIDES"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A processor to be like."""
+
+    needs: frozenset[str]
+    """What a processor must have to be it: flags as Linux names them."""
+    hides: tuple[str, ...]
+    """How the names of what it does not have begin, for Linux and for torch."""
+    settings: Mapping[str, str]
+    """What tells libraries so."""
+
+
+_LATER = ("amx", "avx10", "avx_ne", "avx_vnni", "avx512_bf16", "avx512_fp16", "avx512_vnni")
+# Processors of one class each: Nehalem, Haswell or Zen 3, Skylake-SP. MKL_ENABLE_INSTRUCTIONS is
+# obeyed on Intel's processors only; elsewhere MKL_CBWR chooses, with COMPATIBLE for the least.
+MACHINES = {
+    "sse41": Machine(
+        frozenset({"sse4_1", "sse4_2"}),
+        ("amx", "avx", "f16c", "fma"),
+        {
+            "ATEN_CPU_CAPABILITY": "default",
+            "ONEDNN_MAX_CPU_ISA": "SSE41",
+            "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+            "MKL_CBWR": "COMPATIBLE",
+            "OPENBLAS_CORETYPE": "NEHALEM",
+            "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX2,-AVX,-FMA,-FMA4",
+        },
+    ),
+    "avx2": Machine(
+        frozenset({"avx2", "fma"}),
+        ("avx512", *_LATER),
+        {
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+            "MKL_CBWR": "AVX2",
+            "OPENBLAS_CORETYPE": "HASWELL",
+            "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX512VL",
+        },
+    ),
+    "avx512": Machine(
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+        _LATER,
+        {
+            "ATEN_CPU_CAPABILITY": "avx512",
+            "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+            "OPENBLAS_CORETYPE": "SKYLAKEX",
+        },
+    ),
+}
+# NumPy's names of what it has code for beyond its baseline, least first.
+NUMPY_FEATURES = {
+    "sse41": ("AVX", "F16C", "FMA3", "AVX2", "AVX512", "X86_V3", "X86_V4"),
+    "avx2": ("AVX512", "X86_V4"),
+    "avx512": ("AVX512_CLX", "AVX512_CNL", "AVX512_ICL", "AVX512_SPR"),
+}
+
+
+def environment_of(name: str, threads: int | None, has: frozenset[str]) -> dict[str, str]:
+    """Return what a command needs to run as a machine, on a processor that `has` these flags."""
+    settings = {} if threads is None else _thread_settings(threads)
+    if (machine := MACHINES.get(name)) is None:
+        raise BadInput(f"'{name}' is not a machine; choose from {', '.join(MACHINES)}.")
+    if missing := sorted(machine.needs - has):
+        raise BadInput(
+            f"this processor cannot run as {name}: it lacks {', '.join(missing)}, and software can "
+            "only hide what a processor has."
+        )
+    if not any(flag.startswith(machine.hides) for flag in has):
+        return settings  # it is that machine
+    path = os.pathsep.join(filter(None, (str(PATCH), os.environ.get("PYTHONPATH"))))
+    numpy = " ".join(_numpy_features(NUMPY_FEATURES[name]))
+    return {
+        **settings,
+        **machine.settings,
+        **({"NPY_DISABLE_CPU_FEATURES": numpy} if numpy else {}),
+        HIDDEN: " ".join(machine.hides),
+        "PYTHONPATH": path,
+    }
+
+
+def _thread_settings(threads: int) -> dict[str, str]:
+    """Return what gives torch, its libraries and vLLM as many threads."""
+    if threads < 1:
+        raise BadInput(f"--threads {threads}: at least 1 is needed.")
+    libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {
+        **dict.fromkeys(libraries, str(threads)),
+        "MKL_DYNAMIC": "FALSE",  # or MKL, and torch after it, stops at the number of cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or vLLM binds one thread to every core
+    }
+
+
+def _numpy_features(hidden: tuple[str, ...]) -> list[str]:
+    """Return the features that NumPy would use here and is not to: it warns of any other name."""
+    numpy = importlib.import_module("numpy._core._multiarray_umath")  # it has no public place
+    used = (name for name in numpy.__cpu_dispatch__ if numpy.__cpu_features__.get(name))
+    return [name for name in used if name.startswith(hidden)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Run a command as another, lesser processor.")
+    parser.add_argument("machine", metavar="MACHINE", help=", ".join(MACHINES))
+    parser.add_argument("--threads", type=int, help="1, 2, 4 … (default: as many as it would use)")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Become the command; return 2 on a user error."""
+    arguments = parse_arguments()
+    command: list[str] = arguments.command
+    try:
+        settings = environment_of(arguments.machine, arguments.threads, flags())
+        os.execvpe(command[0], command, {**os.environ, **settings})
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {command[0]}: {error.strerror}.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

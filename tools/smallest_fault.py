@@ -1,0 +1,90 @@
+"""The smallest fault that a limit still catches: one weight scale is made larger, bit by bit.
+
+    python tools/smallest_fault.py --checkpoint tiny-reward-qwen2-w4a16 --dtype serving
+
+Serves a checkpoint whose first quantized layer is multiplied by 1 + δ in the engine alone, for δ
+from 2 down, and prints what `fidelity` measures beside what it allows, and beside what it allowed when that was
+twice the rounding of a reference that rounds to nearest, without an error bar. The smallest δ that
+each of the two catches is its resolution.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantgate import compare, fidelity
+from quantgate.budget import ROUNDING_FACTOR
+from quantgate.checkpoint import Checkpoint, read_checkpoint_files
+from quantgate.probe import embedded_probe
+from quantgate.sources import SERVING, Sources
+
+ROOT = Path(__file__).resolve().parent.parent
+FAULTS = [2.0**-power for power in range(-1, 13)]
+
+
+@contextmanager
+def scaled(factor: float) -> Iterator[None]:
+    """Let emulated kernels multiply a model's first quantized layer's weight by a factor."""
+    from quantgate import emulated_kernels
+
+    stock, first = emulated_kernels._hold, [True]
+
+    def hold(layer: Any, weight: Any) -> None:
+        stock(layer, weight * factor if first.pop() else weight)
+        first.append(False)
+
+    emulated_kernels._hold = hold
+    try:
+        yield
+    finally:
+        emulated_kernels._hold = stock
+
+
+def old_limit(sources: Sources, checkpoint: Checkpoint, dtype: str) -> float:
+    """Return twice what rounding to nearest costs the reference on average."""
+    dtype = "float64" if dtype == "float32" else dtype
+    rounded = sources.reference(checkpoint, dtype, narrowing="rounds")
+    exact = sources.reference(checkpoint, "float32")
+    return ROUNDING_FACTOR * compare.mean_absolute_difference(rounded, exact)
+
+
+def main() -> int:
+    """Print a line for each fault, and the smallest that is caught."""
+    parser = argparse.ArgumentParser(description="Find the smallest fault that fidelity catches.")
+    parser.add_argument("--checkpoint", required=True, metavar="ID")
+    parser.add_argument("--dtype", choices=("float32", SERVING), default=SERVING)
+    arguments = parser.parse_args()
+    known = read_checkpoint_files(ROOT)
+    if arguments.checkpoint not in known:
+        print(f"error: --checkpoint {arguments.checkpoint}: no such file.", file=sys.stderr)
+        return 2
+    checkpoint = dataclasses.replace(known[arguments.checkpoint], base=None)
+    judge = fidelity._float32 if arguments.dtype == "float32" else fidelity._serving
+    options = {} if arguments.dtype == "float32" else {"dtype": SERVING}
+    whole = Sources(lambda task, q: embedded_probe(ROOT, task, quality=q), lambda _: None)
+    before, caught = old_limit(whole, checkpoint, arguments.dtype), {"old": 0.0, "new": 0.0}
+    for fault in [*FAULTS, 0.0]:
+        sources = dataclasses.replace(
+            whole, _taken={k: v for k, v in whole._taken.items() if "HF" in str(k[0])}
+        )
+        with scaled(1 + fault):
+            verdict = judge(sources, checkpoint, **options)
+        whole._taken.update({k: v for k, v in sources._taken.items() if "HF" in str(k[0])})
+        first = verdict.deviations[0]
+        found = {"new": first.exceeded, "old": not first.measured <= before}
+        caught |= {limit: fault for limit, exceeded in found.items() if exceeded}
+        print(
+            f"δ {fault:<10.3g} {first.what} {first.measured:.4g}, allowed {first.allowed:.4g}"
+            f"{' CAUGHT' if found['new'] else ''}, before {before:.4g}"
+            f"{' CAUGHT' if found['old'] else ''}"
+        )
+    print(f"{checkpoint.id} {arguments.dtype}: smallest caught: {caught}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
     python tools/smallest_fault.py --checkpoint tiny-reward-qwen2-w4a16 --dtype serving
 
 Serves a checkpoint whose first quantized layer is multiplied by 1 + δ in the engine alone, for δ
-from 2 down, and prints what `fidelity` measures beside what it allows, and beside what it allowed
+from 1 down, and prints what `fidelity` measures beside what it allows, and beside what it allowed
 when that was twice the rounding of a reference that rounds to nearest, without an error bar. The
 smallest δ that each of the two catches is its resolution.
 """
@@ -19,16 +19,20 @@ from typing import Any
 from quantgate import compare, fidelity
 from quantgate.budget import ROUNDING_FACTOR
 from quantgate.checkpoint import Checkpoint, read_checkpoint_files
+from quantgate.engine import set_environment
 from quantgate.probe import embedded_probe
 from quantgate.sources import SERVING, Sources
 
 ROOT = Path(__file__).resolve().parent.parent
-FAULTS = [2.0**-power for power in range(-1, 13)]
+FAULTS = [2.0**-power for power in range(0, 21)]
 
 
 @contextmanager
 def scaled(factor: float) -> Iterator[None]:
     """Let emulated kernels multiply a model's first quantized layer's weight by a factor."""
+    set_environment()
+    import vllm.model_executor.kernels.linear  # noqa: F401  registers the emulated ones
+
     from quantgate import emulated_kernels
 
     stock, first = emulated_kernels._hold, [True]
@@ -66,7 +70,8 @@ def main() -> int:
     judge = fidelity._float32 if arguments.dtype == "float32" else fidelity._serving
     options = {} if arguments.dtype == "float32" else {"dtype": SERVING}
     whole = Sources(lambda task, q: embedded_probe(ROOT, task, quality=q), lambda _: None)
-    before, caught = old_limit(whole, checkpoint, arguments.dtype), {"old": 0.0, "new": 0.0}
+    by_mean = arguments.dtype == SERVING or checkpoint.quantizes_activations
+    caught = {"old": 0.0, "new": 0.0}
     for fault in [*FAULTS, 0.0]:
         sources = dataclasses.replace(
             whole, _taken={k: v for k, v in whole._taken.items() if "HF" in str(k[0])}
@@ -75,6 +80,8 @@ def main() -> int:
             verdict = judge(sources, checkpoint, **options)
         whole._taken.update({k: v for k, v in sources._taken.items() if "HF" in str(k[0])})
         first = verdict.deviations[0]
+        # What is judged value by value has the limit that it had.
+        before = old_limit(whole, checkpoint, arguments.dtype) if by_mean else first.allowed
         found = {"new": first.exceeded, "old": not first.measured <= before}
         caught |= {limit: fault for limit, exceeded in found.items() if exceeded}
         print(

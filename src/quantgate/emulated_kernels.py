@@ -24,12 +24,21 @@ from vllm.model_executor.kernels.linear.scaled_mm import (
     FP8ScaledMMLinearKernel,
     Int8ScaledMMLinearKernel,
 )
+from vllm.model_executor.layers.quantization.utils.mxfp8_utils import (
+    MXFP8_BLOCK_SIZE,
+    dequant_mxfp8_to_bf16,
+)
+from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import (
+    dequantize_to_dtype,
+    ref_nvfp4_quant_dequant,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
     unpack_quantized_values_into_int32,
 )
 
 from quantgate.emulation import portable_wanted, static_fp8_is_missing
+from quantgate.formats.activations import NVFP4_GROUP
 from quantgate.formats.numbers import decode_e2m1, decode_e8m0
 
 E4M3 = torch.float8_e4m3fn
@@ -249,6 +258,52 @@ class DequantizingNvFp4LinearKernel(_WeightOnlyFp4, NvFp4LinearKernel):  # type:
         return scale.float() * layer.get_parameter("weight_global_scale").float()
 
 
+class DequantizingNvFp4InputsLinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
+    """NVFP4: inputs quantized by vLLM's torch code, the weight dequantized once, after loading."""
+
+    emulated = True
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the packed weight by `weight` float32 [out, in], rounded to what is served."""
+        super().process_weights_after_loading(layer)
+        weight = dequantize_to_dtype(
+            layer.get_parameter("weight").data.view(torch.uint8),
+            layer.get_parameter("weight_scale").data,
+            layer.weight_global_scale,
+            torch.get_default_dtype(),
+            NVFP4_GROUP,
+            swizzle=False,
+        )
+        _hold(layer, weight.float())
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return quantized x [..., in] times the weight, [..., out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        values = ref_nvfp4_quant_dequant(rows, layer.input_global_scale_inv, NVFP4_GROUP)
+        return _multiply(layer, values.float(), x, bias)
+
+
+class DequantizingMxfp8LinearKernel(EmulationMxfp8LinearKernel):  # type: ignore[misc]
+    """MXFP8: dequantized once, after loading, by vLLM's own code; inputs stay as they are."""
+
+    emulated = True
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the MXFP8 weight by `weight` float32 [out, in]."""
+        weight, scale = layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data
+        rows, columns = weight.shape
+        blocks = scale[:rows, : columns // MXFP8_BLOCK_SIZE].contiguous()
+        _hold(layer, dequant_mxfp8_to_bf16(weight.contiguous(), blocks).float())
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return x [..., in] times the weight, [..., out]."""
+        return _multiply(layer, x.reshape(-1, x.shape[-1]).float(), x, bias)
+
+
 def weight_only_nvfp4() -> NvFp4LinearKernel:
     """Return a kernel for NVFP4A16."""
     return DequantizingNvFp4LinearKernel(NvFp4LinearLayerConfig())
@@ -260,9 +315,9 @@ KERNELS: dict[str, list[type]] = {
     "_POSSIBLE_INT8_KERNELS": [DequantizingInt8LinearKernel],
     "_POSSIBLE_FP8_KERNELS": [DequantizingFp8LinearKernel],
     "_POSSIBLE_FP8_BLOCK_KERNELS": [DequantizingFp8BlockLinearKernel],
-    "_POSSIBLE_NVFP4_KERNELS": [EmulationNvFp4LinearKernel],
+    "_POSSIBLE_NVFP4_KERNELS": [DequantizingNvFp4InputsLinearKernel],
     "_POSSIBLE_MXFP4_KERNELS": [DequantizingMxFp4LinearKernel],
-    "_POSSIBLE_MXFP8_KERNELS": [EmulationMxfp8LinearKernel],
+    "_POSSIBLE_MXFP8_KERNELS": [DequantizingMxfp8LinearKernel],
 }
 
 

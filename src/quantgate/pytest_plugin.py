@@ -282,8 +282,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _keep_together(items: list[pytest.Item]) -> None:
-    """Let a checkpoint's checks follow one another: they share its measurements."""
-    items.sort(key=lambda item: getattr(_params(item).get("checkpoint"), "id", ""))
+    """Let a checkpoint's checks follow one another: they share its measurements.
+
+    Those with engines of their own for some checks come first: as the last ones they would keep one
+    xdist worker busy while the others have nothing to do.
+    """
+
+    def place(item: pytest.Item) -> tuple[bool, str]:
+        checkpoint = _params(item).get("checkpoint")
+        return not getattr(checkpoint, "invariance", ()), getattr(checkpoint, "id", "")
+
+    items.sort(key=place)
 
 
 def _params(item: pytest.Item) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""`--quick` judges every format, task and check at least once."""
+
+from pathlib import Path
+
+from harness import RunGate
+
+from quantgate.checkpoint import Checkpoint, read_checkpoint_files
+
+
+def parts(checkpoints: list[Checkpoint]) -> set[str]:
+    """The schemes of all groups of layers and caches, e.g. FP8 and KV_FP8 of "FP8+KV_FP8"."""
+    return {part for one in checkpoints for part in (one.scheme or "").split("+")}
+
+
+def test_the_quick_choice_has_every_format_and_task(root: Path) -> None:
+    known = list(read_checkpoint_files(root).values())
+    quick = [checkpoint for checkpoint in known if checkpoint.quick]
+    assert parts(quick) == parts(known)
+    assert {checkpoint.task for checkpoint in quick} == {checkpoint.task for checkpoint in known}
+    assert {way for one in quick for way in one.invariance} == {"tensor-parallel", "compiled"}
+    assert len(quick) <= 18 < len(known)
+
+
+def test_the_quick_choice_has_every_check(root: Path) -> None:
+    def checks(*options: str) -> set[str]:
+        listed = RunGate(root)("suites", "--collect-only", "-q", *options)
+        assert listed.returncode == 0, listed.stdout + listed.stderr
+        ids = [line for line in listed.stdout.splitlines() if "-cpu" in line]
+        # "…test_drift[tiny-llama-w4a16-cpu-float32]" without the checkpoint.
+        return {f"{i.partition('[')[0]} {i.partition('-cpu')[2]}" for i in ids}
+
+    every = checks()
+    assert len(every) > 15
+    assert checks("--quick") == every
+
+
+def test_a_choice_of_nothing_is_an_error(run_gate: RunGate) -> None:
+    file = run_gate.project / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml"
+    file.write_text(file.read_text().replace("quick = true\n", ""))
+    ran = run_gate("suites", "--quick")
+    assert ran.returncode == 4
+    assert "--quick: none of the 1 files in " in ran.stderr
+    ran = run_gate("suites", "--quick", "--checkpoint", "tiny-llama-w4a16")
+    assert ran.returncode == 4
+    assert "--quick goes without --checkpoint" in ran.stderr

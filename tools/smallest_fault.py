@@ -24,7 +24,7 @@ from quantgate.probe import embedded_probe
 from quantgate.sources import SERVING, Sources
 
 ROOT = Path(__file__).resolve().parent.parent
-FAULTS = [2.0**-power for power in range(0, 21)]
+FAULTS = [2.0**-power for power in range(21)]
 
 
 @contextmanager

@@ -103,6 +103,16 @@ def test_damage_is_noticed_and_named(damage, message: str) -> None:  # type: ign
     assert str(error.value).startswith("x.json: ")
 
 
+def test_a_figure_that_another_processor_computed_is_no_damage() -> None:
+    """`exp` and means of the same values differ in their last bit from machine to machine."""
+    probe = probe_of([5, 5, 5])
+    content = json.loads(to_json(golden_of(probe), probe))
+    figure = content["measured"]["perplexity"]
+    content["measured"]["perplexity"] = float(np.nextafter(figure, np.inf))
+    golden = from_json(sealed(content), probe, "x.json")
+    assert golden.measurement.logprob.tobytes() == golden_of(probe).measurement.logprob.tobytes()
+
+
 @pytest.mark.parametrize("width", [1, 5, SKETCH, SKETCH + 1, 200])
 def test_outputs_of_models_that_pool_are_kept_whole_or_as_a_sketch(width: int) -> None:
     probe = dataclasses.replace(probe_of([5, 3, 9]), task="token_embed")

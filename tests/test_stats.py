@@ -18,9 +18,33 @@ from quantgate.stats import (
     documents_to_decide,
     holm,
     paired_mean,
+    rounding_allowance,
     stationary_variance,
     unpaired_mean,
 )
+
+
+@given(seed=st.integers(0, 999), clusters=st.integers(2, 60))
+@settings(deadline=None, max_examples=50)
+def test_rounding_is_allowed_its_factor_and_the_error_of_its_mean(seed: int, clusters: int) -> None:
+    documents = np.repeat(np.arange(clusters), 3)
+    sizes = np.abs(np.random.default_rng(seed).normal(size=len(documents)))
+    allowed = rounding_allowance(sizes, documents, 2.0)
+    assert allowed >= 2 * sizes.mean()
+    assert rounding_allowance(4 * sizes, documents, 2.0) == pytest.approx(4 * allowed)
+    # What is known exactly has no error.
+    assert rounding_allowance(np.ones(len(sizes)), documents, 2.0) == pytest.approx(2.0)
+
+
+def test_one_draw_in_a_thousand_exceeds_what_another_allows() -> None:
+    """Of 80 values each: the mean of one sample against the allowance of another, factor 1."""
+    rng = np.random.default_rng(0)
+    documents = np.arange(80)
+    draws = np.abs(rng.normal(size=(4000, 2, 80)))
+    beyond = [one.mean() > rounding_allowance(other, documents, 1.0) for one, other in draws]
+    # 4 of 4,000 are expected of a normal mean; half-normal values are skewed, which doubles it.
+    assert sum(beyond) <= 16
+    assert 0.1 < np.mean([one.mean() > other.mean() for one, other in draws]) < 0.9
 
 
 def test_standard_error_of_singleton_clusters_is_the_ordinary_one() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantgate.builds import int8_rule
 from quantgate.checkpoint import BadInput
 from quantgate.formats import activations
 from quantgate.formats.groups import Group, fused_with
@@ -98,6 +99,8 @@ def _input_quantizer(stored: StoredTensors, name: str, group: Group) -> Quantize
 
 def _int8_quantizer(stored: StoredTensors, name: str, inputs: dict[str, Any]) -> Quantizer:
     symmetric = bool(inputs.get("symmetric", True))
+    if not symmetric:
+        int8_rule()  # refused here, where the checkpoint and its layer can be named
     if inputs.get("dynamic"):
         return lambda x: activations.int8_per_token(x, symmetric=symmetric)
     scale = _the_one(stored, name, "input_scale")

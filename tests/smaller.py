@@ -66,8 +66,8 @@ def _shrink_probe(path: Path) -> None:
     if probe.task == GENERATE:
         cut = smaller(probe).windows
         lines = [{**line, "ids": w.ids, "text": w.text} for line, w in zip(lines, cut, strict=True)]
-    elif path.stem.endswith("-quality"):
-        lines = lines[:QUALITY_WINDOWS]
+    elif path.stem.endswith("-quality") and probe.task == "token_classify":
+        lines = lines[:QUALITY_WINDOWS]  # the largest; the others decide nothing with fewer
     text = "".join(json.dumps(line) + "\n" for line in (header, *lines))
     path.write_text(text, encoding="utf-8")
 

@@ -157,7 +157,8 @@ DOCUMENTS = [path.stem for path in sorted((Path(__file__).parent.parent / "docs"
 def test_the_tools_that_documents_name_take_their_options(root: Path, document: str) -> None:
     text = (root / "docs" / f"{document}.md").read_text(encoding="utf-8")
     for command in re.findall(r"^ {4,}python3? (tools/\w+\.py.*)$", text, re.MULTILINE):
-        script, *arguments = shlex.split(command)
+        # What stands after "--" is another command's.
+        script, *arguments = shlex.split(command.partition(" -- ")[0])
         helped = subprocess.run(
             [sys.executable, script, "--help"], cwd=root, capture_output=True, text=True
         )

@@ -112,13 +112,14 @@ def test_a_changed_checkpoint_passes_fidelity_and_fails_drift(
     assert checks["fidelity-float32"]["verdict"] == "pass"
     assert checks["drift-float32"]["verdict"] == "fail"
     assert checks["drift-float32"]["measured"] > 1e-4
-    assert checks["drift-float32"]["allowed"] == 1e-5
+    # Beyond 1e-5 it is allowed what float32 costs the reference, which depends on the processor.
+    assert 1e-5 <= checks["drift-float32"]["allowed"] < 3e-5
     assert "the bytes are not the approved ones" in checks["drift-float32"]["detail"]
     assert run_gate.report["verdict"] == checkpoint["verdict"] == "fail"
     for text in (
         "tiny-llama-w4a16 drift-float32: FAIL: engine and golden differ by",
         "max |Δ log-prob| is",
-        "allowed <= 1e-05",
+        "allowed <= 1",
         "worst      heldout-",
         'python tools/regen_golden.py --checkpoint tiny-llama-w4a16 --reason "…"',
     ):

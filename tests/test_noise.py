@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_the_gate_prints_the_stored_floor_and_cannot_decide_below_it(run_gate: R
     assert "noise alone moves it by 1, above its limit" in result.stdout
     assert "noise floor 1\n" in result.stdout
     assert "(unpaired " in result.stdout
-    assert "since then same versions, same kernels (golden of 20" in result.stdout
+    assert re.search(r"^  since then .* \(golden of 20", result.stdout, re.MULTILINE)
 
     path.write_text(honest)
     result = run_gate("suites", "-k", "quality", "--gate-report", "report")

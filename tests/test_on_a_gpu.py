@@ -12,11 +12,27 @@ from pathlib import Path
 import pytest
 from harness import RunGate, persons_environment, project_of
 
+from quantgate.processor import is_x86_without_vnni
+
 MADE_UP = """
 import quantgate.engine
 quantgate.engine.available_devices = lambda: {"cuda": "sm90"}
 """
 QUANTIZED, WHOLE, REWARDS = "tiny-llama-w8a8", "tiny-llama", "tiny-prm-qwen2-w8a8"
+
+
+# The made-up GPU's int8 kernel is the CPU's, which saturates where there is no VNNI.
+SATURATES = "".join(
+    f"""
+[[known_failure]]
+check = "{check}"
+reason = "oneDNN's int8 product saturates on x86 without VNNI"
+issue = "docs/formats.md"
+when = "x86-without-vnni"
+strict = false
+"""
+    for check in ("fidelity-serving", "replay-serving", "divergence-from-reference")
+)
 
 
 @pytest.fixture
@@ -28,6 +44,9 @@ def on_a_gpu(project: Path, root: Path) -> RunGate:
     file = project / "fixtures" / "checkpoints" / f"{WHOLE}.toml"
     asking = 'golden = false\ninvariance = ["tensor-parallel"]\n[engine]'
     file.write_text(file.read_text().replace("[engine]", asking))
+    for name in (QUANTIZED, REWARDS):
+        with (project / "fixtures" / "checkpoints" / f"{name}.toml").open("a") as stream:
+            stream.write(SATURATES)
     with (project / "conftest.py").open("a") as stream:
         stream.write(MADE_UP)
     tool = project / "tools" / "regen_golden.py"
@@ -38,7 +57,8 @@ def on_a_gpu(project: Path, root: Path) -> RunGate:
 def test_the_gate_is_green_on_cuda_with_goldens_of_its_own(on_a_gpu: RunGate) -> None:
     """Approve, judge, and judge again with another kernel."""
     approved = subprocess.run(
-        [sys.executable, "tools/regen_golden.py", "--all", "--reason", "first release"],
+        [sys.executable, "tools/regen_golden.py", "--all", "--reason", "first release",
+         "--accept-failing"],
         cwd=on_a_gpu.project, env=persons_environment(), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
@@ -59,7 +79,9 @@ def test_the_gate_is_green_on_cuda_with_goldens_of_its_own(on_a_gpu: RunGate) ->
         assert not any(check["name"].endswith("float32") for check in found[name])
     assert {check["name"] for check in found[REWARDS]} >= {"activation", "head", "steps"}
     assert {check["name"] for check in found[WHOLE]} >= {"fidelity-float32", "replay-float32"}
-    assert {check["verdict"] for checks in found.values() for check in checks} == {"pass"}
+    failing = [check for checks in found.values() for check in checks if check["verdict"] != "pass"]
+    assert [check for check in failing if not check["known_failure"]] == []
+    assert bool(failing) == is_x86_without_vnni()
     assert "since the golden" not in judged.stdout
     assert judged.returncode == 0, judged.stdout
 

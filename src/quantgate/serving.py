@@ -23,7 +23,7 @@ CHUNK = 64
 # How many windows show whether a way of serving matters, and of how many tokens together: they are
 # served three and a half times in each dtype, and one request or chunk that gets another's rows or
 # blocks is off by orders of magnitude at each of them.
-MIXED, MIXED_TOKENS = 16, 1200
+MIXED, MIXED_TOKENS = 16, 1600
 
 Rows = NDArray[np.int64]
 
@@ -66,18 +66,19 @@ def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
 def mixed(probe: Probe) -> tuple[Probe, Rows]:
     """Return a few of a probe's windows, of evenly spaced ranks by length, and their rows [m].
 
-    The shortest and the longest are among them.
+    The two longest are among them: each fills blocks of the prefix cache, and could get those of
+    the other.
     """
     sizes = [len(window.ids) for window in probe.windows]
     by_length = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    for count in range(min(MIXED, len(sizes)), 1, -1):
-        ranks = np.linspace(0, len(sizes) - 1, count).astype(int)
-        chosen = sorted(by_length[rank] for rank in ranks)
+    others, longest = by_length[:-2], by_length[-2:]
+    chosen = longest
+    for count in range(min(MIXED - 2, len(others)), 0, -1):
+        ranks = np.linspace(0, len(others) - 1, count).astype(int)
+        chosen = [*(others[rank] for rank in ranks), *longest]
         if sum(sizes[i] for i in chosen) <= MIXED_TOKENS:
             break
-    else:
-        chosen = sorted({by_length[0], by_length[-1]})
-    return _part(probe, chosen), _rows(probe, chosen)
+    return _part(probe, sorted(chosen)), _rows(probe, sorted(chosen))
 
 
 def _part(probe: Probe, windows: Sequence[int]) -> Probe:

@@ -46,12 +46,17 @@ def test_truncation_goes_towards_zero_by_less_than_a_unit_in_the_last_place(
         (lambda x: builds.truncate_to_bfloat16(x.float()), "truncates"),
     ],
 )
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "SiLU first, as on CUDA"])
 def test_how_a_build_narrows_is_seen(
-    narrow: Callable[[torch.Tensor], torch.Tensor], answer: str, monkeypatch: pytest.MonkeyPatch
+    narrow: Callable[[torch.Tensor], torch.Tensor],
+    answer: str,
+    twice: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
         gate, up = x.double().chunk(2, dim=-1)
-        out.copy_(narrow(torch.nn.functional.silu(gate) * up))
+        activated = torch.nn.functional.silu(gate)
+        out.copy_(narrow((narrow(activated).double() if twice else activated) * up))
 
     made_up = SimpleNamespace(silu_and_mul=silu_and_mul)
     monkeypatch.setattr(builds, "_operators", lambda: made_up)

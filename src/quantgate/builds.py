@@ -3,8 +3,8 @@
 vLLM's CPU builds differ by processor. The AVX-512 builds quantize an asymmetric int8 input with a
 fused multiply-add, the AVX2 build with two roundings; and the AVX2 build's own operators, of which
 an engine takes the rotary embedding and attention, cut a float32 result to bfloat16 where the
-AVX512-BF16 build rounds it to nearest. Neither is a fault of a checkpoint, so the reference does as
-the build at hand does.
+AVX512-BF16 build rounds it to nearest. CUDA kernels add a zero point to a rounded product. None of
+this is a fault of a checkpoint, so the reference does as the build at hand does.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ def narrowing() -> Narrowing:
     joined = torch.cat([x, torch.full_like(x, 1.5)], dim=1)
     given = torch.empty_like(x)
     operators.silu_and_mul(given, joined)
-    exact = torch.nn.functional.silu(x.double()) * 1.5
-    return "truncates" if bool((given.double() < _nearest(exact)).any()) else "rounds"
-
-
-def _nearest(exact: torch.Tensor) -> torch.Tensor:
-    return exact.float().bfloat16().double()
+    exact = (torch.nn.functional.silu(x.double()) * 1.5).float()
+    # CUDA's operator rounds SiLU(x) before it multiplies, so that not every product is the nearest.
+    nearest, cut = (
+        int((given == narrowed).sum())
+        for narrowed in (exact.bfloat16(), truncate_to_bfloat16(exact))
+    )
+    return "truncates" if cut > nearest else "rounds"
 
 
 def truncate_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
@@ -103,14 +104,14 @@ def _separate(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) ->
 
 
 def _rounded_first(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """The quotient is rounded to an integer, then the zero point is added: vLLM's CUDA code."""
-    return (x / scale).round() + zero_point
+    """The product is rounded to an integer, then the zero point is added."""
+    return (x * scale.reciprocal()).round() + zero_point
 
 
 INT8_RULES: Mapping[str, Int8Rule] = {
-    "fused multiply-add": _fused,
-    "product and sum rounded": _separate,
-    "quotient rounded first": _rounded_first,
+    "fused multiply-add": _fused,  # AVX-512 builds
+    "product and sum rounded": _separate,  # the AVX2 build
+    "product rounded first": _rounded_first,  # CUDA: an H200 with vLLM 0.26.0 agrees in every code
 }
 UNKNOWN = "unknown"
 

@@ -66,7 +66,7 @@ def test_the_kernels_are_those_that_serve(table: ModuleType, written: Rows, root
         settings = EngineSettings(**vars(checkpoint.engine))
         _, emulated = table.linear_kernels(checkpoint.directory, settings)
         assert written[name]["kernel"] == ("emulated" if emulated else "native")
-        if {"avx512_vnni", "avx512_bf16"} <= processor.flags():
+        if table.AVX512 <= processor.flags():
             assert written[name]["vLLM's own"] == table.native_kernel(checkpoint)
 
 
@@ -77,13 +77,16 @@ def test_the_figures_are_those_of_the_last_gate(
     report = root / "report" / "gate.json"
     if not report.exists():
         pytest.skip("`make gate` writes report/gate.json")
+    # The largest of many flips is the size of one, which differs from machine to machine.
+    known = read_checkpoint_files(root)
+    chaotic = {name: checkpoint.quantizes_activations for name, checkpoint in known.items()}
     compared = 0
     for entry in json.loads(report.read_text())["checkpoints"]:
         row = {**written, **pooling}.get(entry["id"], {})
         for check in entry["checks"]:
             heading = CHECKS.get(check["name"], "")
             kind = next((kind for kind in ("max", "mean") if f"{heading}, {kind}" in row), None)
-            if kind is None:
+            if kind is None or (kind == "max" and chaotic[entry["id"]]):
                 continue
             if check["verdict"] == "pass":
                 fresh, stored = table.figure(check, kind), row[f"{heading}, {kind}"].split()[0]

@@ -4,8 +4,9 @@
     python tools/formats_table.py
 
 A row of the README says which kernel serves a format in the gate, which one of its own vLLM's CPU
-build would take on this machine, and how far the engine is from its reference. A row of
-docs/pooling.md says that of a model that labels, rewards or embeds, and what its task came to.
+build takes on a machine with AVX-512 (what the table says is kept on another), and how far the
+engine is from its reference. A row of docs/pooling.md says that of a model that labels, rewards or
+embeds, and what its task came to.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quantgate import processor
 from quantgate.atomic import write_atomically
 from quantgate.checkpoint import (
     BadInput,
@@ -50,15 +52,34 @@ POOLING_HEADINGS = (
     "bf16, mean",
     "base → quantized",
 )
+# What vLLM's build with most kernels of its own needs.
+AVX512 = frozenset({"avx512_vnni", "avx512_bf16"})
 # Built by tools/quantize_tiny.py and refused by vLLM, so that there is nothing to gate.
 NOT_LOADABLE = ("tiny-llama-w4a16-actorder",)
 
 
 def native_kernel(checkpoint: Checkpoint) -> str:
-    """Return the kernel that vLLM itself has for a checkpoint on this machine, or "none"."""
+    """Return the kernel that vLLM itself has for a checkpoint on a machine with AVX-512, or "none".
+
+    On another it is what the README says.
+    """
+    if not AVX512 <= processor.flags():
+        return written_kernel(checkpoint.id)
     settings = replace(checkpoint.engine, kernels="native")
     names, emulated = linear_kernels(checkpoint.directory, settings)
     return "none" if emulated else _code(names)
+
+
+def written_kernel(checkpoint_id: str) -> str:
+    """Return what the README's row of a checkpoint says of vLLM's own kernel."""
+    lines = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines()
+    row = next((line for line in lines if f" | {checkpoint_id} | " in line), None)
+    if row is None:
+        raise BadInput(
+            f"{README}: no row of {checkpoint_id}, and its kernel is asked of a machine with "
+            "AVX-512; write the row there."
+        )
+    return row.split(" | ")[HEADINGS.index("vLLM's own")]
 
 
 def refusal(directory: Path) -> str:

@@ -156,12 +156,14 @@ def process_unquantized_linear(
     What a build has for 16-bit products differs from processor to processor, in how it adds up and,
     without AVX512-BF16, tenfold in speed.
     """
+    if not portable_wanted() or not _is_16_bit(layer.weight):
+        return stock(layer, *args, **kwargs)
     # Before the stock method, which may pack the weight for a kernel of its own.
-    float32 = layer.weight.detach().float() if _is_16_bit(layer.weight) else None
-    stock(layer, *args, **kwargs)
-    if float32 is not None and portable_wanted():
-        layer.cpu_linear = functools.partial(_float32_linear, float32)
-        setattr(layer, EMULATED_LINEAR, True)
+    float32 = layer.weight.detach().float()
+    answer = stock(layer, *args, **kwargs)
+    layer.cpu_linear = functools.partial(_float32_linear, float32)
+    setattr(layer, EMULATED_LINEAR, True)
+    return answer
 
 
 def _is_16_bit(weight: Any) -> bool:

@@ -115,6 +115,8 @@ class Checkpoint:
     """What relative paths are relative to."""
     quick: bool = False
     """Whether `--quick` judges it: a choice with every format, task and check in it."""
+    not_quick: tuple[str, ...] = ()
+    """The checks that `--quick` leaves out all the same, e.g. "invariance-float32"."""
     golden: bool = True
     """False for a checkpoint given by path, of which nobody approved anything yet, and where a file
     says so: native CPU kernels differ from machine to machine, and are judged by fidelity."""

@@ -410,10 +410,15 @@ def provenance_of(llm: LLM, dtype: str) -> Provenance:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of what a score depends on."""
+    return dict(_library_versions())
+
+
+@functools.cache  # every search goes through all that is installed
+def _library_versions() -> tuple[tuple[str, str], ...]:
     versions = {"vllm": vllm_version()}
     for name in ("torch", "transformers", "compressed-tensors", "quantgate"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    return versions
+    return tuple(versions.items())

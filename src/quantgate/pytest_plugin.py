@@ -260,7 +260,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
         return
     available = available_devices()
-    reasons = {item: _why_left_out(item, available) for item in checks}
+    quick = config.getoption("quick")
+    reasons = {
+        item: _why_left_out(item, available) or (_why_not_quick(item) if quick else None)
+        for item in checks
+    }
     runnable = [item for item in checks if reasons[item] is None]
     if not runnable:
         why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
@@ -303,6 +307,12 @@ def _params(item: pytest.Item) -> dict[str, Any]:
 
 def _is_check(item: pytest.Item) -> bool:
     return "checkpoint" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _why_not_quick(item: pytest.Item) -> str | None:
+    check = check_of(item.nodeid)
+    checkpoint: Checkpoint = _params(item)["checkpoint"]
+    return f"its file leaves {check} out of --quick" if check in checkpoint.not_quick else None
 
 
 def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:

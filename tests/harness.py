@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,50 @@ def project_of(project: Path, root: Path, *names: str) -> Path:
         stream.write(STARTS)
     (project / "suites" / "test_seen.py").write_text(SEEN)
     return project
+
+
+# What takes milliseconds where much is installed, or waits for a disk.
+_DEAR_MODULES = ("importlib.metadata", "importlib_metadata", "inspect")
+_DEAR_FUNCTIONS = frozenset({"open", "stat", "lstat", "scandir", "listdir", "readlink"})
+
+
+def dear_calls(run: Callable[[], object]) -> Counter[str]:
+    """Count the calls of `run` that a request must not make, by what is called."""
+    found: Counter[str] = Counter()
+
+    def seen(frame: Any, event: str, argument: Any) -> None:
+        caller = frame.f_globals.get("__name__", "")
+        if event == "call" and caller.startswith(_DEAR_MODULES):
+            found[f"{caller}.{frame.f_code.co_name}"] += 1
+        elif event == "c_call" and argument.__name__ in _DEAR_FUNCTIONS:
+            found[f"{argument.__name__} by {caller}"] += 1
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@contextmanager
+def dear_runner_property() -> Iterator[None]:
+    """Let what tells the model runner search all that is installed, as on CUDA."""
+    from importlib.metadata import entry_points
+
+    from vllm.config import VllmConfig
+
+    stock = VllmConfig.use_v2_model_runner
+
+    def answer(config: Any) -> bool:
+        entry_points(group="vllm.general_plugins")
+        return bool(stock.fget(config))
+
+    VllmConfig.use_v2_model_runner = property(answer)
+    try:
+        yield
+    finally:
+        VllmConfig.use_v2_model_runner = stock
 
 
 @contextmanager

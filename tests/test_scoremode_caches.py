@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from quantgate.checkpoint import EngineSettings
 from quantgate.engine import running_engine
 from quantgate.scoremode import hooks
+from quantgate.scoremode.inputs import CHECKED
 from quantgate.scoremode.prefix_cache import MANAGER
 
 BLOCK = 32
@@ -229,6 +230,7 @@ def test_with_a_hook_off_scoring_is_refused_and_generating_is_served(
 ) -> None:
     lacking = "vllm.v1.core.kv_cache_manager.KVCacheManager.get_computed_blocks(request)"
     monkeypatch.setitem(hooks._missing, MANAGER, [(hooks.SCORE_MODE, lacking)])
+    monkeypatch.delattr(llm.llm_engine.input_processor, CHECKED, raising=False)
     with pytest.raises(RuntimeError, match=r"score mode does not support vLLM .*: it lacks vllm"):
         serve(llm, (prompt(4), scoring(0)))
     (generated,) = serve(llm, (prompt(4), GENERATING))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import dear_calls, dear_runner_property
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -139,3 +140,23 @@ def test_a_preempted_request_is_scored_whole(
     assert preempted
     for output, hf in zip(outputs[8:], hf_scores, strict=True):
         assert np.abs(output.prompt_logprobs.logprobs - hf).max() <= LIMIT
+
+
+def test_a_scoring_request_searches_and_reads_nothing(llm: Any, probe: Probe) -> None:
+    """On CUDA one look at which runner an engine has takes 10 ms, more than to score a prompt."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": list(window.ids[:40])} for window in probe.windows[:3]]
+
+    def score() -> None:
+        for output in llm.generate(prompts, SamplingParams(score_mode=True), use_tqdm=False):
+            assert len(output.prompt_logprobs.logprobs) == 39
+
+    def generate() -> None:
+        llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
+
+    score()  # an engine's first request looks at the engine
+    with dear_runner_property():
+        assert dear_calls(lambda: llm.llm_engine.vllm_config.use_v2_model_runner)
+        # vLLM binds arguments by `inspect` itself, a few times for each step.
+        assert dear_calls(score) <= dear_calls(generate)

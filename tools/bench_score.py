@@ -2,6 +2,10 @@
 
     python tools/bench_score.py --vocab 128256 --hidden 256 --layers 6 --prompts 3 --tokens 2047
     python tools/bench_score.py --shape 8b --scheme W4A16 --prompts 64 --tokens 2048
+    python tools/bench_score.py --shape smallest --dtype float32 --prompts 4096 --tokens 15 --skip hf
+
+The smallest shape shows what a request and a token cost besides the model: its own products take
+next to no time. "beyond" is a mode's time over that of prefill and of the head together.
 
 One run, interleaved, because machines are noisy: take the ratios, not the seconds. The floor is the
 operations that a mode cannot do without, at the rate of this machine's own matrix product. Modes:
@@ -14,6 +18,7 @@ operations that a mode cannot do without, at the rate of this machine's own matr
     hf             transformers with cross-entropy
     lm-eval        lm-evaluation-harness' vLLM backend, where lm_eval is installed
     product        the head's product alone, torch.mm in float32 over the same rows
+    head           score mode's own product and reduction alone over the same rows
 """
 
 import argparse
@@ -38,7 +43,7 @@ from quantgate.doctor import device_name
 from quantgate.engine import kernel_fingerprint, library_versions, running_engine
 
 Prompts = list[dict[str, list[int]]]
-# Models that people serve: Llama 3.1 8B and Qwen2.5 0.5B.
+# Models that people serve, Llama 3.1 8B and Qwen2.5 0.5B; and one that takes no time.
 SHAPES: dict[str, dict[str, int]] = {
     "8b": {
         "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "intermediate": 14336,
@@ -47,6 +52,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "0.5b": {
         "hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate": 4864,
         "vocab": 151936,
+    },
+    "smallest": {
+        "hidden": 64, "layers": 1, "heads": 1, "kv_heads": 1, "intermediate": 256, "vocab": 512,
     },
 }  # fmt: skip
 # compressed-tensors' presets, and the format that their linears are stored in.
@@ -206,6 +214,27 @@ def product_mode(arguments: argparse.Namespace) -> Callable[[], object]:
     return run
 
 
+def head_mode(arguments: argparse.Namespace, rows_a_step: int) -> Callable[[], object]:
+    """Return the scoring core alone on random rows, as many at a time as an engine's step has."""
+    import torch
+
+    from quantgate.scoremode.logprob import Head, score_rows
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, arguments.dtype)
+    weight = torch.randn(arguments.vocab, arguments.hidden, device=device, dtype=dtype)
+    hidden = torch.randn(rows_a_step, arguments.hidden, device=device, dtype=dtype)
+    targets = torch.zeros(rows_a_step, 1, dtype=torch.int64, device=device)
+    rows = arguments.prompts * arguments.tokens
+
+    @torch.inference_mode()
+    def run() -> None:
+        for start in range(0, rows, rows_a_step):
+            score_rows(Head(weight), hidden[: rows - start], targets[: rows - start])
+
+    return run
+
+
 def floors(arguments: argparse.Namespace) -> dict[str, float]:
     """Return the seconds that "prefill" and everything else cannot do without.
 
@@ -289,10 +318,14 @@ def measure(modes: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
 
 
 def show(
-    figures: dict[str, list[list[float]]], tokens: int, floor: dict[str, float]
+    figures: dict[str, list[list[float]]], prompts: int, tokens: int, floor: dict[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Print the table and return it: medians over the rounds, ratios round by round."""
-    table = Table("mode", "tokens/s", "score's time over it", "floor's part", "peak above, MiB")
+    """Print the table and return it: medians over the rounds, ratios and differences by round."""
+    table = Table(
+        "mode", "tokens/s", "score's time over it", "floor's part", "peak above, MiB",
+        "beyond, µs a request", "beyond, µs a token",
+    )  # fmt: skip
+    needed = [figures[name] for name in ("prefill", "head") if name in figures]
     summary = {}
     for name, rounds in figures.items():
         seconds = [figure[0] for figure in rounds]
@@ -303,6 +336,11 @@ def show(
             "share_of_floor": floor.get(name, floor["score"]) / statistics.median(seconds),
             "peak_mib": max(figure[1] for figure in rounds),
         }
+        if len(needed) == 2 and name not in ("prefill", "head", "product"):
+            over = [
+                t[0] - sum(x[0] for x in others) for t, *others in zip(rounds, *needed, strict=True)
+            ]
+            summary[name]["beyond_s"] = statistics.median(over)
         row = summary[name]
         table.add_row(
             name,
@@ -310,9 +348,14 @@ def show(
             f"{row['score_time_ratio']:.3f}",
             "" if name == "product" else f"{row['share_of_floor']:.2f}",
             f"{row['peak_mib']:,.0f}",
+            *_each(row.get("beyond_s"), prompts, tokens),
         )
     Console().print(table)
     return summary
+
+
+def _each(beyond: float | None, *counts: int) -> list[str]:
+    return [f"{beyond / count * 1e6:,.3f}" for count in counts] if beyond is not None else []
 
 
 def main() -> int:
@@ -340,17 +383,22 @@ def main() -> int:
             load_format="dummy",
             enable_prefix_caching=False,
         ) as llm:
-            modes = vllm_modes(llm, prompts)
-            modes["hf"] = hf_mode(directory, prompts, arguments.dtype)
-            if (lm_eval := lm_eval_mode(llm, prompts)) is not None:
-                modes["lm-eval"] = lm_eval
-            modes["product"] = product_mode(arguments)
-            chosen = {name: run for name, run in modes.items() if name not in arguments.skip}
+            step = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+            others: dict[str, Callable[[], Callable[[], object] | None]] = {
+                "hf": lambda: hf_mode(directory, prompts, arguments.dtype),
+                "lm-eval": lambda: lm_eval_mode(llm, prompts),
+                "product": lambda: product_mode(arguments),
+                "head": lambda: head_mode(arguments, step),
+            }
+            # What is left out is not made: transformers' model alone takes as much as the engine.
+            made = {name: make() for name, make in others.items() if name not in arguments.skip}
+            modes = vllm_modes(llm, prompts) | made
+            chosen = {n: run for n, run in modes.items() if run and n not in arguments.skip}
             figures = measure(chosen, arguments.rounds)
             kernels, emulated = kernel_fingerprint(llm)
             runner = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
     floor = floors(arguments)
-    summary = show(figures, arguments.prompts * arguments.tokens, floor)
+    summary = show(figures, arguments.prompts, arguments.prompts * arguments.tokens, floor)
     if arguments.json:
         shape = {k: v for k, v in vars(arguments).items() if k != "json"}
         content = {

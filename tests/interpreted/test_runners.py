@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import dear_calls, dear_runner_property
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -126,3 +127,20 @@ def test_the_benchmarks_native_mode_gives_what_score_mode_does(
     for native, ours in zip(modes["native"](), modes["score"](), strict=True):
         rows = np.asarray(native.prompt_token_id_logprobs)
         np.testing.assert_allclose(rows[:, 0], ours.prompt_logprobs.logprobs, atol=LIMIT)
+
+
+def test_a_scoring_request_searches_and_reads_nothing(llm: Any, large_probe: Probe) -> None:
+    """Where it enters the engine: the interpreter, which scores, inspects what it runs."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": list(large_probe.windows[0].ids[:40])}
+
+    def add(name: str) -> None:
+        llm.llm_engine.add_request(name, prompt, SamplingParams(score_mode=True))
+
+    add("first")
+    with dear_runner_property():
+        assert dear_calls(lambda: llm.llm_engine.vllm_config.use_v2_model_runner)
+        assert not dear_calls(lambda: add("second"))
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()

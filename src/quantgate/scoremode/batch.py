@@ -92,7 +92,7 @@ def score_step(
         for name in finished:
             del in_progress[name]
         return dict.fromkeys(finished, _refused(str(refusal)))
-    return {name: _tensors(in_progress.pop(name), hidden_states) for name in finished}
+    return _answers({name: in_progress.pop(name) for name in finished}, hidden_states.shape[1])
 
 
 def _score_chunks(
@@ -109,7 +109,7 @@ def _score_chunks(
     hidden = _rows(hidden_states, chunks)
     head, rows = find_head(compute_logits, hidden)
     targets = _padded([_targets(in_progress[c.request_id].request, c) for c in chunks])
-    scores = score_rows(head, rows, torch.from_numpy(targets).to(rows.device, non_blocking=True))
+    scores = score_rows(head, rows, _uploaded(targets, rows.device))
     top1 = scores.top1.int()
     values = torch.cat([scores.top1_logprob.unsqueeze(1), scores.logprob], dim=1)
     offset = 0
@@ -124,50 +124,101 @@ def _score_chunks(
         offset += chunk.rows
 
 
-def _rows(hidden_states: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
-    """Return the chunks' rows; without a copy where they are one range, as with one request."""
+def _uploaded(targets: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """Return targets on the device; from pinned memory, since the host would wait for any other."""
     import torch
 
-    if len(chunks) == 1:
-        return hidden_states[chunks[0].batch_row : chunks[0].batch_row + chunks[0].rows]
-    return torch.cat([hidden_states[c.batch_row : c.batch_row + c.rows] for c in chunks])
+    on_host = torch.from_numpy(targets)
+    if device.type != "cuda":
+        return on_host.to(device)
+    return on_host.pin_memory().to(device, non_blocking=True)
 
 
-def _targets(request: ScoreRequest, chunk: Chunk) -> np.ndarray[Any, np.dtype[np.int64]]:
-    targets = request.targets[chunk.first : chunk.first + chunk.rows]
-    return targets.astype(np.int64).reshape(chunk.rows, -1)
+def _rows(hidden_states: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+    """Return the chunks' rows; without a copy where one begins where the one before ends."""
+    import torch
+
+    ranges: list[list[int]] = []
+    for chunk in chunks:
+        end = chunk.batch_row + chunk.rows
+        if ranges and ranges[-1][1] == chunk.batch_row:
+            ranges[-1][1] = end
+        else:
+            ranges.append([chunk.batch_row, end])
+    parts = [hidden_states[start:end] for start, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _targets(request: ScoreRequest, chunk: Chunk) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return request.targets[chunk.first : chunk.first + chunk.rows].reshape(chunk.rows, -1)
 
 
 def _padded(blocks: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Stack [rows, k] blocks of different k, padded with a target that matches no token."""
     width = max(block.shape[1] for block in blocks)
-    return np.concatenate(
-        [np.pad(b, ((0, 0), (0, width - b.shape[1])), constant_values=PAD) for b in blocks]
-    )
+    padded = np.full((sum(map(len, blocks)), width), PAD, np.int64)
+    if all(block.shape[1] == width for block in blocks):
+        return np.concatenate(blocks, out=padded)
+    row = 0
+    for block in blocks:
+        padded[row : row + len(block), : block.shape[1]] = block
+        row += len(block)
+    return padded
 
 
-def _tensors(finished: InProgress, hidden_states: torch.Tensor) -> Any:
-    """Pack a request's scores into vLLM's container, which scheduler and sockets carry as it is.
+def _answers(finished: dict[str, InProgress], hidden_size: int) -> dict[str, Any]:
+    """Return each request's scores on the host, or the sentence that refuses it.
 
-    `logprob_token_ids` [rows, 1] holds the most probable tokens, `logprobs` the values of `Part`.
-    There are no ranks, which would cost a pass over the vocabulary.
+    Requests whose values are equally wide share one transfer, which has not ended when this
+    returns; three for each request would take longer than to score it.
     """
     import torch
+
+    answers: dict[str, Any] = {}
+    by_width: dict[int, list[str]] = {}
+    for name, one in finished.items():
+        if (rows := sum(len(part.top1) for part in one.parts)) != one.request.rows:
+            answers[name] = _refused(
+                f"score mode got {rows} of the {one.request.rows} rows to score: vLLM took the "
+                "others from a cache beyond score_start, as a KV connector does; score from row 0.",
+            )
+        elif one.parts:
+            by_width.setdefault(one.parts[0].values.shape[1], []).append(name)
+        else:  # a prompt of one token, or one scored from its last row on
+            answers[name] = _no_scores(one.request, hidden_size)
+    for names in by_width.values():
+        parts = [part for name in names for part in finished[name].parts]
+        rows_of = [finished[name].request.rows for name in names]
+        top1 = torch.split(_on_host([part.top1 for part in parts]), rows_of)
+        values = torch.split(_on_host([part.values for part in parts]), rows_of)
+        answers |= zip(names, map(_tensors, top1, values), strict=True)
+    return answers
+
+
+def _on_host(parts: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.to("cpu", non_blocking=True)
+
+
+def _no_scores(request: ScoreRequest, hidden_size: int) -> Any:
+    import torch
+
+    width = 1 + request.columns + (hidden_size if request.hidden_states else 0)
+    return _tensors(torch.empty(0, dtype=torch.int32), torch.empty(0, width))
+
+
+def _tensors(top1: torch.Tensor, values: torch.Tensor) -> Any:
+    """Pack scores into vLLM's container, which scheduler and sockets carry as it is.
+
+    `logprob_token_ids` [rows, 1] holds the most probable tokens, which stand for the ranks too:
+    those would cost a pass over the vocabulary, and nobody reads them. `logprobs` holds the values
+    of `Part`.
+    """
     from vllm.v1.outputs import LogprobsTensors
 
-    request, parts = finished.request, finished.parts
-    if (rows := sum(len(part.top1) for part in parts)) != request.rows:
-        return _refused(
-            f"score mode got {rows} of the {request.rows} rows to score: vLLM took the others from "
-            "a cache beyond score_start, as a KV connector does; score from row 0.",
-        )
-    if parts:
-        top1 = torch.cat([part.top1 for part in parts])
-        values = torch.cat([part.values for part in parts])
-    else:  # a prompt of one token, or one scored from its last row on
-        top1 = hidden_states.new_empty(0, dtype=torch.int32)
-        values = hidden_states.new_empty(0, 1 + request.columns, dtype=torch.float32)
-    return LogprobsTensors(top1.unsqueeze(1), values, top1.new_zeros(len(top1)))
+    return LogprobsTensors(top1.unsqueeze(1), values, top1)
 
 
 def _refused(reason: str) -> Any:

@@ -1,10 +1,14 @@
 """Where requests enter the engine: attach to each scoring request what it asks for."""
 
+import copy
 import functools
 from typing import Any
 
 from quantgate.scoremode.hooks import hook, require_hooks
 from quantgate.scoremode.request import SCORE_KEY, TARGETS, make_score_request
+
+# Set on an input processor whose engine has all hooks.
+CHECKED = "_quantgate_checked"
 
 
 @hook("vllm.renderers.base", "BaseRenderer._process_tokens")
@@ -43,7 +47,7 @@ def process_inputs(
         if isinstance(prompt, dict) and prompt.get(TARGETS) is not None:
             raise _bad_request(f"{TARGETS} needs SamplingParams(score_mode=True).")
         return stock(request_id, prompt, params, supported_tasks, *args, **kwargs)
-    require_hooks(processor.vllm_config)
+    _require_hooks_once(processor)
     try:
         prompt, params = _scoring_inputs(
             processor, prompt, params, supported_tasks, kwargs.get("tokenization_kwargs")
@@ -51,6 +55,16 @@ def process_inputs(
     except ValueError as error:
         raise _bad_request(str(error)) from None
     return stock(request_id, prompt, params, supported_tasks, *args, **kwargs)
+
+
+def _require_hooks_once(processor: Any) -> None:
+    """Refuse an engine that lacks hooks; look at one that has them once, not at every request.
+
+    Which model runner it has is a property that on CUDA searches all that is installed, for 10 ms.
+    """
+    if CHECKED not in vars(processor):
+        require_hooks(processor.vllm_config)
+        setattr(processor, CHECKED, True)
 
 
 def _scoring_inputs(
@@ -69,7 +83,11 @@ def _scoring_inputs(
             f"prompt_token_ids has {len(ids)} tokens, but max_model_len is "
             f"{model_config.max_model_len}."
         )
-    params = params.clone()
+    params = copy.copy(params)
+    # vLLM clones what it is given, deeply unless it is told that nobody else has it. All that it
+    # writes to is the set, so that the caller's parameters stay as they are.
+    params.skip_clone = True
+    params._all_stop_token_ids = set(params._all_stop_token_ids)
     extra = dict(params.extra_args)
     request = make_score_request(
         ids,

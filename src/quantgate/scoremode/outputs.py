@@ -185,9 +185,8 @@ def new_request_state(
 ) -> Any:
     """Give a scoring request's whole prompt back."""
     state = stock(tokenizer, request, *args, **kwargs)
-    if is_score_request(request.sampling_params):
-        asked = ScoreRequest.from_params(request.sampling_params)
-        state.prompt_token_ids = _whole_prompt(asked, request)
+    if (scores := getattr(state.logprobs_processor, "quantgate_scores", None)) is not None:
+        state.prompt_token_ids = scores.prompt_token_ids
     return state
 
 

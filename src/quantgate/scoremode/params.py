@@ -4,7 +4,7 @@ from types import ModuleType
 from typing import Any
 
 from quantgate.scoremode.hooks import HTTP, hook, refuse_if_off
-from quantgate.scoremode.request import SCORE_KEY, TARGETS
+from quantgate.scoremode.request import SCORE_KEY, TARGETS, is_score_request
 
 NO_BEAM_SEARCH = "score_mode must be left out with beam search, which generates; got True."
 FIELDS = ("score_mode", "score_start", "score_hidden_states")
@@ -36,9 +36,9 @@ def patch_sampling_params(module: ModuleType) -> None:
 
         def __post_init__(self) -> None:
             _read_request_arguments(self)
-            if self.score_mode:
+            if self.score_mode and not is_score_request(self):  # else copied, or received
                 _prepare_for_scoring(self)
-            elif self.max_tokens == 0:
+            elif not self.score_mode and self.max_tokens == 0:
                 raise ValueError("max_tokens=0 is allowed with score_mode=True only, got 0.")
             super().__post_init__()
 

@@ -42,8 +42,9 @@ def get_computed_blocks(
     can resume from. `max_cache_hit_length` is there from vLLM 0.33.0 on.
     """
     limit = max_cache_hit_length
-    if is_score_request(getattr(request, "sampling_params", None)):
-        start = ScoreRequest.from_params(request.sampling_params).start
+    params = getattr(request, "sampling_params", None)
+    # One that scores from row 0 on does not read the cache at all: `params` sees to it.
+    if is_score_request(params) and (start := ScoreRequest.from_params(params).start):
         request = _ReadUpTo(request, start)
         limit = None if limit is None else min(limit, start)
     given = () if limit is None and not args else (limit, *args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,9 @@ PAD = -1
 
 def is_score_request(sampling_params: Any) -> bool:
     """Whether a vLLM `SamplingParams` (or None, for pooling requests) asks for score mode."""
-    wire = (getattr(sampling_params, "extra_args", None) or {}).get(SCORE_KEY)
+    extra = getattr(sampling_params, "extra_args", None)
     # A client may put anything there over HTTP, but JSON has no bytes.
-    return isinstance(wire, dict) and isinstance(wire.get("targets"), bytes)
+    return extra is not None and isinstance(extra.get(SCORE_KEY), bytes)
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,32 @@ class ScoreRequest:
         """How many targets a row has, with padding."""
         return 1 if self.targets.ndim == 1 else self.targets.shape[1]
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return what msgpack carries, without a Python object per token."""
-        return {
-            "targets": np.ascontiguousarray(self.targets, "<i4").tobytes(),
-            "k": self.targets.shape[1] if self.targets.ndim == 2 else 0,
-            "start": self.start,
-            "last_token": self.last_token,
-            "hidden_states": self.hidden_states,
-            "top1": self.top1,
-            "as_list": self.as_list,
-        }
+    def to_wire(self) -> bytes:
+        """Return a header and the targets, in one value: it is copied and carried as it is."""
+        k = self.targets.shape[1] if self.targets.ndim == 2 else 0
+        flags = self.hidden_states | self.top1 << 1 | self.as_list << 2
+        last_token = PAD if self.last_token is None else self.last_token
+        targets = np.ascontiguousarray(self.targets, "<i4")
+        return _HEADER.pack(k, self.start, last_token, flags) + targets.tobytes()
 
     @classmethod
     def from_params(cls, sampling_params: Any) -> ScoreRequest:
         """Read the request back from a `SamplingParams` that carries one."""
         wire = sampling_params.extra_args[SCORE_KEY]
-        fields = dict(wire)
-        targets, k = np.frombuffer(fields.pop("targets"), "<i4"), fields.pop("k")
-        return cls(targets.reshape(-1, k) if k else targets, **fields)
+        k, start, last_token, flags = _HEADER.unpack_from(wire)
+        targets = np.frombuffer(wire, "<i4", offset=_HEADER.size)
+        return cls(
+            targets.reshape(-1, k) if k else targets,
+            start,
+            None if last_token == PAD else last_token,
+            hidden_states=bool(flags & 1),
+            top1=bool(flags & 2),
+            as_list=bool(flags & 4),
+        )
+
+
+# The columns of the targets (0 for targets of one dimension), `start`, `last_token` and flags.
+_HEADER = struct.Struct("<4i")
 
 
 def make_score_request(
@@ -85,7 +93,7 @@ def make_score_request(
     Without `target_token_ids` every row is asked for the token that follows it. `wishes` are the
     flags of `ScoreRequest`.
     """
-    prompt = np.asarray(prompt_token_ids, np.int32)
+    prompt = _int32(prompt_token_ids)
     if not len(prompt):
         raise ValueError("prompt_token_ids must not be empty with score_mode=True, got [].")
     rows = len(prompt) - 1 - start
@@ -100,6 +108,14 @@ def make_score_request(
         targets = _checked_targets(target_token_ids, rows, len(prompt), start, vocab_size)
     last_token = int(prompt[-1]) if len(prompt) > 1 else None
     return ScoreRequest(targets, start, last_token, **wishes)
+
+
+def _int32(ids: Sequence[int]) -> NDArray[np.int32]:
+    """Convert a list of token ids, which `struct` does four times as fast as NumPy."""
+    try:
+        return np.frombuffer(struct.pack(f"={len(ids)}i", *ids), np.int32)
+    except struct.error as error:
+        raise ValueError(f"prompt_token_ids must be integers of 32 bits ({error}).") from None
 
 
 def _checked_targets(

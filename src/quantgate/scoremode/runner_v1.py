@@ -34,8 +34,8 @@ def get_prompt_logprobs(
     results = stock(hidden_states, num_scheduled_tokens, *args, **kwargs)
     if scoring:
         scores = _score(runner, hidden_states, list(scoring), num_scheduled_tokens)
-        results |= {name: tensors.to_cpu_nonblocking() for name, tensors in scores.items()}
         runner._sync_device()
+        results |= scores
         wanted.update({name: k for name, k in scoring.items() if name not in results})
     return results
 

@@ -2,10 +2,11 @@
 
     python tools/bench_score.py --vocab 128256 --hidden 256 --layers 6 --prompts 3 --tokens 2047
     python tools/bench_score.py --shape 8b --scheme W4A16 --prompts 64 --tokens 2048
-    python tools/bench_score.py --shape smallest --dtype float32 --prompts 4096 --tokens 15 --skip hf
+    python tools/bench_score.py --shape smallest --prompts 4096 --tokens 15 --skip hf
 
 The smallest shape shows what a request and a token cost besides the model: its own products take
-next to no time. "beyond" is a mode's time over that of prefill and of the head together.
+next to no time. What score mode takes beyond prefill and the head is printed below the table, and
+beside it what its hooks take, without vLLM's own methods and the scoring core.
 
 One run, interleaved, because machines are noisy: take the ratios, not the seconds. The floor is the
 operations that a mode cannot do without, at the rate of this machine's own matrix product. Modes:
@@ -22,6 +23,7 @@ operations that a mode cannot do without, at the rate of this machine's own matr
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ from quantgate.atomic import write_atomically
 from quantgate.checkpoint import EngineSettings
 from quantgate.doctor import device_name
 from quantgate.engine import kernel_fingerprint, library_versions, running_engine
+from quantgate.scoremode import logprob
+from quantgate.scoremode.hooks import HOOKS
 
 Prompts = list[dict[str, list[int]]]
 # Models that people serve, Llama 3.1 8B and Qwen2.5 0.5B; and one that takes no time.
@@ -305,6 +310,53 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+class HookTime:
+    """The seconds that score mode's hooks took: without vLLM's own methods and the scoring core.
+
+    To be made before vLLM is imported, which is when the hooks are installed.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.counting = False
+        for index, declared in enumerate(HOOKS):
+            if not declared.is_async:
+                HOOKS[index] = replace(declared, replacement=self._timed(declared.replacement))
+        logprob.score_rows = self._left_out(logprob.score_rows)
+
+    def of(self, run: Callable[[], object]) -> float:
+        """Return the seconds that hooks take in a run, which takes a little longer for that."""
+        self.seconds, self.counting = 0.0, True
+        try:
+            run()
+        finally:
+            self.counting = False
+        return self.seconds
+
+    def _timed(self, replacement: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(replacement)
+        def timed(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not self.counting:
+                return replacement(stock, *args, **kwargs)
+            started = time.perf_counter()
+            answer = replacement(self._left_out(stock), *args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            return answer
+
+        return timed
+
+    def _left_out(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def left_out(*args: Any, **kwargs: Any) -> Any:
+            if not self.counting:
+                return function(*args, **kwargs)
+            started = time.perf_counter()
+            answer = function(*args, **kwargs)
+            self.seconds -= time.perf_counter() - started
+            return answer
+
+        return left_out
+
+
 def measure(modes: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[list[float]]]:
     """Run the modes in turn: one round to warm up, then the counted ones. [seconds, MiB] each."""
     figures: dict[str, list[list[float]]] = {name: [] for name in modes}
@@ -317,15 +369,24 @@ def measure(modes: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     return figures
 
 
+def costs(
+    modes: dict[str, Callable[[], object]], figures: dict[str, list[list[float]]], hooks: HookTime
+) -> dict[str, float]:
+    """Return the seconds that score mode takes beyond prefill: medians over the rounds.
+
+    `beyond_s` all of them but those of the head alone, `hooks_s` those in its own code.
+    """
+    rounds = zip(*(figures[name] for name in ("score", "prefill", "head")), strict=True)
+    beyond = [score[0] - prefill[0] - head[0] for score, prefill, head in rounds]
+    own = [hooks.of(modes["score"]) - hooks.of(modes["prefill"]) for _ in beyond]
+    return {"beyond_s": statistics.median(beyond), "hooks_s": statistics.median(own)}
+
+
 def show(
-    figures: dict[str, list[list[float]]], prompts: int, tokens: int, floor: dict[str, float]
+    figures: dict[str, list[list[float]]], tokens: int, floor: dict[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Print the table and return it: medians over the rounds, ratios and differences by round."""
-    table = Table(
-        "mode", "tokens/s", "score's time over it", "floor's part", "peak above, MiB",
-        "beyond, µs a request", "beyond, µs a token",
-    )  # fmt: skip
-    needed = [figures[name] for name in ("prefill", "head") if name in figures]
+    """Print the table and return it: medians over the rounds, ratios round by round."""
+    table = Table("mode", "tokens/s", "score's time over it", "floor's part", "peak above, MiB")
     summary = {}
     for name, rounds in figures.items():
         seconds = [figure[0] for figure in rounds]
@@ -336,31 +397,29 @@ def show(
             "share_of_floor": floor.get(name, floor["score"]) / statistics.median(seconds),
             "peak_mib": max(figure[1] for figure in rounds),
         }
-        if len(needed) == 2 and name not in ("prefill", "head", "product"):
-            over = [
-                t[0] - sum(x[0] for x in others) for t, *others in zip(rounds, *needed, strict=True)
-            ]
-            summary[name]["beyond_s"] = statistics.median(over)
         row = summary[name]
         table.add_row(
             name,
             f"{row['tokens_per_s']:,.0f}",
             f"{row['score_time_ratio']:.3f}",
-            "" if name == "product" else f"{row['share_of_floor']:.2f}",
+            "" if name in ("product", "head") else f"{row['share_of_floor']:.2f}",
             f"{row['peak_mib']:,.0f}",
-            *_each(row.get("beyond_s"), prompts, tokens),
         )
     Console().print(table)
     return summary
 
 
-def _each(beyond: float | None, *counts: int) -> list[str]:
-    return [f"{beyond / count * 1e6:,.3f}" for count in counts] if beyond is not None else []
+def say_costs(found: dict[str, float], prompts: int, tokens: int) -> None:
+    """Print what a request and a token cost beyond prefill."""
+    for what, name in (("beyond prefill and the head", "beyond_s"), ("in its hooks", "hooks_s")):
+        request, token = (found[name] / count * 1e6 for count in (prompts, tokens))
+        print(f"score mode {what}: {request / 1000:,.4f} ms a request, {token:,.3f} µs a token")
 
 
 def main() -> int:
     """Run the benchmark."""
     arguments = parse_arguments()
+    hooks = HookTime()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker's memory is then our own
     generator = np.random.default_rng(0)
     length = arguments.tokens + 1
@@ -395,10 +454,15 @@ def main() -> int:
             modes = vllm_modes(llm, prompts) | made
             chosen = {n: run for n, run in modes.items() if run and n not in arguments.skip}
             figures = measure(chosen, arguments.rounds)
+            needed = {"score", "prefill", "head"} <= figures.keys()
+            found = costs(chosen, figures, hooks) if needed else {}
             kernels, emulated = kernel_fingerprint(llm)
             runner = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
     floor = floors(arguments)
-    summary = show(figures, arguments.prompts, arguments.prompts * arguments.tokens, floor)
+    tokens = arguments.prompts * arguments.tokens
+    summary = show(figures, tokens, floor)
+    if found:
+        say_costs(found, arguments.prompts, tokens)
     if arguments.json:
         shape = {k: v for k, v in vars(arguments).items() if k != "json"}
         content = {
@@ -409,6 +473,7 @@ def main() -> int:
             "kernels": kernels,
             "emulated": list(emulated),
             "floor_s": floor,
+            "costs": found,
             "modes": summary,
         }
         write_atomically(arguments.json, json.dumps(content, indent=2) + "\n")

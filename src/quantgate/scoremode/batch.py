@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,8 @@ class InProgress:
 
     request: ScoreRequest
     parts: list[Part] = field(default_factory=list)
+    rows: int = 0
+    """How many rows the parts have together."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def score_step(
     """
     from quantgate.scoremode.head import HeadRefused
 
-    scored = [chunk for chunk in chunks if chunk.rows]
+    # In the order of their rows: they are then one range of the step, which need not be copied.
+    scored = sorted((chunk for chunk in chunks if chunk.rows), key=lambda chunk: chunk.batch_row)
     finished = [chunk.request_id for chunk in chunks if chunk.last]
     try:
         if scored:
@@ -117,10 +121,12 @@ def _score_chunks(
         mine, own = in_progress[chunk.request_id], slice(offset, offset + chunk.rows)
         if chunk.first == 0:  # for the first time, or again after a preemption
             mine.parts.clear()
+            mine.rows = 0
         part = values[own, : 1 + mine.request.columns]
         if mine.request.hidden_states:
             part = torch.cat([part, hidden[own].float()], dim=1)
         mine.parts.append(Part(top1[own], part))
+        mine.rows += chunk.rows
         offset += chunk.rows
 
 
@@ -156,9 +162,9 @@ def _targets(request: ScoreRequest, chunk: Chunk) -> np.ndarray[Any, np.dtype[np
 def _padded(blocks: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Stack [rows, k] blocks of different k, padded with a target that matches no token."""
     width = max(block.shape[1] for block in blocks)
-    padded = np.full((sum(map(len, blocks)), width), PAD, np.int64)
     if all(block.shape[1] == width for block in blocks):
-        return np.concatenate(blocks, out=padded)
+        return np.concatenate(blocks, dtype=np.int64)
+    padded = np.full((sum(map(len, blocks)), width), PAD, np.int64)
     row = 0
     for block in blocks:
         padded[row : row + len(block), : block.shape[1]] = block
@@ -173,13 +179,14 @@ def _answers(finished: dict[str, InProgress], hidden_size: int) -> dict[str, Any
     returns; three for each request would take longer than to score it.
     """
     import torch
+    from vllm.v1.outputs import LogprobsTensors
 
     answers: dict[str, Any] = {}
     by_width: dict[int, list[str]] = {}
     for name, one in finished.items():
-        if (rows := sum(len(part.top1) for part in one.parts)) != one.request.rows:
+        if one.rows != one.request.rows:
             answers[name] = _refused(
-                f"score mode got {rows} of the {one.request.rows} rows to score: vLLM took the "
+                f"score mode got {one.rows} of the {one.request.rows} rows to score: vLLM took the "
                 "others from a cache beyond score_start, as a KV connector does; score from row 0.",
             )
         elif one.parts:
@@ -189,9 +196,10 @@ def _answers(finished: dict[str, InProgress], hidden_size: int) -> dict[str, Any
     for names in by_width.values():
         parts = [part for name in names for part in finished[name].parts]
         rows_of = [finished[name].request.rows for name in names]
-        top1 = torch.split(_on_host([part.top1 for part in parts]), rows_of)
-        values = torch.split(_on_host([part.values for part in parts]), rows_of)
-        answers |= zip(names, map(_tensors, top1, values), strict=True)
+        top1 = _on_host([part.top1 for part in parts])
+        values = _on_host([part.values for part in parts])
+        tensors = zip(*(torch.split(x, rows_of) for x in _columns(top1, values)), strict=True)
+        answers |= zip(names, starmap(LogprobsTensors, tensors), strict=True)
     return answers
 
 
@@ -204,21 +212,19 @@ def _on_host(parts: list[torch.Tensor]) -> torch.Tensor:
 
 def _no_scores(request: ScoreRequest, hidden_size: int) -> Any:
     import torch
-
-    width = 1 + request.columns + (hidden_size if request.hidden_states else 0)
-    return _tensors(torch.empty(0, dtype=torch.int32), torch.empty(0, width))
-
-
-def _tensors(top1: torch.Tensor, values: torch.Tensor) -> Any:
-    """Pack scores into vLLM's container, which scheduler and sockets carry as it is.
-
-    `logprob_token_ids` [rows, 1] holds the most probable tokens, which stand for the ranks too:
-    those would cost a pass over the vocabulary, and nobody reads them. `logprobs` holds the values
-    of `Part`.
-    """
     from vllm.v1.outputs import LogprobsTensors
 
-    return LogprobsTensors(top1.unsqueeze(1), values, top1)
+    width = 1 + request.columns + (hidden_size if request.hidden_states else 0)
+    return LogprobsTensors(*_columns(torch.empty(0, dtype=torch.int32), torch.empty(0, width)))
+
+
+def _columns(top1: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what vLLM's container holds, which scheduler and sockets carry as it is.
+
+    `logprob_token_ids` [rows, 1], the most probable tokens; `logprobs`, the values of `Part`; and
+    the tokens again for the ranks, which nobody reads: they would cost a pass over the vocabulary.
+    """
+    return top1.unsqueeze(1), values, top1
 
 
 def _refused(reason: str) -> Any:

@@ -63,11 +63,12 @@ class PromptScores(Sequence[Row | None]):
                 f"{end} values were asked for, and {list(values.shape)} came back."
             )
             return
-        self.logprobs = np.array(values[:, 1:end], np.float32).reshape(self.token_ids.shape)
+        values = np.array(values, np.float32)  # the worker's belong to a whole step
+        self.logprobs = values[:, 1:end].reshape(self.token_ids.shape)
         self.top1 = np.array(tensors.logprob_token_ids[:, 0].numpy(), np.int32)
-        self.top1_logprobs = np.array(values[:, 0], np.float32)
+        self.top1_logprobs = values[:, 0]
         if self._request.hidden_states:
-            self.hidden_states = np.array(values[:, end:], np.float32)
+            self.hidden_states = values[:, end:]
 
     def _expects(self, rows: int, columns: int) -> bool:
         states = columns - 1 - self._request.columns

@@ -208,3 +208,11 @@ def test_only_what_is_read_is_fetched(
     with zipfile.ZipFile(tool("vllm_sources")._open_url(url)) as archive:
         assert archive.read("vllm/logprobs.py").startswith(b"class Logprob")
     assert (sum(sent) < 1_500_000) == ranges
+
+
+def test_a_kernel_that_has_no_rule_is_named(check: Any, installed: Any) -> None:
+    assert check.without_rule(installed) == []
+    file = "vllm/model_executor/kernels/linear/__init__.py"
+    newer = altered(check, installed, file, "        MacheteLinearKernel,", "        Turbo,")
+    assert check.without_rule(newer) == ["Turbo"]
+    assert "  Turbo: no rule in quantgate/formats/kernels.py" in check.problems(newer)

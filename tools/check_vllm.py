@@ -27,11 +27,14 @@ from vllm_sources import (
 )
 
 from quantgate import vllm_plugin
+from quantgate.formats.kernels import RULES
 from quantgate.report.markdown import markdown_table
 from quantgate.scoremode.hooks import HOOKS, Hook, misfit, vllm_version
 
 SOURCE = Path(vllm_plugin.__file__).parent
 COMMAND = "python tools/check_vllm.py"
+KERNELS = "vllm.model_executor.kernels.linear"
+RULES_IN = "quantgate/formats/kernels.py"
 
 # What hooks read besides their arguments, by module and class.
 ATTRIBUTES = {
@@ -204,13 +207,33 @@ def _cell(items: Sequence[Touched], now: Sequence[Answer], before: Sequence[Answ
     return "; ".join(["✓", *notes])
 
 
+def without_rule(sources: Sources) -> list[str]:
+    """Return the kernels of linears that a version may choose and the reference has no rule for."""
+    tree = sources.tree(KERNELS)
+    choices = [
+        (ast.unparse(key), kernels)
+        for node in (tree.body if tree else [])
+        if isinstance(node, ast.AnnAssign) and "_POSSIBLE_" in ast.unparse(node.target)
+        if isinstance(node.value, ast.Dict)
+        for key, kernels in zip(node.value.keys, node.value.values, strict=True)
+        if key is not None and isinstance(kernels, ast.List)
+    ]
+    names = {
+        ast.unparse(kernel)
+        for platform, kernels in choices
+        if platform.endswith((".CUDA", ".CPU"))
+        for kernel in kernels.elts
+    }
+    return sorted(names - RULES.keys())
+
+
 def problems(sources: Sources) -> list[str]:
     """Return a line for each thing that a version lacks or has otherwise."""
     found = []
     for item in touched():
         if problem := look_up(sources, item).problem:
             found.append(f"  {item.hook or f'{item.module}.{item.name}'}: {problem}")
-    return found
+    return found + [f"  {name}: no rule in {RULES_IN}" for name in without_rule(sources)]
 
 
 def report(versions: Sequence[Sources]) -> str:

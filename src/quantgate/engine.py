@@ -58,6 +58,12 @@ DUMP = "vllm.logging_utils.dump_input"
 # parameters in bfloat16, 4 GiB for one of 70.
 REPLAY_TOKENS = 512
 
+# On CUDA vLLM serves float32 with Triton's attention, whose products are in TF32: up to 1e-2 nat
+# off on an H200, where flexible attention is within 6.2e-6 (docs/gpu.md). The variable keeps cuBLAS
+# and cuDNN from TF32, whatever a process was told otherwise.
+EXACT_ATTENTION = "FLEX_ATTENTION"
+WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+
 # vLLM's default on CPU is a part of all memory; `VLLM_CPU_KVCACHE_SPACE` still goes before it.
 CPU_KV_CACHE = 1 << 30
 
@@ -198,14 +204,14 @@ def running_engine(
         gc.collect()
         gc.freeze()
         atexit.register(gc.unfreeze)  # what is frozen at exit looks leaked to its libraries
-    # Two ranks on a machine without NUMA nodes: vLLM would bind both to the same processors.
-    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.tensor_parallel_size > 1 else {}
+    elif dtype == "float32":
+        arguments.setdefault("attention_backend", EXACT_ATTENTION)
     vllm = f"{directory}: vLLM {vllm_version()}"
     try:
         with (
             explained(f"{vllm} cannot load it in {dtype}"),
             _collection_suspended() if on_cpu else nullcontext(),
-            _environment(unbound),
+            _environment(_variables(settings, dtype, on_cpu=on_cpu)),
         ):
             llm = LLM(**arguments)
     except EngineFailure:
@@ -232,6 +238,15 @@ def running_engine(
             del llm
             cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _variables(settings: EngineSettings, dtype: str, *, on_cpu: bool) -> Mapping[str, str]:
+    """Return what else an engine is started with in the environment."""
+    if not on_cpu:
+        return WITHOUT_TF32 if dtype == "float32" else {}
+    # Two ranks on a machine without NUMA nodes: vLLM would bind both to the same processors.
+    several = settings.tensor_parallel_size > 1
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if several else {}
 
 
 def set_environment() -> None:

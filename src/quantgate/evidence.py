@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.divergence import Divergence
+from quantgate.formats.kernels import explained
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe, passage
 from quantgate.task import is_classifier
@@ -92,10 +93,14 @@ def divergence_by_group(found: Divergence, probe: Probe) -> dict[str, float]:
 
 
 def kernels_line(measured: Measurement) -> list[str]:
-    """Return a line that names the kernel of each kind of layer; none where none is known."""
+    """Return a line that names the kernel of each kind of layer; none where none is known.
+
+    And one for each kernel that does otherwise than its format says.
+    """
     kernels = measured.provenance.kernels
     listed = ", ".join(f"{kind} {name}" for kind, name in kernels.items())
-    return [f"kernels    {listed}"] if listed else []
+    said = [f"its rule   {sentence}" for sentence in explained(kernels.values())]
+    return [f"kernels    {listed}", *said] if listed else []
 
 
 def _column(index: int, probe: Probe) -> str:

@@ -20,7 +20,14 @@ from quantgate.checkpoint import BadInput, read_config
 from quantgate.engine import Announce, library_versions
 from quantgate.engine_failure import first_line
 from quantgate.formats.groups import Group, group_of
-from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
+from quantgate.formats.kernels import LinearRules
+from quantgate.formats.linear import (
+    FORMATS_RULES,
+    Dequantizer,
+    QuantizedLinear,
+    Quantizer,
+    read_linear,
+)
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import dequantize_weight
 from quantgate.heads import COLBERT, head_classes
@@ -53,13 +60,15 @@ def measure(
     announce: Announce,
     dequantizer: DequantizerName = "own",
     narrowing: Narrowing = "rounds",
+    rules: LinearRules = FORMATS_RULES,
 ) -> Measurement:
     """Score `probe` with HF modules in `dtype` over the checkpoint's dequantized weights.
 
     The head's product and the log-softmax are in float32, or in float64 where `dtype` is that.
-    `narrowing` is how rotations and attention come by bfloat16 (`builds.narrowing`).
+    `narrowing` is how rotations and attention come by bfloat16 (`builds.narrowing`), `rules` what
+    the engine's kernels make of linears.
     """
-    model = StreamedModel(directory, dtype, dequantizer, probe.task, narrowing)
+    model = StreamedModel(directory, dtype, dequantizer, probe.task, narrowing, rules)
     hidden = model.last_hidden(probe.windows, announce)
     announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
     provenance = Provenance("reference", "cpu", "cpu", dtype, versions=library_versions())
@@ -98,10 +107,12 @@ class StreamedModel:
         dequantizer: DequantizerName = "own",
         task: Task = GENERATE,
         narrowing: Narrowing = "rounds",
+        rules: LinearRules = FORMATS_RULES,
     ) -> None:
         import torch
 
         self.task = task
+        self.rules = rules
         self._truncates = narrowing == "truncates" and dtype == "bfloat16"
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._exact = torch.promote_types(self.dtype, torch.float32)
@@ -282,7 +293,7 @@ class StreamedModel:
             name = self._names[module]
             group = self._group_of(module, name)
             if group is not None:
-                linear = read_linear(self.stored, name, group, self._dequantize)
+                linear = read_linear(self.stored, name, group, self._dequantize, self.rules)
                 self._fill_linear(module, name, linear, observe)
                 continue
             for part, parameter in module.named_parameters(recurse=False):

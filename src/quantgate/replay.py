@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from quantgate.capture import Capture
 from quantgate.engine import Announce
 from quantgate.engine_failure import EngineFailure
+from quantgate.formats.kernels import LinearRules
+from quantgate.formats.linear import FORMATS_RULES
 from quantgate.probe import Probe
 from quantgate.reference import Product, StreamedModel
 from quantgate.task import GENERATE
@@ -53,11 +55,20 @@ class Replay:
 
 
 def replay(
-    directory: Path, probe: Probe, capture: Capture, *, announce: Announce, dtype: str = "float32"
+    directory: Path,
+    probe: Probe,
+    capture: Capture,
+    *,
+    announce: Announce,
+    dtype: str = "float32",
+    rules: LinearRules = FORMATS_RULES,
 ) -> Replay:
-    """Run the reference on a capture's windows, each linear on the engine's input."""
+    """Run the reference on a capture's windows, each linear on the engine's input.
+
+    `rules` are those of the kernels that served it.
+    """
     windows = tuple(probe.windows[index] for index in capture.windows)
-    model = StreamedModel(directory, dtype, task=probe.task)
+    model = StreamedModel(directory, dtype, task=probe.task, rules=rules)
     errors: dict[str, _Errors] = {}
 
     def observe(window: int, name: str, own: torch.Tensor, product: Product) -> torch.Tensor:

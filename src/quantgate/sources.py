@@ -21,6 +21,8 @@ from quantgate.capture import Capture
 from quantgate.checkpoint import Checkpoint, actual_scheme, identity, read_config
 from quantgate.divergence import Divergence, Side, divergence
 from quantgate.engine import Announce, library_versions
+from quantgate.formats.kernels import LinearRules, rules_of
+from quantgate.formats.linear import FORMATS_RULES
 from quantgate.measurement import Measurement, Provenance
 from quantgate.pooling import Steps, steps
 from quantgate.probe import Probe, probe_for
@@ -151,6 +153,7 @@ class Sources:
         source = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
         if narrowing == "truncates":
             source += ", which truncates"
+        rules = self._rules(checkpoint)
         found: Measurement = self._once(
             self._key(source, checkpoint, dtype),
             checkpoint,
@@ -161,6 +164,7 @@ class Sources:
                 announce=announce,
                 dequantizer=dequantizer,
                 narrowing=narrowing,
+                rules=rules,
             ),
             self._disk_key(
                 "reference",
@@ -169,9 +173,18 @@ class Sources:
                 self.probe_of(checkpoint),
                 dequantizer=dequantizer,
                 narrowing=narrowing,
+                rules={"kept": sorted(rules.kept), "fp8_products": rules.fp8_products},
             ),
         )
         return found
+
+    def _rules(self, checkpoint: Checkpoint) -> LinearRules:
+        """Return what the kernels make of a checkpoint that vLLM chose for it, in any dtype."""
+        if checkpoint.is_base or actual_scheme(checkpoint.directory) == UNQUANTIZED:
+            return FORMATS_RULES
+        own = (key for key in self._taken if key[0] == "vLLM" and key[2] == checkpoint.directory)
+        dtype = next((str(key[1]) for key in own), SERVING)
+        return rules_of(self.engine(checkpoint, dtype).provenance.kernels.values())
 
     def replay(self, checkpoint: Checkpoint, dtype: str) -> Replay:
         """Replay what the engine of `engine(checkpoint, dtype)` did to a few windows."""
@@ -183,7 +196,11 @@ class Sources:
             self._key("replay", checkpoint, dtype),
             checkpoint,
             lambda announce: replay(
-                checkpoint.directory, self.probe_of(checkpoint), capture, announce=announce
+                checkpoint.directory,
+                self.probe_of(checkpoint),
+                capture,
+                announce=announce,
+                rules=self._rules(checkpoint),
             ),
             None,
         )

@@ -56,8 +56,13 @@ def _int8(
 def fp8_per_token(x: torch.Tensor) -> torch.Tensor:
     """Dynamic FP8 (E4M3), a scale for each row: amax / 448, with a floor."""
     x = x.float()
-    scale = (x.abs().amax(dim=1, keepdim=True) / E4M3_HIGHEST).clamp(min=FP8_SMALLEST_SCALE)
+    scale = fp8_scale_per_token(x)
     return _e4m3(x * scale.reciprocal()) * scale
+
+
+def fp8_scale_per_token(x: torch.Tensor) -> torch.Tensor:
+    """Return the scales [rows, 1] of `fp8_per_token`."""
+    return (x.abs().amax(dim=1, keepdim=True) / E4M3_HIGHEST).clamp(min=FP8_SMALLEST_SCALE)
 
 
 def fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from quantgate.builds import int8_rule
 from quantgate.checkpoint import BadInput
 from quantgate.formats import activations
 from quantgate.formats.groups import Group, fused_with
+from quantgate.formats.kernels import LinearRules, family_of
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import Tensors
 from quantgate.scheme import is_mx
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 Dequantizer = Callable[[Tensors, Group], "torch.Tensor"]
 Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+# Of kernels that do what the format says.
+FORMATS_RULES = LinearRules()
 
 
 @dataclass(frozen=True)
@@ -38,28 +43,56 @@ class QuantizedLinear:
 
 
 def read_linear(
-    stored: StoredTensors, name: str, group: Group, dequantize: Dequantizer
+    stored: StoredTensors,
+    name: str,
+    group: Group,
+    dequantize: Dequantizer,
+    rules: LinearRules = FORMATS_RULES,
 ) -> QuantizedLinear:
-    """Read one linear as vLLM fuses and serves it; `BadInput` says what does not fit."""
+    """Read one linear as vLLM fuses and serves it; `BadInput` says what does not fit.
+
+    `rules` are those of the kernels that serve it.
+    """
+    kept = family_of(group) in rules.kept
     try:
         return QuantizedLinear(
-            _weight(stored, name, group, dequantize), _input_quantizer(stored, name, group)
+            _weight(stored, name, group, dequantize, rules),
+            None if kept else _input_quantizer(stored, name, group),
         )
     except ValueError as error:
         raise BadInput(f"{stored.directory}: {name}: {error}") from None
 
 
 def _weight(
-    stored: StoredTensors, name: str, group: Group, dequantize: Dequantizer
+    stored: StoredTensors, name: str, group: Group, dequantize: Dequantizer, rules: LinearRules
 ) -> torch.Tensor:
     tensors, weights = stored.of_module(name), group["weights"]
     if "weight_global_scale" in tensors:
         tensors["weight_global_scale"] = _largest(stored, name, "weight_global_scale")
+    if rules.fp8_products and family_of(group) == "packed" and group.get("input_activations"):
+        return _fp8_products(tensors, group, dequantize)
     weight = dequantize(tensors, group)
     per_tensor = weights.get("type") == "float" and weights.get("strategy") == "tensor"
     if per_tensor and group.get("input_activations"):
         return _requantized(weight, _largest(stored, name, "weight_scale"))
     return weight
+
+
+def _fp8_products(
+    tensors: dict[str, torch.Tensor], group: Group, dequantize: Dequantizer
+) -> torch.Tensor:
+    """Return W4AFP8 weights as Cutlass multiplies them.
+
+    A channel's scales are quantized to E4M3 as a row of inputs is; an eighth of them is kept, so
+    that eight times one stays in range; and their products with codes are rounded to E4M3.
+    """
+    import torch
+
+    scale = tensors["weight_scale"].float()
+    channel = activations.fp8_scale_per_token(scale)
+    eighth = activations.to_e4m3(scale * channel.reciprocal()).float() / 8
+    rounded = {**tensors, "weight_scale": eighth.to(torch.float8_e4m3fn).float()}
+    return activations.to_e4m3(dequantize(rounded, group)).float() * (channel * 8)
 
 
 def _requantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantgate.formats.kernels import explained
 from quantgate.golden import UNCHANGED
 from quantgate.report.results import CheckResult, overall
 from quantgate.verdict import Outcome, Verdict
@@ -39,6 +40,8 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     for kernel, checkpoints in _emulated(results).items():
         line = f"\nemulated, no evidence about a real kernel: {kernel} in {', '.join(checkpoints)}"
         console.print(Text(line), end="")
+    for said, checkpoints in _said_of_kernels(results).items():
+        console.print(Text(f"\nby its kernel: {said}, in {', '.join(checkpoints)}"), end="")
     for changed, checkpoints in _changed(results).items():
         console.print(Text(f"\nsince the golden: {changed} in {', '.join(checkpoints)}"), end="")
     outcome = overall(results)
@@ -97,6 +100,13 @@ def _table(*headings: str) -> Table:
 def _emulated(results: list[CheckResult]) -> dict[str, list[str]]:
     """Return the checkpoints that each emulated kernel served."""
     return _checkpoints_by((kernel, r) for r in results for kernel in r.verdict.emulated)
+
+
+def _said_of_kernels(results: list[CheckResult]) -> dict[str, list[str]]:
+    """Return the checkpoints whose kernels do otherwise than their formats say, by what."""
+    return _checkpoints_by(
+        (said, r) for r in results for said in explained(r.verdict.kernels.values())
+    )
 
 
 def _changed(results: list[CheckResult]) -> dict[str, list[str]]:

@@ -1,0 +1,245 @@
+"""What vLLM's kernels of linears make of a format: whose inputs they quantize, and how scales are.
+
+A format's name does not say it: NVFP4 under Marlin keeps its inputs in 16 bits, under Cutlass they
+are quantized. The engine says which kernel serves each linear; the reference takes the rule of that
+kernel from `RULES`, and what has no rule there is not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from quantgate.checkpoint import BadInput
+from quantgate.scheme import is_mx
+
+# What a group's inputs are quantized to; "packed" are weights of a few bits, whatever inputs are.
+Family = Literal["int8", "fp8", "nvfp4", "mx", "packed"]
+# "format": quantized where the format says so. "kept": in the dtype that is served all the same.
+# "unknown": quantized by a rule that the reference does not have.
+Inputs = Literal["format", "kept", "unknown"]
+
+
+class KernelRule(NamedTuple):
+    """What a kernel does, and where vLLM says so."""
+
+    family: Family
+    inputs: Inputs
+    source: str
+    """In vllm/model_executor/kernels/linear, or a module of this package."""
+    fp8_products: bool = False
+    """Whether a group's scale is E4M3 with a float32 scale for each channel, and the product of a
+    code and its group's scale is rounded to E4M3."""
+
+
+@dataclass(frozen=True)
+class LinearRules:
+    """What the kernels of one engine make of its linears, as far as formats leave it open."""
+
+    kept: frozenset[Family] = frozenset()
+    """The families whose inputs are not quantized, whatever the format says."""
+    fp8_products: bool = False
+    """As `KernelRule.fp8_products`, of packed weights whose inputs are in FP8."""
+
+
+def family_of(group: Any) -> Family:
+    """Return the family of a config group."""
+    weights, inputs = group["weights"], group.get("input_activations") or {}
+    if is_mx(inputs) or is_mx(weights):
+        return "mx"
+    if weights.get("type") == "int" and inputs.get("type") != "int":
+        return "packed"
+    if int(weights["num_bits"]) == 4 and weights.get("type") == "float":
+        return "nvfp4"
+    return "int8" if weights.get("type") == "int" else "fp8"
+
+
+def rules_of(kernels: Iterable[str]) -> LinearRules:
+    """Return the rules of the kernels that an engine names, one or several (" + ") in a string.
+
+    Raises `BadInput` for a kernel of linears that has no rule here, or whose rule is not known.
+    Other names (attention, unquantized linears) are passed over.
+    """
+    names = sorted({name for joined in kernels for name in joined.split(" + ")})
+    used = [name for name in names if name.endswith("Kernel")]
+    for name in used:
+        if name not in RULES:
+            raise BadInput(
+                f"{name}: the reference has no rule for what this kernel of vLLM's does to inputs "
+                "and scales, so it cannot judge it; have vLLM use another kernel, or add its rule "
+                "to quantgate/formats/kernels.py."
+            )
+        if (rule := RULES[name]).inputs == "unknown":
+            raise BadInput(
+                f"{name}: this kernel of vLLM's quantizes inputs by a rule of its own "
+                f"({rule.source}), which the reference does not have, so it cannot judge it; have "
+                "vLLM use another kernel."
+            )
+    return LinearRules(_kept(used), any(RULES[name].fp8_products for name in used))
+
+
+def _kept(used: Collection[str]) -> frozenset[Family]:
+    ways: dict[Family, dict[Inputs, str]] = {}
+    for name in used:
+        ways.setdefault(RULES[name].family, {})[RULES[name].inputs] = name
+    for family, by_way in ways.items():
+        if len(by_way) > 1 and family != "mx":  # of those the reference keeps inputs anyhow
+            raise BadInput(
+                f"{' and '.join(by_way.values())} both serve linears of the {family} formats, and "
+                "one of them quantizes inputs where the other does not; the reference has one rule "
+                "for all."
+            )
+    return frozenset(family for family, by_way in ways.items() if "kept" in by_way)
+
+
+def explained(kernels: Iterable[str]) -> list[str]:
+    """Return what the kernels do otherwise than their formats say, a sentence for each."""
+    names = sorted({name for joined in kernels for name in joined.split(" + ")} & RULES.keys())
+    said = []
+    for name in names:
+        rule = RULES[name]
+        if rule.inputs == "kept":
+            said.append(f"{name} keeps inputs in 16 bits, and so does the reference")
+        if rule.fp8_products:
+            said.append(f"{name} rounds scales and weights to FP8, and so does the reference")
+    return said
+
+
+def _rules(family: Family, inputs: Inputs, **sources: str) -> dict[str, KernelRule]:
+    """Return rows for kernels of one kind, by name: their sources."""
+    return {name: KernelRule(family, inputs, source) for name, source in sources.items()}
+
+
+# Every kernel that vLLM 0.26.0 to 0.33.0 may choose on a CPU or on sm_80 to sm_120, and ours.
+RULES: dict[str, KernelRule] = {
+    # Integers of 4 or 8 bits; inputs are in 16 bits, or in FP8 where a format is W4AFP8.
+    **_rules(
+        "packed",
+        "format",
+        MacheteLinearKernel="mixed_precision/machete.py",
+        MarlinLinearKernel="mixed_precision/marlin.py",
+        AllSparkLinearKernel="mixed_precision/allspark.py",
+        ConchLinearKernel="mixed_precision/conch.py",
+        ExllamaLinearKernel="mixed_precision/exllama.py",
+        TritonW4A16LinearKernel="mixed_precision/triton_w4a16.py",
+        CPUWNA16LinearKernel="mixed_precision/cpu.py",
+        DequantizingLinearKernel="quantgate/emulated_kernels.py",
+    ),
+    # `convert_bf16_scales_to_fp8` and `cutlass_pack_scale_fp8`, which packs a scale's products with
+    # all codes: on a checkpoint served by an H200 the two together give the errors that were
+    # measured there (median 2.09e-2 of 2.09e-2, largest 2.65e-2 of 2.67e-2), scales alone 1.40e-2.
+    "CutlassW4A8LinearKernel": KernelRule(
+        "packed", "format", "mixed_precision/cutlass.py", fp8_products=True
+    ),
+    # On an ARM processor with int4 inputs quantized inside of the product.
+    **_rules(
+        "packed",
+        "unknown",
+        Dynamic4bitLinearKernel="mixed_precision/dynamic_4bit.py",
+        ZentorchWNA16LinearKernel="mixed_precision/zentorch.py",
+        HummingLinearKernel="mixed_precision/humming.py",
+    ),
+    # int8: `scaled_int8_quant` of inputs.
+    **_rules(
+        "int8",
+        "format",
+        CutlassInt8ScaledMMLinearKernel="scaled_mm/cutlass.py",
+        TritonInt8ScaledMMLinearKernel="scaled_mm/triton.py",
+        CPUInt8ScaledMMLinearKernel="scaled_mm/cpu.py",
+        DequantizingInt8LinearKernel="quantgate/emulated_kernels.py",
+    ),
+    **_rules(
+        "int8",
+        "unknown",
+        ZentorchInt8ScaledMMLinearKernel="scaled_mm/zentorch.py",
+        HummingInt8ScaledMMLinearKernel="scaled_mm/humming.py",
+    ),
+    # FP8: `QuantFP8` of inputs.
+    **_rules(
+        "fp8",
+        "format",
+        FlashInferFP8ScaledMMLinearKernel="scaled_mm/flashinfer.py",
+        CutlassFP8ScaledMMLinearKernel="scaled_mm/cutlass.py",
+        PerTensorTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
+        ChannelWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
+        RowWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
+        BlockWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
+        TritonFP8ScaledMMLinearKernel="scaled_mm/triton.py",
+        B12xTensorFP8ScaledMMLinearKernel="scaled_mm/b12x.py",
+        CutlassFp8BlockScaledMMKernel="scaled_mm/cutlass.py",
+        DeepGemmFp8BlockScaledMMKernel="scaled_mm/deep_gemm.py",
+        FlashInferFp8DeepGEMMDynamicBlockScaledKernel="scaled_mm/flashinfer.py",
+        TritonFp8BlockScaledMMKernel="scaled_mm/triton.py",
+        B12xFp8BlockScaledMMKernel="scaled_mm/b12x.py",
+        DequantizingFp8LinearKernel="quantgate/emulated_kernels.py",
+        DequantizingFp8BlockLinearKernel="quantgate/emulated_kernels.py",
+        CPUFP8W8A8ScaledMMLinearKernel="scaled_mm/cpu.py",
+    ),
+    # `layer.input_scale = None`, and Marlin's product of 16-bit inputs.
+    **_rules(
+        "fp8",
+        "kept",
+        MarlinFP8ScaledMMLinearKernel="scaled_mm/marlin.py",
+        CPUFp8BlockScaledMMKernel="scaled_mm/cpu.py",
+        CPUFp8PerTensorScaledMMLinearKernel="scaled_mm/cpu.py",
+        CPUFp8ChannelWiseScaledMMLinearKernel="scaled_mm/cpu.py",
+    ),
+    **_rules(
+        "fp8",
+        "unknown",
+        CPUFp8W8A8BlockScaledMMKernel="scaled_mm/cpu.py",  # a scale a row, not a group
+        HummingFP8ScaledMMLinearKernel="scaled_mm/humming.py",
+    ),
+    # NVFP4: `scaled_fp4_quant` of inputs.
+    **_rules(
+        "nvfp4",
+        "format",
+        CutlassNvFp4LinearKernel="nvfp4/cutlass.py",
+        FlashInferCutlassNvFp4LinearKernel="nvfp4/flashinfer.py",
+        FlashInferTrtllmNvFp4LinearKernel="nvfp4/flashinfer.py",
+        FlashInferCudnnNvFp4LinearKernel="nvfp4/flashinfer.py",
+        FlashInferB12xNvFp4LinearKernel="nvfp4/flashinfer.py",
+        FlashInferCuteDslNvFp4LinearKernel="nvfp4/flashinfer.py",
+        B12xNvFp4LinearKernel="nvfp4/b12x.py",
+        FbgemmNvFp4LinearKernel="nvfp4/fbgemm.py",
+        TorchNvFp4LinearKernel="nvfp4/pytorch.py",
+        EmulationNvFp4LinearKernel="nvfp4/emulation.py",
+        DequantizingNvFp4InputsLinearKernel="quantgate/emulated_kernels.py",
+        DequantizingNvFp4LinearKernel="quantgate/emulated_kernels.py",  # of NVFP4A16
+    ),
+    **_rules(
+        "nvfp4",
+        "kept",
+        MarlinNvFp4LinearKernel="nvfp4/marlin.py",
+        B12xNvFp4W4A16LinearKernel="nvfp4/b12x.py",
+        FlashInferCuteDslNvFp4W4A16LinearKernel="nvfp4/flashinfer.py",
+    ),
+    **_rules("nvfp4", "unknown", HummingNvFp4LinearKernel="nvfp4/humming.py"),
+    # MXFP8 and MXFP4.
+    **_rules(
+        "mx",
+        "kept",
+        MarlinMxfp8LinearKernel="mxfp8/marlin.py",
+        EmulationMxfp8LinearKernel="mxfp8/emulation.py",
+        DequantizingMxfp8LinearKernel="quantgate/emulated_kernels.py",
+        MarlinMxFp4LinearKernel="mxfp4/marlin.py",
+    ),
+    **_rules("mx", "format", DequantizingMxFp4LinearKernel="quantgate/emulated_kernels.py"),
+    **_rules(
+        "mx",
+        "unknown",
+        FlashInferCutlassMxfp8LinearKernel="mxfp8/flashinfer.py",
+        FlashInferCutedslMxfp8LinearKernel="mxfp8/flashinfer.py",
+        FlashInferTrtllmMxfp8LinearKernel="mxfp8/flashinfer.py",
+        B12xMxfp8LinearKernel="mxfp8/b12x.py",
+        TorchMxFp8LinearKernel="mxfp8/pytorch.py",
+        HummingMxfp8LinearKernel="mxfp8/humming.py",
+        FlashInferMxFp4LinearKernel="mxfp4/flashinfer.py",
+        B12xMxFp4LinearKernel="mxfp4/b12x.py",
+        EmulationMxfp4LinearKernel="mxfp4/emulation.py",
+        HummingMxFp4LinearKernel="mxfp4/humming.py",
+        EmulationMxfp6LinearKernel="mxfp6/emulation.py",
+        HummingMxFp6LinearKernel="mxfp6/humming.py",
+    ),
+}

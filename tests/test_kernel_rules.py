@@ -5,7 +5,9 @@ GPUs' kernels are made up here: the CPU's emulated ones compute what those do, u
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,8 +15,7 @@ import torch
 
 from quantgate import compare, engine
 from quantgate.checkpoint import BadInput, EngineSettings
-from quantgate.formats.kernels import RULES, LinearRules, explained, rules_of
-from quantgate.formats.linear import FORMATS_RULES
+from quantgate.formats.kernels import FORMATS_RULES, RULES, LinearRules, explained, rules_of
 from quantgate.measurement import Measurement
 from quantgate.probe import Probe
 from quantgate.replay import replay
@@ -25,6 +26,13 @@ SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memor
 
 def quiet(_: str) -> None:
     pass
+
+
+@pytest.fixture
+def emulated_kernels() -> ModuleType:
+    """The module of the emulated kernels, which vLLM's own must be imported before."""
+    import_module("vllm.model_executor.kernels.linear")
+    return import_module("quantgate.emulated_kernels")
 
 
 @contextmanager
@@ -99,13 +107,13 @@ def judged(directory: Path, probe: Probe, into: Path) -> tuple[Measurement, dict
 
 
 def test_nvfp4_under_marlin_is_replayed_without_quantized_inputs(
-    root: Path, small_probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    small_probe: Probe,
+    tmp_path: Path,
+    emulated_kernels: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On Hopper: an H200's replay was up to 8.1e-2 off by the format's rule."""
-    import vllm.model_executor.kernels.linear  # noqa: F401  first: it brings the emulated ones
-
-    from quantgate import emulated_kernels
-
     kernel = emulated_kernels.DequantizingNvFp4InputsLinearKernel
 
     def weight_only(self: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
@@ -122,25 +130,25 @@ def test_nvfp4_under_marlin_is_replayed_without_quantized_inputs(
     assert max(d.measured for d in verdicts["its format's"].deviations) > 4e-2
 
 
-def as_cutlass_w4a8(code: torch.Tensor, scale: torch.Tensor, offset: Any) -> torch.Tensor:
+def as_cutlass_w4a8(code: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Return weights as `convert_bf16_scales_to_fp8` and the table of products make them."""
     e4m3 = torch.float8_e4m3fn
     channel = scale.float().abs().amax(dim=1, keepdim=True) / 448
     eighth = ((scale.float() / channel).to(e4m3).float() / 8).to(e4m3).float()
     table = (eighth[:, :, None] * torch.arange(-8.0, 8.0)).to(e4m3).float()
-    signed = (code - (8 if isinstance(offset, int) else offset[:, :1])).long()
+    signed = (code - offset[:, :1]).long()
     groups = signed.reshape(len(code), scale.shape[1], -1) + 8
     return (table.gather(2, groups) * channel[:, :, None] * 8).reshape(code.shape)
 
 
 def test_w4afp8_under_cutlass_is_replayed_with_its_products_in_fp8(
-    root: Path, small_probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path,
+    small_probe: Probe,
+    tmp_path: Path,
+    emulated_kernels: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On Hopper: an H200's replay was 2.09e-2 off at the median by the format's rule."""
-    import vllm.model_executor.kernels.linear  # noqa: F401
-
-    from quantgate import emulated_kernels
-
     monkeypatch.setattr(emulated_kernels, "dequantize_groups", as_cutlass_w4a8)
     with called(emulated_kernels.DequantizingLinearKernel, "CutlassW4A8LinearKernel"):
         _, verdicts = judged(root / "build" / "tiny-llama-w4afp8", small_probe, tmp_path)

@@ -20,14 +20,8 @@ from quantgate.checkpoint import BadInput, read_config
 from quantgate.engine import Announce, library_versions
 from quantgate.engine_failure import first_line
 from quantgate.formats.groups import Group, group_of
-from quantgate.formats.kernels import LinearRules
-from quantgate.formats.linear import (
-    FORMATS_RULES,
-    Dequantizer,
-    QuantizedLinear,
-    Quantizer,
-    read_linear,
-)
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules
+from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import dequantize_weight
 from quantgate.heads import COLBERT, head_classes

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from quantgate.capture import Capture
 from quantgate.engine import Announce
 from quantgate.engine_failure import EngineFailure
-from quantgate.formats.kernels import LinearRules
-from quantgate.formats.linear import FORMATS_RULES
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules
 from quantgate.probe import Probe
 from quantgate.reference import Product, StreamedModel
 from quantgate.task import GENERATE

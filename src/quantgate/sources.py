@@ -21,8 +21,7 @@ from quantgate.capture import Capture
 from quantgate.checkpoint import Checkpoint, actual_scheme, identity, read_config
 from quantgate.divergence import Divergence, Side, divergence
 from quantgate.engine import Announce, library_versions
-from quantgate.formats.kernels import LinearRules, rules_of
-from quantgate.formats.linear import FORMATS_RULES
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules, rules_of
 from quantgate.measurement import Measurement, Provenance
 from quantgate.pooling import Steps, steps
 from quantgate.probe import Probe, probe_for

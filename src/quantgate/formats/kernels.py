@@ -43,6 +43,10 @@ class LinearRules:
     """As `KernelRule.fp8_products`, of packed weights whose inputs are in FP8."""
 
 
+# Of kernels that do what the format says.
+FORMATS_RULES = LinearRules()
+
+
 def family_of(group: Any) -> Family:
     """Return the family of a config group."""
     weights, inputs = group["weights"], group.get("input_activations") or {}
@@ -61,8 +65,7 @@ def rules_of(kernels: Iterable[str]) -> LinearRules:
     Raises `BadInput` for a kernel of linears that has no rule here, or whose rule is not known.
     Other names (attention, unquantized linears) are passed over.
     """
-    names = sorted({name for joined in kernels for name in joined.split(" + ")})
-    used = [name for name in names if name.endswith("Kernel")]
+    used = [name for name in _names(kernels) if name.endswith("Kernel")]
     for name in used:
         if name not in RULES:
             raise BadInput(
@@ -93,12 +96,16 @@ def _kept(used: Collection[str]) -> frozenset[Family]:
     return frozenset(family for family, by_way in ways.items() if "kept" in by_way)
 
 
+def _names(kernels: Iterable[str]) -> list[str]:
+    return sorted({name for joined in kernels for name in joined.split(" + ")})
+
+
 def explained(kernels: Iterable[str]) -> list[str]:
     """Return what the kernels do otherwise than their formats say, a sentence for each."""
-    names = sorted({name for joined in kernels for name in joined.split(" + ")} & RULES.keys())
     said = []
-    for name in names:
-        rule = RULES[name]
+    for name in _names(kernels):
+        if (rule := RULES.get(name)) is None:
+            continue
         if rule.inputs == "kept":
             said.append(f"{name} keeps inputs in 16 bits, and so does the reference")
         if rule.fp8_products:

@@ -16,7 +16,7 @@ from quantgate.builds import int8_rule
 from quantgate.checkpoint import BadInput
 from quantgate.formats import activations
 from quantgate.formats.groups import Group, fused_with
-from quantgate.formats.kernels import LinearRules, family_of
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules, family_of
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import Tensors
 from quantgate.scheme import is_mx
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
 Dequantizer = Callable[[Tensors, Group], "torch.Tensor"]
 Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
-
-
-# Of kernels that do what the format says.
-FORMATS_RULES = LinearRules()
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,6 @@ class InProgress:
 
     request: ScoreRequest
     parts: list[Part] = field(default_factory=list)
-    rows: int = 0
-    """How many rows the parts have together."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,10 @@ def _score_chunks(
         mine, own = in_progress[chunk.request_id], slice(offset, offset + chunk.rows)
         if chunk.first == 0:  # for the first time, or again after a preemption
             mine.parts.clear()
-            mine.rows = 0
         part = values[own, : 1 + mine.request.columns]
         if mine.request.hidden_states:
             part = torch.cat([part, hidden[own].float()], dim=1)
         mine.parts.append(Part(top1[own], part))
-        mine.rows += chunk.rows
         offset += chunk.rows
 
 
@@ -184,9 +180,9 @@ def _answers(finished: dict[str, InProgress], hidden_size: int) -> dict[str, Any
     answers: dict[str, Any] = {}
     by_width: dict[int, list[str]] = {}
     for name, one in finished.items():
-        if one.rows != one.request.rows:
+        if (rows := sum(len(part.top1) for part in one.parts)) != one.request.rows:
             answers[name] = _refused(
-                f"score mode got {one.rows} of the {one.request.rows} rows to score: vLLM took the "
+                f"score mode got {rows} of the {one.request.rows} rows to score: vLLM took the "
                 "others from a cache beyond score_start, as a KV connector does; score from row 0.",
             )
         elif one.parts:

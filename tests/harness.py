@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from preloaded import run_python
 from smaller import shrink_goldens, smaller
 
 from quantgate.engine import ENVIRONMENT
@@ -52,10 +53,6 @@ def persons_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
-# A gate run that takes longer hangs.
-LONGEST_RUN = 1500
-
-
 @dataclass(frozen=True)
 class RunGate:
     """Runs pytest in `project` as a user would."""
@@ -65,14 +62,8 @@ class RunGate:
     def __call__(
         self, *arguments: str | Path, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", *map(str, arguments)],
-            cwd=self.project,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=LONGEST_RUN,
+        return run_python(
+            "-m", "pytest", *arguments, cwd=self.project, env={**os.environ, **environment}
         )
 
     def remove_its_checkpoint(self) -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import yaml
 from harness import ENGINE_ENVIRONMENT
+from preloaded import run_python
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +104,7 @@ def test_the_reward_models_file_is_one(root: Path, tmp_path: Path) -> None:
 def test_the_python_runs(root: Path, document: str, answer: str) -> None:
     text = (root / document).read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    result = subprocess.run(
-        [sys.executable, "-c", block],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        env=ENGINE_ENVIRONMENT,
-    )
+    result = run_python("-c", block, cwd=root, env=ENGINE_ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(answer, result.stdout, re.MULTILINE), result.stdout
 

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from harness import RunGate, persons_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preloaded import run_python
 
 from quantgate import approval
 from quantgate import golden as stored
@@ -153,12 +153,8 @@ def test_an_interrupted_write_leaves_the_old_file(
 
 
 def regenerate(project: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/regen_golden.py", *arguments],
-        cwd=project,
-        capture_output=True,
-        text=True,
-        env={**persons_environment(), **more},
+    return run_python(
+        "tools/regen_golden.py", *arguments, cwd=project, env={**persons_environment(), **more}
     )
 
 

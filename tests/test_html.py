@@ -11,6 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from quantgate.engine import EngineLife
 from quantgate.evidence import POSITION_BINS, WORST_TOKENS
 from quantgate.report.gate_json import gate_json
 from quantgate.report.html import index_html
@@ -70,6 +71,7 @@ def run_of(results: list[CheckResult], text: str = "text") -> Run:
         {"vllm": text[:99]},
         [(text[:99], text[:99])],
         [text[:99]],
+        [EngineLife(text[:99], "bfloat16", 0.5, 2.0)],
         {"x": [entry, {**entry, "mean_nll": 1.25}]},
     )
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preloaded import run_python
 
 from quantgate import perplexity
 from quantgate.checkpoint import BadInput, EngineSettings
@@ -176,13 +176,8 @@ def test_special_tokens_come_once_and_where_the_protocol_has_them(tokenizer: Any
 
 
 def run_tool(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/perplexity.py", *arguments],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"HF_HUB_OFFLINE": "1", **os.environ},
+    return run_python(
+        "tools/perplexity.py", *arguments, cwd=root, env={"HF_HUB_OFFLINE": "1", **os.environ}
     )
 
 

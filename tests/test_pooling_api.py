@@ -1,12 +1,11 @@
 """The first spelling of token tasks, `LLM(task=…)`, and today's, in a user's own script."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from harness import ENGINE_ENVIRONMENT
+from preloaded import run_python
 
 from quantgate.pooling_api import refuse_empty, token_task_options
 from quantgate.task import Task
@@ -66,10 +65,8 @@ def test_the_first_spelling_gives_logits(root: Path, model: str, task: str, labe
     from quantgate.probe import Probe, Window
 
     script = SCRIPT.replace("MODEL", str(root / model)).replace("TASK", task)
-    result = subprocess.run(
-        [sys.executable, "-c", script.replace("LABELS", str(labels))],
-        capture_output=True, text=True, check=False, env=ENGINE_ENVIRONMENT,
-    )  # fmt: skip
+    script = script.replace("LABELS", str(labels))
+    result = run_python("-c", script, cwd=root, env=ENGINE_ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
     found = json.loads(next(line[6:] for line in lines if line.startswith("RESULT")))

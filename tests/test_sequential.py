@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from preloaded import run_python
 
 from quantgate.checkpoint import BadInput, read_checkpoint_files
 from quantgate.probe import Probe
@@ -66,10 +67,9 @@ def test_bad_input_is_one_sentence(root: Path, arguments: list[str], message: st
 
 def test_a_few_clean_reruns_raise_no_alarm(root: Path) -> None:
     """Small; `python tools/rerun_clean.py --runs 200` is what docs/statistics.md reports."""
-    result = subprocess.run(
-        [sys.executable, "tools/rerun_clean.py", "--runs", "4", "--checkpoint", "tiny-llama-w4a16",
-         "--checkpoint", "tiny-llama-w8a8", "--checkpoint", "tiny-ner-qwen2-fp8-dynamic"],
-        cwd=root, capture_output=True, text=True,
+    result = run_python(
+        "tools/rerun_clean.py", "--runs", "4", "--checkpoint", "tiny-llama-w4a16",
+        "--checkpoint", "tiny-llama-w8a8", "--checkpoint", "tiny-ner-qwen2-fp8-dynamic", cwd=root,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert result.stdout.splitlines()[-1].startswith("4 reruns, ")

@@ -4,11 +4,11 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from harness import ENGINE_ENVIRONMENT
+from preloaded import run_python
 
 from quantgate.checkpoint import BadInput
 from quantgate.token_table import label_texts, show
@@ -17,10 +17,7 @@ NER = "build/tiny-ner-bert-w4a16"
 
 
 def run(root: Path, command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *shlex.split(command)],
-        cwd=root, capture_output=True, text=True, check=False, env=ENGINE_ENVIRONMENT,
-    )  # fmt: skip
+    return run_python(*shlex.split(command), cwd=root, env=ENGINE_ENVIRONMENT)
 
 
 def test_the_documented_commands_run(root: Path) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from quantgate import approval
+from quantgate import approval, noise
 from quantgate.cache import DiskCache
 from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
 from quantgate.engine_failure import EngineFailure
@@ -108,6 +108,7 @@ def main() -> int:
                 lambda task, quality: embedded_probe(ROOT, task, quality=quality),
                 lambda text: print(f"  {text}", file=sys.stderr),
                 DiskCache(ROOT / ".gate-cache"),
+                served_again=noise.served_again,
             )
             refused += regenerate(checkpoint, sources, arguments)
     except (BadInput, EngineFailure) as error:

@@ -7,12 +7,13 @@ import functools
 import gc
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -68,6 +69,21 @@ WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 CPU_KV_CACHE = 1 << 30
 
 Announce = Callable[[str], None]
+
+
+class EngineLife(NamedTuple):
+    """An engine that this process started, and for how long."""
+
+    directory: str
+    dtype: str
+    start_s: float
+    """Until it could serve."""
+    served_s: float
+    """From then until it had ended."""
+
+
+LIVES: list[EngineLife] = []
+"""The engines of this process that have ended, in order."""
 
 
 def measure(
@@ -207,6 +223,7 @@ def running_engine(
     elif dtype == "float32":
         arguments.setdefault("attention_backend", EXACT_ATTENTION)
     vllm = f"{directory}: vLLM {vllm_version()}"
+    began = time.monotonic()
     try:
         with (
             explained(f"{vllm} cannot load it in {dtype}"),
@@ -218,7 +235,7 @@ def running_engine(
         with suppress(Exception):  # of what it got to hold
             cleanup_dist_env_and_memory()
         raise
-    failed = True
+    failed, ready = True, time.monotonic()
     try:
         with explained(f"{vllm} failed while it served it in {dtype}", but=MISTAKES):
             for feature in (SCORE_MODE, POOLING, *([EMULATION] if on_cpu else [])):
@@ -238,6 +255,8 @@ def running_engine(
             del llm
             cleanup_dist_env_and_memory()
         gc.collect()
+        ended = time.monotonic()
+        LIVES.append(EngineLife(str(directory), dtype, ready - began, ended - ready))
 
 
 def _variables(settings: EngineSettings, dtype: str, *, on_cpu: bool) -> Mapping[str, str]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from quantgate import task_quality
 from quantgate.checkpoint import BadInput, Checkpoint
+from quantgate.engine import available_devices
 from quantgate.golden import GoldenKey, golden_key, golden_path, stored_dtype
 from quantgate.measurement import Measurement, Provenance, rows_of
 from quantgate.probe import Probe
@@ -114,6 +115,20 @@ def measure(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
             moved[f"{way}, larger probe"] = {"metric": metric}
     reruns = tuple(Rerun(name, figures) for name, figures in moved.items())
     return NoiseFloor(golden_key(checkpoint, probe, engine), reruns, engine.provenance)
+
+
+def served_again(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[Probe]:
+    """Return the probes that `measure` will serve again in a torch dtype; none if one is stored.
+
+    A stored one may turn out to be of something else: it is measured then all the same.
+    """
+    (platform,) = available_devices().values()
+    if checkpoint.golden and noise_path(checkpoint, dtype, platform).exists():
+        return []
+    part, _ = mixed(sources.probe_of(checkpoint))
+    if dtype == "float32" or not _is_judged_by_a_metric(checkpoint):
+        return [part]
+    return [part, sources.probe_of(checkpoint, quality=True)]
 
 
 def _moved(

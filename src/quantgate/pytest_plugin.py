@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from quantgate import devices, noise
+from quantgate import devices, engine, noise
 from quantgate.cache import DiskCache
 from quantgate.checkpoint import (
     BadInput,
@@ -26,17 +26,18 @@ from quantgate.checkpoint import (
     verify,
     with_own_task,
 )
-from quantgate.engine import available_devices, lacking, library_versions
+from quantgate.engine import EngineLife, available_devices, lacking, library_versions
 from quantgate.engine_failure import EngineFailure
-from quantgate.golden import history_of, since_golden, unclaimed
+from quantgate.golden import history_of, since_golden, stored_dtype, unclaimed
 from quantgate.invariance import other_parallel_size
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
 from quantgate.report.results import CheckResult, overall, place_of, upheld
 from quantgate.report.run import Run
-from quantgate.report.terminal import table
+from quantgate.report.terminal import engines_line, table
 from quantgate.report.write import FILES, write_reports
 from quantgate.scheduling import check_of, group_of
+from quantgate.serving import mixed
 from quantgate.sources import Sources, has_float32
 from quantgate.task import Task
 from quantgate.verdict import Verdict, not_run, printable
@@ -88,6 +89,7 @@ class GateRun:
 
     root: Path
     started: float = field(default_factory=time.time)
+    engines_before: int = field(default_factory=lambda: len(engine.LIVES))
     checkpoints: list[Checkpoint] | None = None
     """The selected ones, once a suite was collected."""
     schemes: dict[str, str] = field(default_factory=dict)
@@ -106,11 +108,18 @@ class GateRun:
     """Which part of the machine each of xdist's workers has: a crashed one's goes to its heir."""
     notes: list[str] = field(default_factory=list)
     """What xdist's workers want its reader to know."""
+    engines: list[EngineLife] = field(default_factory=list)
+    """Those that xdist's workers started."""
 
     @property
     def all_notes(self) -> list[str]:
         """What the run's reader must know, wherever it was measured."""
         return [*self.notes, *(self.sources.notes if self.sources else ())]
+
+    @property
+    def all_engines(self) -> list[EngineLife]:
+        """The engines that were started, in whichever process."""
+        return [*self.engines, *engine.LIVES[self.engines_before :]]
 
 
 RUN = pytest.StashKey[GateRun]()
@@ -414,7 +423,9 @@ def gate(request: pytest.FixtureRequest) -> Gate:
     if run.sources is None:
         cache = DiskCache(_cache_directory(request.config))
         announce = _announcer(request.config)
-        run.sources = Sources(_probes(run.root), announce, cache, notes=lacking())
+        run.sources = Sources(
+            _probes(run.root), announce, cache, notes=lacking(), served_again=_served_again(run)
+        )
         for note in run.sources.notes:
             announce(note)
     run.sources.forget_others(_params(request.node)["checkpoint"])  # they follow one another
@@ -428,6 +439,25 @@ def _cache_directory(config: pytest.Config) -> Path:
 
 def _probes(root: Path) -> Callable[[Task, bool], Probe]:
     return lambda task, quality: embedded_probe(root, task, quality=quality)
+
+
+def _served_again(run: GateRun) -> Callable[[Sources, Checkpoint, str], list[Probe]]:
+    """Return what tells sources which probes the selected checks will have served again."""
+    selected: dict[str, set[str]] = {}
+    for result in run.results.values():
+        selected.setdefault(result.checkpoint, set()).add(result.check)
+
+    def probes(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[Probe]:
+        checks = selected[checkpoint.id]
+        if any(not check.startswith("replay") for check in checks) and (
+            found := noise.served_again(sources, checkpoint, dtype)
+        ):
+            return found
+        if f"invariance-{stored_dtype(dtype)}" in checks:
+            return [mixed(sources.probe_of(checkpoint))[0]]
+        return []
+
+    return probes
 
 
 def _announcer(config: pytest.Config) -> Callable[[str], None]:
@@ -518,6 +548,7 @@ class ResultCollector:
         if "left_out" in said:  # a crashed worker says nothing
             self.run.left_out = [(subject, why) for subject, why in said["left_out"]]
         self.run.notes += [note for note in said.get("notes", ()) if note not in self.run.notes]
+        self.run.engines += [EngineLife(*life) for life in said.get("engines", ())]
 
 
 # Reporting ---------------------------------------------------------------------------------------
@@ -571,7 +602,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     if hasattr(session.config, "workerinput"):  # an xdist worker; its controller reports
         output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]
-        output[WORKER] = {"left_out": run.left_out, "notes": run.all_notes}
+        engines = [tuple(life) for life in run.all_engines]
+        output[WORKER] = {"left_out": run.left_out, "notes": run.all_notes, "engines": engines}
         return
     DiskCache(_cache_directory(session.config)).forget_unused()
     _add_unreported(session.config, run)
@@ -593,6 +625,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             },
             left_out=run.left_out,
             notes=run.all_notes,
+            engines=run.all_engines,
             histories=_histories(run),
         )
         write_reports(finished, directory)
@@ -619,6 +652,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"left out: {first}{others}: {reason}")
     for note in run.all_notes:
         terminalreporter.write_line(printable(f"note: {note}"))
+    if run.all_engines:
+        terminalreporter.write_line(engines_line(run.all_engines))
     if directory := config.getoption("gate_report"):
         names = ", ".join(f"{directory}/{name}" for name in FILES)
         terminalreporter.write_line(f"report: {names}")

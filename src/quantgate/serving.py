@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ class Reruns:
     None where nothing was cached, or where a model pools."""
 
 
+def can_cut(llm: LLM) -> bool:
+    """Whether a running engine can be told to cut prompts: it is in this process, and cuts."""
+    return _cutting_scheduler(llm) is not None
+
+
 def chunking(*, chunked: bool) -> dict[str, Any]:
     """Return what `vllm.LLM` is given to cut prompts into chunks; {} leaves them whole."""
     if chunked:
@@ -49,7 +55,10 @@ def chunking(*, chunked: bool) -> dict[str, Any]:
 
 
 def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
-    """Serve a probe in order, shuffled and one by one, and what is cached of it from the cache."""
+    """Serve a probe in order, shuffled and one by one, and what is cached of it from the cache.
+
+    `chunked` cuts prompts into chunks, in any engine that `can_cut`, or that `chunking` started.
+    """
     windows = range(len(probe.windows))
     shuffled: list[int] = np.random.default_rng(0).permutation(len(windows)).tolist()
     ways: dict[str, Sequence[Sequence[int]]] = {
@@ -58,9 +67,39 @@ def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
         "one by one": [[window] for window in windows],
     }
     provenance = engine.provenance_of(llm, dtype)
-    found = {way: in_batches(llm, probe, batches, provenance) for way, batches in ways.items()}
-    cached = _from_the_cache(llm, probe) if probe.task == GENERATE else None
+    found = {}
+    with _in_chunks(llm) if chunked else nullcontext():
+        for way, batches in ways.items():
+            llm.reset_prefix_cache()  # nothing comes from what was served before
+            found[way] = in_batches(llm, probe, batches, provenance)
+        cached = _from_the_cache(llm, probe) if probe.task == GENERATE else None
     return Reruns(f"in chunks of {CHUNK} tokens" if chunked else "prompts whole", found, cached)
+
+
+@contextmanager
+def _in_chunks(llm: LLM) -> Iterator[None]:
+    """Let the scheduler take `CHUNK` tokens a step, so that longer prompts are cut.
+
+    The kernels and their buffers stay: it is the same as an engine that was started with as many.
+    """
+    scheduler = _cutting_scheduler(llm)
+    if scheduler is None:
+        yield
+        return
+    whole = scheduler.max_num_scheduled_tokens
+    try:
+        scheduler.max_num_scheduled_tokens = min(whole, CHUNK)
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = whole
+
+
+def _cutting_scheduler(llm: LLM) -> Any:
+    """Return the scheduler of an engine that cuts prompts; None where it cannot be reached."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)  # None in another process
+    scheduler = getattr(core, "scheduler", None)
+    cuts = llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill
+    return scheduler if cuts and hasattr(scheduler, "max_num_scheduled_tokens") else None
 
 
 def mixed(probe: Probe) -> tuple[Probe, Rows]:

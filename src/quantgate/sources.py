@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,9 @@ class Sources:
     cache: DiskCache | None = None
     notes: list[str] = field(default_factory=list)
     """What the run's reader must know, e.g. that a probe was tokenized anew."""
+    served_again: Callable[[Sources, Checkpoint, str], Sequence[Probe]] = lambda *_: ()
+    """Which probes `reruns` will be asked for of a checkpoint in a torch dtype: an engine that can
+    serves them before it ends."""
     _taken: dict[tuple[object, ...], Any] = field(default_factory=dict)
     _captures: dict[tuple[object, ...], Capture | None] = field(default_factory=dict)
     _probes: dict[tuple[str, bool], Probe] = field(default_factory=dict)
@@ -65,8 +68,6 @@ class Sources:
         """Measure with vLLM; `dtype` is a torch name or "serving"."""
         dtype = resolve_dtype(checkpoint, dtype)
         key = self._key("vLLM", checkpoint, dtype)
-        # What is compared with another engine's result need not be captured.
-        capture_into = None if checkpoint.is_base else self._capture_directory()
 
         def measure(announce: Announce) -> Measurement:
             measured, self._captures[key] = engine.measure(
@@ -75,7 +76,8 @@ class Sources:
                 settings=checkpoint.engine,
                 dtype=dtype,
                 announce=announce,
-                capture_into=capture_into,
+                # What is compared with another engine's result need not be captured.
+                capture_into=None if checkpoint.is_base else self._capture_directory(),
                 meanwhile=lambda llm: self._on_the_way(checkpoint, dtype, llm),
             )
             return measured
@@ -90,10 +92,12 @@ class Sources:
             self._for_quality(checkpoint, lambda _, serve: serve(llm))
         if checkpoint.is_base:
             return
-        if llm.llm_engine.model_config.is_chunked_prefill_supported:
+        chunked = llm.llm_engine.model_config.is_chunked_prefill_supported
+        if chunked:
             self._chunkable.add(checkpoint.directory)
-        else:  # what serves it otherwise is this engine again
-            self._reruns(checkpoint, dtype, serving.mixed(self.probe_of(checkpoint))[0], llm)
+        if not chunked or serving.can_cut(llm):
+            for probe in self.served_again(self, checkpoint, dtype):
+                self._reruns(checkpoint, dtype, probe, llm)
         if checkpoint.task == EMBED and dtype == sharpest_dtype(checkpoint):
             self.late_interaction(checkpoint, llm)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+from quantgate.engine import EngineLife
 from quantgate.report.results import CheckResult, overall
 from quantgate.report.run import Run
 from quantgate.verdict import Verdict, worst
@@ -23,11 +25,21 @@ def gate_json(run: Run) -> str:
         "started": run.started,
         "duration_s": round(run.duration_s, 3),
         "environment": dict(run.environment),
+        "engines": [_engine(life) for life in run.engines],
         "checkpoints": [
             _checkpoint([result for result in results if result.checkpoint == name]) for name in ids
         ],
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _engine(life: EngineLife) -> dict[str, Any]:
+    return {
+        "checkpoint": Path(life.directory).name,
+        "dtype": life.dtype,
+        "start_s": round(life.start_s, 3),
+        "served_s": round(life.served_s, 3),
+    }
 
 
 def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:

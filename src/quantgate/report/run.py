@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantgate.engine import EngineLife
 from quantgate.report.results import CheckResult
 
 
@@ -21,5 +22,7 @@ class Run:
     left_out: Sequence[tuple[str, str]] = ()
     """What the machine or a checkpoint cannot have, and why."""
     notes: Sequence[str] = ()
+    engines: Sequence[EngineLife] = ()
+    """Those that were started for it."""
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """By checkpoint: the history of its golden in the served dtype, oldest first."""

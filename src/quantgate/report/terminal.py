@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantgate.engine import EngineLife
 from quantgate.formats.kernels import explained
 from quantgate.golden import UNCHANGED
 from quantgate.report.results import CheckResult, overall
-from quantgate.verdict import Outcome, Verdict
+from quantgate.verdict import Outcome, Verdict, printable
 
 STYLE: dict[Outcome, str] = {
     "pass": "green",
@@ -95,6 +97,18 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         rows.add_column(heading, no_wrap=True)
     return rows
+
+
+def engines_line(engines: Sequence[EngineLife]) -> str:
+    """Say how many engines were started, and where their time went."""
+    starting = sum(life.start_s for life in engines)
+    serving = sum(life.served_s for life in engines)
+    longest = max(engines, key=lambda life: life.start_s + life.served_s)
+    return (
+        f"engines: {len(engines)} started, {starting:.1f} s until they could serve and "
+        f"{serving:.1f} s serving; the longest {longest.start_s + longest.served_s:.1f} s: "
+        f"{printable(Path(longest.directory).name)} in {longest.dtype}"
+    )
 
 
 def _emulated(results: list[CheckResult]) -> dict[str, list[str]]:

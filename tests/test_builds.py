@@ -20,10 +20,10 @@ from quantgate.sources import Sources
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    for answer in (builds.narrowing, builds.int8_rule_name):
+    for answer in (builds.narrowing, builds.int8_rule_name, builds.symmetric_rule_name):
         answer.cache_clear()
     yield
-    for answer in (builds.narrowing, builds.int8_rule_name):
+    for answer in (builds.narrowing, builds.int8_rule_name, builds.symmetric_rule_name):
         answer.cache_clear()
 
 
@@ -94,11 +94,44 @@ def test_a_rule_that_is_not_known_is_no_reference(monkeypatch: pytest.MonkeyPatc
     assert builds.arithmetic()["int8"] == "unknown"
     with pytest.raises(ValueError, match="follows none of the rules"):
         activations.int8_per_token(torch.randn(2, 8), symmetric=False)
-    # Symmetric inputs have no zero point to add.
-    assert activations.int8_per_token(torch.randn(2, 8), symmetric=True).shape == (2, 8)
+    assert builds.symmetric_rule_name() == "unknown"
+    with pytest.raises(ValueError, match=r"none of the rules .* without a zero point"):
+        activations.int8_per_token(torch.randn(2, 8), symmetric=True)
+
+
+def symmetric_operator(rule: builds.SymmetricRule) -> Callable[..., Any]:
+    def scaled_int8_quant(x: torch.Tensor, scale: Any, _: Any, *, symmetric: bool) -> Any:
+        x = x.float()
+        largest = x.abs().amax(dim=1, keepdim=True)
+        codes = rule.dynamic(x, largest) if scale is None else rule.static(x, scale)
+        return codes.clamp(-128, 127).char(), largest / 127, None
+
+    return scaled_int8_quant
+
+
+CPUS, CUDAS = builds.SYMMETRIC_RULES.values()
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (CPUS, "product with the scale's reciprocal"),
+        (CUDAS, "product with 127 over the largest, static quotient"),
+        (builds.SymmetricRule(CPUS.dynamic, CUDAS.static), "unknown"),
+        (builds.SymmetricRule(CUDAS.dynamic, CPUS.static), "unknown"),
+    ],
+)
+def test_both_questions_to_a_build_tell_its_symmetric_rule(
+    rule: builds.SymmetricRule, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import _custom_ops
+
+    monkeypatch.setattr(_custom_ops, "scaled_int8_quant", symmetric_operator(rule))
+    assert builds.symmetric_rule_name() == expected
 
 
 def test_the_installed_build_follows_a_known_rule() -> None:
+    assert builds.symmetric_rule_name() in builds.SYMMETRIC_RULES
     assert builds.int8_rule_name() in builds.INT8_RULES
     assert builds.arithmetic()["bfloat16"] in ("rounds", "truncates")
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantgate import compare, engine
+from quantgate import builds, compare, engine
+from quantgate.budget import REPLAY_MODULE_16_BIT
 from quantgate.checkpoint import BadInput, EngineSettings
 from quantgate.formats.kernels import FORMATS_RULES, RULES, LinearRules, explained, rules_of
 from quantgate.measurement import Measurement
@@ -21,6 +22,7 @@ from quantgate.probe import Probe
 from quantgate.replay import replay
 from quantgate.verdict import Verdict
 
+LIMIT = REPLAY_MODULE_16_BIT["bfloat16"]
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
 
 
@@ -155,3 +157,61 @@ def test_w4afp8_under_cutlass_is_replayed_with_its_products_in_fp8(
     assert verdicts["its kernels'"].outcome == "pass"
     assert verdicts["its format's"].outcome == "fail"
     assert 1.5e-2 < max(d.measured for d in verdicts["its format's"].deviations) < 4e-2
+
+
+class Cutlass:
+    """`CutlassInt8ScaledMMLinearKernel`, of static inputs with a zero point.
+
+    Codes as csrc's `static_scaled_int8_azp_quant_kernel` makes them, and the epilogue
+    `ScaledEpilogueBiasAzp`: float(accumulator - zero point x sum of weights), of integers.
+    """
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight, scale, self.scale, self.zero_point, _ = self._get_layer_params(layer)  # type: ignore[attr-defined]
+        self.weight, self.weight_scale = weight.double(), scale.float().view(1, -1)
+        self.adjustment = self.zero_point.double() * self.weight.sum(dim=1)
+
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        codes = (x.float() * (1 / self.scale)).round() + self.zero_point
+        accumulator = codes.clamp(-128, 127).double() @ self.weight.T
+        found = (accumulator - self.adjustment).float() * self.weight_scale * self.scale
+        assert accumulator.abs().max() < 2**31
+        result: torch.Tensor = (found if bias is None else found + bias.float()).to(x.dtype)
+        return result
+
+
+def test_asymmetric_static_int8_under_cutlass_is_replayed_by_its_rounding(
+    root: Path,
+    small_probe: Probe,
+    tmp_path: Path,
+    emulated_kernels: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An H200's replay was 1.00e-2 off in one module by the rule of the CPU's builds.
+
+    Its scale is in bfloat16 and its zero point odd: half a scale, which many inputs are, goes to
+    the even code before the zero point is added there, and after it on a CPU. What is subtracted is
+    subtracted from integers, so cancellation costs nothing.
+    """
+    kernel = emulated_kernels.DequantizingInt8LinearKernel
+    for name in ("process_weights_after_loading", "apply_weights"):
+        monkeypatch.setattr(kernel, name, getattr(Cutlass, name))
+    directory = root / "build" / "tiny-llama-w8a8-static-asym"
+    with called(kernel, "CutlassInt8ScaledMMLinearKernel"):
+        measured, capture = engine.measure(
+            directory, small_probe, settings=SETTINGS, dtype="bfloat16", announce=quiet,
+            capture_into=tmp_path,
+        )  # fmt: skip
+    assert measured.provenance.kernels["mlp.down_proj"] == "CutlassInt8ScaledMMLinearKernel"
+    assert capture is not None
+    errors = {}
+    for name in builds.INT8_RULES:
+        monkeypatch.setattr(builds, "int8_rule_name", lambda name=name: name)
+        replayed = replay(directory, small_probe, capture, announce=quiet)
+        errors[name] = {module.name: module.output for module in replayed.modules}
+    right = errors.pop("product rounded first")
+    assert max(right.values()) < LIMIT
+    for wrong in errors.values():
+        (module,) = (name for name, error in wrong.items() if error > LIMIT)
+        assert module == "model.layers.3.mlp.down_proj"
+        assert 5e-3 < wrong[module] < 2e-2

@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 # x, the scale and the zero point, all float32, to codes that are not clamped yet.
 Int8Rule = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+Rule = TypeVar("Rule")
 Narrowing = Literal["rounds", "truncates"]
 """How a build's own operators turn float32 into bfloat16."""
 
@@ -138,13 +139,74 @@ def int8_rule_name() -> str:
 
 def int8_rule() -> Int8Rule:
     """Return how this build quantizes an asymmetric int8 input; `ValueError` if it is not known."""
-    name = int8_rule_name()
+    return _known(int8_rule_name(), INT8_RULES, "with a zero point")
+
+
+class SymmetricRule(NamedTuple):
+    """How a build finds the codes of int8 inputs without a zero point, not clamped yet."""
+
+    dynamic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Of x [rows, H] and each row's largest magnitude [rows, 1]."""
+    static: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Of x and the checkpoint's scale [1]."""
+
+
+def _by_reciprocal(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x * scale.reciprocal()).round()
+
+
+SYMMETRIC_RULES: Mapping[str, SymmetricRule] = {
+    # The CPU builds.
+    "product with the scale's reciprocal": SymmetricRule(
+        lambda x, largest: _by_reciprocal(x, largest / 127), _by_reciprocal
+    ),
+    # CUDA (csrc, `dynamic_scaled_int8_quant_kernel` and `static_scaled_int8_quant_kernel`): where
+    # it was asked, 398 codes of 1,048,576 differed from those of the other rule.
+    "product with 127 over the largest, static quotient": SymmetricRule(
+        lambda x, largest: (x * (127 / largest)).round(), lambda x, scale: (x / scale).round()
+    ),
+}
+
+
+@functools.cache
+def symmetric_rule_name() -> str:
+    """Ask the build which of `SYMMETRIC_RULES` it quantizes by; "unknown" if none."""
+    import torch
+
+    _operators()
+    from vllm._custom_ops import scaled_int8_quant
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 256, generator=generator).bfloat16()
+    # Many inputs are in the middle of two codes of this scale, and 1.5 times it, multiplied by its
+    # rounded reciprocal, is less than 1.5.
+    scale = torch.tensor([7 / 256])
+    if torch.cuda.is_available():
+        x, scale = x.cuda(), scale.cuda()
+    dynamic, _, _ = scaled_int8_quant(x, None, None, symmetric=True)
+    static, _, _ = scaled_int8_quant(x, scale, None, symmetric=True)
+    wide = x.float()
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    for name, rule in SYMMETRIC_RULES.items():
+        own = (rule.dynamic(wide, largest), rule.static(wide, scale))
+        found = (dynamic.float(), static.float())
+        if all(torch.equal(a.clamp(-128, 127), b) for a, b in zip(own, found, strict=True)):
+            return name
+    return UNKNOWN
+
+
+def symmetric_rule() -> SymmetricRule:
+    """Return how this build quantizes an int8 input; `ValueError` if it is not known."""
+    return _known(symmetric_rule_name(), SYMMETRIC_RULES, "without a zero point")
+
+
+def _known(name: str, rules: Mapping[str, Rule], of: str) -> Rule:
     if name == UNKNOWN:
         raise ValueError(
             "vLLM's scaled_int8_quant follows none of the rules that are known for int8 inputs "
-            f"with a zero point ({', '.join(INT8_RULES)}), so there is no reference for them."
+            f"{of} ({', '.join(rules)}), so there is no reference for them."
         )
-    return INT8_RULES[name]
+    return rules[name]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantgate.builds import int8_rule
+from quantgate.builds import int8_rule, symmetric_rule
 
 if TYPE_CHECKING:
     import torch
@@ -27,30 +27,31 @@ def int8_per_token(x: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
     """Dynamic int8, a scale for each row: amax / 127, or (max - min) / 255 with a zero point."""
     x = x.float()
     if symmetric:
-        scale = x.abs().amax(dim=1, keepdim=True) / INT8_HIGHEST
-        return _int8(x, scale)
+        largest = x.abs().amax(dim=1, keepdim=True)
+        return _values(symmetric_rule().dynamic(x, largest), largest / INT8_HIGHEST)
     lowest = x.amin(dim=1, keepdim=True)
     scale = (x.amax(dim=1, keepdim=True) - lowest) / (INT8_HIGHEST - INT8_LOWEST)
     zero_point = (INT8_LOWEST - lowest / scale).round()
-    return _int8(x, scale, zero_point)
+    return _values(int8_rule()(x, scale, zero_point), scale, zero_point)
 
 
 def int8_per_tensor(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Static int8: the checkpoint's one scale and, for asymmetric inputs, zero point."""
-    return _int8(x.float(), scale.float(), None if zero_point is None else zero_point.float())
-
-
-def _int8(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Round to nearest, ties to even. A row of zeros, whose scale is 0, stays zero."""
+    x, scale = x.float(), scale.float()
     if zero_point is None:
-        codes = (x * scale.reciprocal()).round().clamp(INT8_LOWEST, INT8_HIGHEST)
-        return (codes * scale).where(scale != 0, 0.0)
-    codes = int8_rule()(x, scale, zero_point).clamp(INT8_LOWEST, INT8_HIGHEST)
-    return ((codes - zero_point) * scale).where(scale != 0, 0.0)
+        return _values(symmetric_rule().static(x, scale), scale)
+    zero_point = zero_point.float()
+    return _values(int8_rule()(x, scale, zero_point), scale, zero_point)
+
+
+def _values(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what int8 codes stand for, clamped. A row of zeros, whose scale is 0, stays zero."""
+    codes = codes.clamp(INT8_LOWEST, INT8_HIGHEST)
+    return ((codes if zero_point is None else codes - zero_point) * scale).where(scale != 0, 0.0)
 
 
 def fp8_per_token(x: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,7 @@ REGROUPED = 1e-6
 
 
 def planned(patch: pytest.MonkeyPatch, group: int, band: int, depth_block: int) -> None:
-    patch.setattr(head_plan, "plan_for", lambda *_: Plan(group, band))
-    patch.setattr(head_plan, "DEPTH_BLOCK", depth_block)
+    patch.setattr(head_plan, "plan_for", lambda *_: Plan(group, band, depth_block))
 
 
 @given(

@@ -51,11 +51,12 @@ class Plan:
     """How rows and vocabulary are divided among programs.
 
     A program reduces `group` columns of one tile of rows; programs are started band after band of
-    `band` tiles of rows.
+    `band` tiles of rows. `depth_block` columns of the hidden size are added up in one chain.
     """
 
     group: int
     band: int
+    depth_block: int = DEPTH_BLOCK
 
 
 def tile_for(element_bytes: int, capability: int | None) -> Tile:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from quantgate.scoremode import head_plan
-from quantgate.scoremode.head_plan import Tile
+from quantgate.scoremode.head_plan import Plan, Tile
 from quantgate.scoremode.logprob import Head, Reduction, merge_parts
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NO_COLUMN = 2**31 - 1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _add_kept(part, kept):  # type: ignore[no-untyped-def]  # Triton's own types are not Python's
     """Return the even and the odd columns of part [ROWS, COLUMNS] plus what was kept of them.
 
@@ -35,14 +35,14 @@ def _add_kept(part, kept):  # type: ignore[no-untyped-def]  # Triton's own types
     return even, odd
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rest_of(whole, high):  # type: ignore[no-untyped-def]
     """Return what the upper 16 bits of float32 sums leave over; nothing of infinity or NaN."""
     rest = whole - (high << 16).to(tl.float32, bitcast=True)
     return tl.where(rest == rest, rest, 0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _keep(part, kept):  # type: ignore[no-untyped-def]
     """Move sums out of the accumulator: their upper 16 bits into `kept`; return both.
 
@@ -72,7 +72,7 @@ def _product(  # type: ignore[no-untyped-def]
     return part
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _place(program, row_tiles, groups, band):  # type: ignore[no-untyped-def]
     """Return a program's tile of rows and group of columns: down a band of rows, group by group."""
     first_tile = program // (band * groups) * band
@@ -144,14 +144,21 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
 
 def reduce_fused(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Reduction:
     """Reduce this rank's columns in one kernel; the arguments are `score_rows`' own."""
-    import torch
-
     # Triton's interpreter, on a CPU, would multiply the bits of bfloat16 as integers.
     if hidden.dtype != head.weight.dtype or not hidden.is_cuda:
         hidden = hidden.float()
+    plan = head_plan.plan_for(len(hidden), hidden.shape[1], len(head.weight))
+    return reduce_planned(head, hidden, targets, tile_of(hidden), plan)
+
+
+def reduce_planned(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, tile: Tile, plan: Plan
+) -> Reduction:
+    """Reduce this rank's columns as a plan says; hidden is in the weight's dtype, or in float32."""
+    import torch
+
     hidden, targets, weight = hidden.contiguous(), targets.contiguous(), head.weight.contiguous()
     (rows, hidden_size), vocab = hidden.shape, len(weight)
-    plan, tile = head_plan.plan_for(rows, hidden_size, vocab), _tile(hidden)
     groups = triton.cdiv(vocab, plan.group)
     maximum = hidden.new_empty(rows, groups, dtype=torch.float32)
     total, top1 = torch.empty_like(maximum), torch.empty_like(maximum, dtype=torch.int32)
@@ -163,14 +170,15 @@ def reduce_fused(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Red
         plan.group, groups, plan.band, hidden.stride(0), weight.stride(0),
         1.0 if head.soft_cap is None else head.soft_cap, head.scale,
         HAS_BIAS=head.bias is not None, HAS_CAP=head.soft_cap is not None,
-        BLOCKS=hidden_size > head_plan.DEPTH_BLOCK, NO_COLUMN=NO_COLUMN,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, DEPTH_BLOCK=head_plan.DEPTH_BLOCK,
+        BLOCKS=hidden_size > plan.depth_block, NO_COLUMN=NO_COLUMN,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, DEPTH_BLOCK=plan.depth_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return merge_parts(maximum, total, top1)._replace(target=target)
 
 
-def _tile(hidden: torch.Tensor) -> Tile:
+def tile_of(hidden: torch.Tensor) -> Tile:
+    """Return the tile for hidden states of this dtype on this device."""
     import torch
 
     device: Any = hidden.device

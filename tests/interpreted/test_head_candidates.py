@@ -22,7 +22,7 @@ from quantgate.scoremode import logprob as core
     width=st.integers(1, 200),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_blocks_of_cublas_give_what_the_core_gives(
     rows: int, depth: int, parts: int, vocab: int, k: int, height: int, width: int, seed: int
 ) -> None:

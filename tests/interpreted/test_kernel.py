@@ -37,7 +37,7 @@ def planned(patch: pytest.MonkeyPatch, group: int, band: int, depth_block: int) 
     depth_block=st.sampled_from([32, 64, 1024]),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_the_kernel_is_the_float64_log_softmax(
     rows: int,
     hidden_size: int,
@@ -97,7 +97,7 @@ def test_the_kernel_is_the_float64_log_softmax(
     soft_cap=st.sampled_from([None, 5.0]),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=12)
 def test_a_score_does_not_depend_on_the_plan(
     rows: int, hidden_size: int, vocab: int, k: int, bias: bool, soft_cap: float | None, seed: int
 ) -> None:

@@ -3,7 +3,7 @@
 Imported only where Triton is. Each program keeps a tile of logits in registers and goes through
 one group of columns of the vocabulary; what it writes is three numbers a row. `head_plan` says how
 columns are grouped: for few rows more finely, so that the whole chip works. A logit is the same in
-any grouping; merging the groups, in float32, moves a score by less than 1e-6.
+any grouping; merging the groups moves a score by the last bit of its float32 at most.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
     for part in ("machine", "formats", "ways", "batch-invariant", "runner-v1", "runner-v2", "gate"):
         assert f"\n{part}: " in f"\n{listed.stdout}"
     assert "8b W4A16 64 2048" in listed.stdout
+    assert "0.5b 1024\n" in listed.stdout
     unknown = gpu(root, *WITHOUT, "--checkpoint", "nobody")
     assert unknown.returncode == 2
     assert "--checkpoint nobody: not an id in fixtures/checkpoints" in unknown.stderr
@@ -189,6 +190,22 @@ def test_a_lost_device_costs_one_process_and_the_item_that_lost_it(
     assert journal.read("b")["not_run"] == "CUDA error"
     assert journal.waiting(["a", "b", "c"]) == ["c"]
     assert journal.started() is None  # so that nobody takes it for the one that was lost
+
+
+def test_the_heads_figures_are_a_table(load: Callable[[str], ModuleType]) -> None:
+    """As tools/bench_head.py writes them, with a candidate that the device did not take."""
+    floor = {"milliseconds": 10.7, "of_floor": 1.0, "error": None, "batch": None, "failed": None}
+    ours = {**floor, "milliseconds": 12.0, "of_floor": 1.12, "error": 4e-6, "batch": 0.0}
+    large = dict.fromkeys(floor) | {"failed": "OutOfResources: shared memory"}
+    candidates = {"cuBLAS bfloat16": floor, "score mode": ours, "fused, large": large}
+    figures = {"measured": [{"shape": "8b", "rows": 64, "candidates": candidates}]}
+    said = {"item": "8b 64", "figures": figures}
+    content = {"date": "2026-01-01", "device": "a GPU", "versions": {}, "command": [],
+               "parts": {"head": [said]}}  # fmt: skip
+    table = load("gpu_tables").markdown(content)
+    assert "| 8b | 64 | cuBLAS bfloat16 | 10.700 | 1.00 |  |  |" in table
+    assert "| 8b | 64 | score mode | 12.000 | 1.12 | 4.0e-06 | 0.0e+00 |" in table
+    assert "| 8b | 64 | fused, large | not run: OutOfResources: shared memory |  |  |  |" in table
 
 
 @given(

@@ -36,6 +36,8 @@ from quantgate.doctor import device_name
 from quantgate.engine import available_devices, library_versions
 from quantgate.engine_failure import EngineFailure, LostDevice, first_line
 
+# The scripts that say how figures are taken: with others they are measured again.
+MEASURING = ("gpu_parts.py", "bench_score.py", "bench_head.py", "head_candidates.py")
 POLL_SECONDS = 0.2
 TERMINATED = 128 + signal.SIGTERM
 
@@ -170,7 +172,7 @@ def work(part: str, journal: Journal, items: Sequence[str], known: Checkpoints, 
 
 def fingerprint() -> dict[str, Any]:
     """Return what figures are of: code, versions, device."""
-    tools = [(ROOT / "tools" / name).read_bytes() for name in ("gpu_parts.py", "bench_score.py")]
+    tools = [(ROOT / "tools" / name).read_bytes() for name in MEASURING]
     code = hashlib.sha256(b"".join([code_version().encode(), *tools])).hexdigest()
     return {"device": device_name(), "versions": library_versions(), "code": code}
 

@@ -30,6 +30,7 @@ DTYPES = ("bfloat16", "float16")
 SHAPES = ("8b", "0.5b")
 SCHEMES = ("none", "W4A16", "FP8_DYNAMIC")
 WORK = ((64, 2048), (2048, 64))
+HEAD_ROWS = (64, 1024, 8192)
 MIB = 2**20
 
 Figures = dict[str, Any]
@@ -196,11 +197,24 @@ def _gate(
 def speed(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Run tools/bench_score.py on one shape, scheme and amount of work."""
     shape, scheme, prompts, tokens = item.split(" ")
+    return _bench(
+        "bench_score.py", "--shape", shape, "--scheme", scheme, "--prompts", prompts,
+        "--tokens", tokens,
+    )  # fmt: skip
+
+
+def head(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Run tools/bench_head.py on one shape and number of rows."""
+    shape, rows = item.split(" ")
+    return _bench("bench_head.py", "--shape", shape, "--rows", rows)
+
+
+def _bench(tool: str, *arguments: str) -> Figures:
+    """Run a benchmark in a process of its own; return what it writes as JSON."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "bench.json"
-        command = [sys.executable, str(ROOT / "tools" / "bench_score.py"), "--shape", shape]
-        command += ["--scheme", scheme, "--prompts", prompts, "--tokens", tokens]
-        subprocess.run([*command, "--json", str(path)], check=True)
+        command = [sys.executable, str(ROOT / "tools" / tool), *arguments, "--json", str(path)]
+        subprocess.run(command, check=True)
         found: Figures = json.loads(path.read_text(encoding="utf-8"))
     return found
 
@@ -229,6 +243,10 @@ def _speed_items(checkpoints: Checkpoints) -> list[str]:
     ]
 
 
+def _head_items(checkpoints: Checkpoints) -> list[str]:
+    return [f"{shape} {rows}" for shape in SHAPES for rows in HEAD_ROWS]
+
+
 PARTS: dict[str, Part] = {
     "machine": Part("which kernel does vLLM choose?", lambda _: ["here"], machine, 20),
     "formats": Part("does each format's kernel compute what it says?", _in_both, formats, 5),
@@ -247,4 +265,5 @@ PARTS: dict[str, Part] = {
     "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),
     "forced": Part("is another kernel noticed?", _quantized, forced, 10),
     "speed": Part("how fast is score mode?", _speed_items, speed, 30),
+    "head": Part("how fast and exact is its head, and what else could be?", _head_items, head, 10),
 }  # fmt: skip

@@ -108,6 +108,20 @@ def _speed(item: str, figures: Said) -> Rows:
     ]  # fmt: skip
 
 
+def _head(item: str, figures: Said) -> Rows:
+    shape, rows = item.split(" ")
+    (measured,) = figures["measured"]
+    return [
+        [
+            shape, rows, name, f"{one['milliseconds']:.3f}", f"{one['of_floor']:.2f}",
+            *("" if one[what] is None else f"{one[what]:.1e}" for what in ("error", "batch")),
+        ]
+        if one["failed"] is None
+        else [shape, rows, name, f"not run: {one['failed']}", "", "", ""]
+        for name, one in measured["candidates"].items()
+    ]  # fmt: skip
+
+
 def _measured(check: Said) -> str:
     if check["measured"] is None:
         return f"{check['verdict']}: {check['detail']}"
@@ -136,5 +150,9 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[str, Said], Rows]]] = {
         ("shape", "scheme", "work", "mode", "tokens/s", "of prefill's", "score is × it",
          "floor's part", "MiB above prefill"),
         _speed,
+    ),
+    "head": (
+        ("shape", "rows", "candidate", "ms", "× cuBLAS", "largest error", "moved by its batch"),
+        _head,
     ),
 }  # fmt: skip

@@ -5,16 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantgate.scoremode import head_plan
 from quantgate.scoremode import logprob as core
 from quantgate.scoremode import logprob_triton as fused
+from quantgate.scoremode.head_plan import Plan
 
 # Log-probabilities of these shapes reach -60; float32 rounds them, and the sums, to some 1e-6.
 LIMIT = 2e-5
 
 
+# In nats: what the merging of groups in another order may change.
+REGROUPED = 1e-6
+
+
+def planned(patch: pytest.MonkeyPatch, group: int, band: int, depth_block: int) -> None:
+    patch.setattr(head_plan, "plan_for", lambda *_: Plan(group, band, depth_block))
+
+
 @given(
-    rows=st.integers(1, 150),
-    hidden_size=st.integers(1, 70),
+    rows=st.integers(1, 300),
+    hidden_size=st.integers(1, 150),
     vocab=st.integers(2, 600),
     k=st.integers(1, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -22,6 +32,9 @@ LIMIT = 2e-5
     soft_cap=st.sampled_from([None, 5.0]),
     scale=st.sampled_from([1.0, 0.5]),
     first_token=st.sampled_from([0, 100]),
+    group=st.sampled_from([64, 128, 256]),
+    band=st.integers(1, 3),
+    depth_block=st.sampled_from([32, 64, 1024]),
     seed=st.integers(0, 2**16),
 )
 @settings(deadline=None, max_examples=40)
@@ -35,9 +48,12 @@ def test_the_kernel_is_the_float64_log_softmax(
     soft_cap: float | None,
     scale: float,
     first_token: int,
+    group: int,
+    band: int,
+    depth_block: int,
     seed: int,
 ) -> None:
-    """Any shape, several groups of columns, one shard of a vocabulary, padded targets."""
+    """Any shape and plan, several depth blocks, one shard of a vocabulary, padded targets."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
     weight = torch.randn(vocab, hidden_size, generator=generator).to(dtype)
@@ -50,7 +66,7 @@ def test_the_kernel_is_the_float64_log_softmax(
         scale=scale,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "GROUP", 256)
+        planned(patch, group, band, depth_block)
         assert core._reduction_for(hidden) is fused.reduce_fused
         scores = core.score_rows(head, hidden, targets)
         patch.setattr(core, "_reduction_for", lambda _: core.reduce_blocked)
@@ -72,6 +88,45 @@ def test_the_kernel_is_the_float64_log_softmax(
     torch.testing.assert_close(scores.top1_logprob.double(), best, atol=LIMIT, rtol=1e-6)
 
 
+@given(
+    rows=st.integers(1, 300),
+    hidden_size=st.integers(1, 150),
+    vocab=st.integers(2, 1000),
+    k=st.integers(1, 3),
+    bias=st.booleans(),
+    soft_cap=st.sampled_from([None, 5.0]),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=12)
+def test_a_score_does_not_depend_on_the_plan(
+    rows: int, hidden_size: int, vocab: int, k: int, bias: bool, soft_cap: float | None, seed: int
+) -> None:
+    """The plan follows the number of rows: a row scores the same, within rounding, in any batch.
+
+    Products of such small numbers are exact, so that only the merging of groups rounds, and half of
+    the tokens tie with another one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(rows, hidden_size, generator=generator) * 8).round() / 8
+    weight = (torch.randn(vocab, hidden_size, generator=generator) * 64 / hidden_size**0.5).round()
+    weight /= 64
+    half = (vocab + 1) // 2
+    weight[half:] = weight[: vocab - half].clone()
+    head = core.Head(
+        weight, torch.randn(vocab, generator=generator) if bias else None, soft_cap=soft_cap
+    )
+    targets = torch.randint(vocab, (rows, k), generator=generator)
+    reduced = []
+    for group, band in ((64, 1), (256, 2), (4096, 16)):
+        with pytest.MonkeyPatch.context() as patch:
+            planned(patch, group, band, 64)
+            reduced.append(core.score_rows(head, hidden, targets))
+    for other in reduced[1:]:
+        torch.testing.assert_close(other.logprob, reduced[0].logprob, atol=REGROUPED, rtol=0)
+        assert torch.equal(other.top1, reduced[0].top1)
+    assert bias or (reduced[0].top1 < half).all()
+
+
 def test_a_tie_goes_to_the_lower_token_in_both_cores() -> None:
     hidden, weight = torch.ones(2, 4), torch.zeros(1000, 4)
     weight[[7, 70, 700]] = 1.0
@@ -89,17 +144,25 @@ def test_a_score_does_not_depend_on_the_other_rows() -> None:
     assert torch.equal(whole[64:65], alone)
 
 
-def test_nan_in_a_hidden_row_stays_visible() -> None:
-    hidden = torch.randn(3, 4)
-    hidden[1, 2] = torch.nan
-    scores = core.score_rows(core.Head(torch.randn(600, 4)), hidden, torch.tensor([[0], [1], [5]]))
+@pytest.mark.parametrize("depth", [2, 40, 99])
+def test_nan_in_a_hidden_row_stays_visible(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, 256, 1, 32)
+    hidden = torch.randn(3, 100)
+    hidden[1, depth] = torch.nan
+    weight = torch.randn(600, 100)
+    scores = core.score_rows(core.Head(weight), hidden, torch.tensor([[0], [1], [5]]))
     assert scores.logprob[:, 0].isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("-inf")])
-def test_an_infinite_logit_is_never_a_plausible_score(number: float) -> None:
-    hidden, weight = torch.ones(1, 1), torch.zeros(20, 1)
-    weight[3] = number
+@pytest.mark.parametrize("depth", [0, 40, 99])
+def test_an_infinite_logit_is_never_a_plausible_score(
+    number: float, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first, the second or the last block of the depth."""
+    planned(monkeypatch, 256, 1, 32)
+    hidden, weight = torch.ones(1, 100), torch.zeros(20, 100)
+    weight[3, depth] = number
     targets = torch.tensor([[3, 4]])
     fused_scores = core.score_rows(core.Head(weight), hidden, targets).logprob
     parts = core.reduce_blocked(core.Head(weight), hidden, targets)

@@ -1,0 +1,94 @@
+"""How the fused kernel divides the head's product: a tile by device, a plan by the sizes.
+
+Rules, not a search at run time: a search would choose by the noise of one measurement, and the
+scores of two runs would differ with it. `tools/bench_head.py` measures what the rules choose
+beside what they could choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW_TILE = 128
+COLUMN_TILE = 256
+# Columns of the hidden size that tensor cores add up before the sum is moved out of them. They
+# truncate every addition (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021), so the
+# error grows with the length of the chain. `tools/simulate_tensor_cores.py` models it for logits of
+# standard deviation 1.3 at hidden 4,096: a log-probability is off by up to 2.3e-5 in one chain (an
+# H200 measured 2.5e-5), by 1.1e-5 in blocks of 2,048, 4.7e-6 of 1,024 and 2.3e-6 of 512. A shorter
+# block costs time each time that it ends.
+DEPTH_BLOCK = 1024
+# A wave of programs fills the chip, 132 or 148 at a time. Of eight waves and more, the last one,
+# which is partly empty, is a small part.
+PROGRAMS = 1000
+MOST_COLUMN_TILES = 16
+# Of the rows that programs share; with the weights in use it stays in an L2 cache of 40 MB or more.
+BAND_BYTES = 16 * 2**20
+HOPPER = 9
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of one step: `rows` × `columns` of logits, `depth` of the hidden size at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# float32 runs on the ordinary cores (exact products, no TF32); the 16-bit tiles fill tensor cores.
+# The large tile is the fastest of six that were measured on an H200. Compiled for other devices it
+# does not fit the registers: 336 bytes of a thread go through memory on 8.0, 1,296 on 10.0.
+FLOAT32_TILE = Tile(rows=64, columns=64, depth=32, warps=4, stages=2)
+MEDIUM_TILE = Tile(rows=ROW_TILE, columns=128, depth=64, warps=8, stages=3)
+LARGE_TILE = Tile(rows=ROW_TILE, columns=COLUMN_TILE, depth=64, warps=8, stages=3)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows and vocabulary are divided among programs.
+
+    A program reduces `group` columns of one tile of rows; programs are started band after band of
+    `band` tiles of rows. `depth_block` columns of the hidden size are added up in one chain.
+    """
+
+    group: int
+    band: int
+    depth_block: int = DEPTH_BLOCK
+
+
+def tile_for(element_bytes: int, capability: int | None) -> Tile:
+    """Return the tile for a dtype and a major compute capability, None in Triton's interpreter."""
+    if element_bytes == 4:
+        return FLOAT32_TILE
+    return LARGE_TILE if capability in (HOPPER, None) else MEDIUM_TILE
+
+
+def plan_for(rows: int, hidden_size: int, vocab: int) -> Plan:
+    """Return the plan for `rows` hidden rows and a head [vocab, hidden_size].
+
+    Few rows: in groups of 4,096 columns, 64 rows and a vocabulary of 128,256 made 32 programs for
+    an H200's 132 multiprocessors, and took 3.4 × as long as cuBLAS's product (4.3 × at hidden 896
+    and 151,936); 1,024 rows made two waves and took 1.43 × and 2.5 ×. Groups now get smaller until
+    there are about a thousand programs or one tile a group: 501 for the 64 rows, 1,008 for 1,024.
+    Grouping changes which partial sums are merged, in float32, and no logit: a score moves by its
+    last bit at most, 1e-6 above -16 nat.
+
+    Many rows: all tiles of rows side by side read each step's 8,192 × 4,096 hidden states, 67 MB,
+    once for every tile of columns, which an L2 cache of 50 MB does not hold. In bands of 16 tiles,
+    2,048 rows, it does; each band reads the weights again, 4 times in all.
+
+    The figures are from an H200 before this rule; with it, nothing was measured yet.
+    """
+    row_tiles, column_tiles = _pieces(rows, ROW_TILE), _pieces(vocab, COLUMN_TILE)
+    tiles = MOST_COLUMN_TILES
+    while tiles > 1 and row_tiles * _pieces(column_tiles, tiles) < PROGRAMS:
+        tiles //= 2
+    band = max(1, BAND_BYTES // (2 * ROW_TILE * hidden_size))
+    return Plan(tiles * COLUMN_TILE, band)
+
+
+def _pieces(whole: int, size: int) -> int:
+    return -(-whole // size)

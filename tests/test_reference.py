@@ -220,7 +220,7 @@ def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None
         "import json, sys\n"
         "from pathlib import Path\n"
         "from test_reference import SHORT, quiet, unstreamed\n"
-        "from quantgate import reference\n"
+        "from quantgate.streamed_model import StreamedModel\n"
         "from transformers import AutoModelForCausalLM\n"
         "import torch; torch.set_num_threads(1)\n"
         "directory = Path(sys.argv[1])\n"
@@ -228,7 +228,7 @@ def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None
         "    lines = Path('/proc/self/status').read_text().splitlines()\n"
         "    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(what))\n"
         "torch.randn(64, 64) @ torch.randn(64, 64)\n"
-        "model = reference.StreamedModel(directory, 'float32')\n"
+        "model = StreamedModel(directory, 'float32')\n"
         "before = resident('VmRSS')\n"
         "Path('/proc/self/clear_refs').write_text('5')\n"  # the high-water mark starts anew
         "hidden = model.last_hidden(SHORT.windows, quiet)\n"
@@ -240,7 +240,7 @@ def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "MALLOC_ARENA_MAX": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
         check=True,

@@ -32,6 +32,7 @@ from quantgate.golden import history_of, since_golden, unclaimed
 from quantgate.invariance import other_parallel_size
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
+from quantgate.reference_device import REFERENCE_DEVICES, choose_device
 from quantgate.report.results import CheckResult, overall, place_of, upheld
 from quantgate.report.run import Run
 from quantgate.report.terminal import table
@@ -79,6 +80,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         type=Path,
         help="keep measurements of references and bases in DIR (default: .gate-cache)",
+    )
+    group.addoption(
+        "--reference-device",
+        choices=REFERENCE_DEVICES,
+        help="compute references, and the heads' products of divergence, there "
+        "(default: cuda where there is one)",
     )
 
 
@@ -197,6 +204,7 @@ def _selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
 
 
 def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
+    choose_device(config.getoption("reference_device"))  # refused now, not an hour later
     known = read_checkpoint_files(run.root)
     names, base = config.getoption("checkpoint"), config.getoption("base")
     if base is not None and not names:
@@ -414,7 +422,13 @@ def gate(request: pytest.FixtureRequest) -> Gate:
     if run.sources is None:
         cache = DiskCache(_cache_directory(request.config))
         announce = _announcer(request.config)
-        run.sources = Sources(_probes(run.root), announce, cache, notes=lacking())
+        run.sources = Sources(
+            _probes(run.root),
+            announce,
+            cache,
+            reference_device=request.config.getoption("reference_device"),
+            notes=lacking(),
+        )
         for note in run.sources.notes:
             announce(note)
     run.sources.forget_others(_params(request.node)["checkpoint"])  # they follow one another

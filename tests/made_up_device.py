@@ -26,15 +26,15 @@ TRANSFERS = ("aten::to", "aten::_to_copy", "aten::copy_")
 class There(torch.Tensor):
     """A tensor on the made-up device."""
 
-    inner: torch.Tensor
+    held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> There:
+    def __new__(cls, held: torch.Tensor) -> There:
         made: There = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
-            dtype=inner.dtype, device=torch.device(DEVICE),
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
+            dtype=held.dtype, device=torch.device(DEVICE),
         )  # fmt: skip
-        made.inner = inner
+        made.held = held
         return made
 
     @classmethod
@@ -42,7 +42,7 @@ class There(torch.Tensor):
         raise RuntimeError(f"{func}: a tensor of the made-up device outlived it")
 
 
-class _Rules(TorchDispatchMode):
+class _Rules(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes on the CPU what is done on the made-up device, and refuses to mix the two."""
 
     def __torch_dispatch__(
@@ -57,7 +57,7 @@ class _Rules(TorchDispatchMode):
         done = func(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs or {}))
         if not (there if target is None else target.type == BACKEND):
             return done
-        known = {id(x.inner): x for x in there}  # what works in place returns what it was given
+        known = {id(x.held): x for x in there}  # what works in place returns what it was given
         return tree_map(
             lambda x: known.get(id(x), There(x)) if type(x) is torch.Tensor else x, done
         )
@@ -65,16 +65,20 @@ class _Rules(TorchDispatchMode):
 
 def _to_cpu(given: Any) -> Any:
     if isinstance(given, There):
-        return given.inner
+        return given.held
     is_there = isinstance(given, torch.device) and given.type == BACKEND
     return torch.device("cpu") if is_there else given
 
 
 @functools.cache
 def _register() -> None:
-    from torch.utils import backend_registration
+    from torch.utils import backend_registration as registration
 
-    backend_registration._setup_privateuseone_for_python_backend()
+    class Hook(registration._DummyPrivateUse1Hook):
+        def is_available(self) -> bool:  # to nobody who does not ask for it by name
+            return False
+
+    registration._setup_privateuseone_for_python_backend(hook=Hook())
 
 
 @contextmanager
@@ -85,7 +89,7 @@ def made_up_device() -> Iterator[None]:
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:
-        with _Rules():
+        with _Rules():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(before)

@@ -9,7 +9,7 @@ arithmetic, memory or streams.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,13 +54,19 @@ class _Rules(TorchDispatchMode):  # type: ignore[no-untyped-call]
         target = next((x for x in given if isinstance(x, torch.device)), None)
         if there and any(x.ndim for x in here) and func._schema.name not in TRANSFERS:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device")
-        done = func(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs or {}))
+        done = _on_cpu(func, tree_map(_to_cpu, args), tree_map(_to_cpu, kwargs or {}))
         if not (there if target is None else target.type == BACKEND):
             return done
         known = {id(x.held): x for x in there}  # what works in place returns what it was given
         return tree_map(
             lambda x: known.get(id(x), There(x)) if type(x) is torch.Tensor else x, done
         )
+
+
+def _on_cpu(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if func is torch.ops.aten.histc.default:  # of integers there is one on GPUs alone
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 def _to_cpu(given: Any) -> Any:
@@ -83,13 +89,13 @@ def _register() -> None:
 
 @contextmanager
 def made_up_device() -> Iterator[None]:
-    """Have the device within."""
+    """Have the device within, and no gradients: torch follows views of none of its tensors."""
     _register()
     # `torch.tensor(…, device=…)` is then made on the CPU and moved, as torch's own made-up ones do.
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:
-        with _Rules():  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), _Rules():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(before)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quantgate import builds, empty_model, engine, reference, reference_device, sources
 from quantgate.builds import Narrowing
 from quantgate.cache import DiskCache
-from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files
+from quantgate.checkpoint import BadInput, Checkpoint, EngineSettings, read_checkpoint_files
 from quantgate.divergence import Side, divergence
 from quantgate.formats.stored import LoadedTensors, StoredTensors
 from quantgate.measurement import Measurement, Provenance
@@ -124,14 +124,22 @@ def leave_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StreamedModel, "scores", forgetful)
 
 
-@pytest.mark.parametrize("leave", [leave_buffers, leave_weights, leave_targets])
+@pytest.mark.parametrize(
+    ("leave", "name"),
+    [
+        (leave_buffers, "tiny-ner-bert-w4a16"),  # a Llama moves its own, at every step
+        (leave_weights, "tiny-llama-w4a16"),
+        (leave_targets, "tiny-llama-w4a16"),
+    ],
+)
 def test_a_forgotten_transfer_is_an_error(
-    quantized: Path, monkeypatch: pytest.MonkeyPatch, leave: Any
+    root: Path, monkeypatch: pytest.MonkeyPatch, leave: Any, name: str
 ) -> None:
     """What the made-up device is for."""
     leave(monkeypatch)
+    probe = replace(SHORT, task=task_of(root, name))
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
-        both(quantized, SHORT)
+        both(root / "build" / name, probe)
 
 
 # Windows together -------------------------------------------------------------------------------
@@ -429,7 +437,7 @@ def test_an_engine_finds_no_head_on_the_gpu(
 
 
 def test_the_engine_has_gone_when_the_reference_starts(
-    quantized: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: Path, small_probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one GPU, too, neither finds the other's memory taken."""
     events: list[str] = []
@@ -455,9 +463,11 @@ def test_the_engine_has_gone_when_the_reference_starts(
 
     monkeypatch.setattr(engine, "running_engine", running)
     monkeypatch.setattr(reference, "measure", measure)
-    own = Sources(lambda *_: SHORT, quiet)
+    own = Sources(lambda *_: small_probe, quiet)
+    settings = EngineSettings(enforce_eager=True, kernels="portable")
+    checkpoint = Checkpoint(id="x", source=str(quantized), engine=settings)
     with pytest.raises(Served):
-        own.reference(Checkpoint(id="x", source=str(quantized)), "float32")
+        own.reference(checkpoint, "float32")
     assert events == ["engine starts", "engine has gone", "reference"]
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantgate import engine, reference
+from quantgate import engine
 from quantgate.atomic import write_atomically
 from quantgate.cache import DAYS_KEPT, DamagedEntry, DiskCache
 from quantgate.checkpoint import Checkpoint, EngineSettings
@@ -24,6 +24,7 @@ from quantgate.measurement import Measurement, Provenance
 from quantgate.probe import Probe
 from quantgate.scratch import remove_leftovers, scratch_directory
 from quantgate.sources import Sources
+from quantgate.streamed_model import StreamedModel
 
 KEY = {"identity": "abc", "dtype": "float32"}
 ARRAYS = {
@@ -47,7 +48,7 @@ def test_a_warm_cache_does_no_forward_pass(
 ) -> None:
     checkpoint = Checkpoint(id="x", source=str(quantized))
     cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
-    monkeypatch.setattr(reference.StreamedModel, "__init__", None)
+    monkeypatch.setattr(StreamedModel, "__init__", None)
     warm = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     assert warm.logprob.tobytes() == cold.logprob.tobytes()
     assert warm.top1.tobytes() == cold.top1.tobytes()
@@ -211,7 +212,7 @@ def test_what_another_process_measured_meanwhile_is_not_measured_again(
         return alone(cache, key, waiting)
 
     monkeypatch.setattr(DiskCache, "alone", finished_meanwhile)
-    monkeypatch.setattr(reference.StreamedModel, "__init__", None)
+    monkeypatch.setattr(StreamedModel, "__init__", None)
     second = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     assert second.logprob.tobytes() == first.logprob.tobytes()
 

@@ -69,7 +69,7 @@ def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow(reason="every part of make gpu, with an engine that vLLM compiles")
 def test_it_measures_once_and_writes_figures_and_tables(tooled: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures"
-    parts = ["machine", "formats", "ways", "runner-v1", "runner-v2", "forced"]
+    parts = ["machine", "formats", "ways", "runner-v1", "runner-v2", "reference", "forced"]
     arguments: list[str | Path] = [*WITHOUT, "--checkpoint", NAME, "--out", out]
     arguments += [word for part in parts for word in ("--part", part)]
     done = gpu(tooled, *arguments)
@@ -95,10 +95,14 @@ def test_it_measures_once_and_writes_figures_and_tables(tooled: Path, tmp_path: 
     (ways,) = (said["figures"] for said in content["parts"]["ways"])
     assert ways["invariance"]["verdict"] == ways["compiled"]["verdict"] == "pass"
     assert ways["noise"]
+    for said in content["parts"]["reference"]:  # twice on the CPU
+        assert said["figures"]["device"] == "cpu"
+        assert said["figures"]["largest"] == said["figures"]["mean"] == 0
+        assert min(said["figures"]["seconds"].values()) > 0
     (forced,) = (said["figures"] for said in content["parts"]["forced"])
     assert forced["disabled"] == "CPUInt8ScaledMMLinearKernel"
     tables = (out / "gpu.md").read_text()
-    for heading in ("machine", "formats", "ways", "runner-v1", "forced", "Not run"):
+    for heading in ("machine", "formats", "ways", "runner-v1", "reference", "forced", "Not run"):
         assert f"\n### {heading}\n" in tables
 
     # What was measured is not measured again; what was not run is tried again.

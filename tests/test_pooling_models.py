@@ -15,6 +15,7 @@ from quantgate import engine, reference
 from quantgate.budget import FP32_MAX_RAW
 from quantgate.checkpoint import EngineSettings
 from quantgate.probe import Probe, embedded_probe
+from quantgate.streamed_model import StreamedModel
 from quantgate.task import EMBED, Task
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
@@ -121,7 +122,7 @@ def test_our_own_modules_load_what_was_trained(root: Path, name: str) -> None:
     directory = root / "fixtures" / "tiny" / name
     config = json.loads((directory / "config.json").read_text())
     kind = head_classes()[config["architectures"][0]]
-    model = reference.StreamedModel(
+    model = StreamedModel(
         directory, "float32", task=EMBED if name == "colbert-bert" else "token_reward"
     ).model
     assert isinstance(model, kind)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from quantgate import doctor, fidelity, invariance, noise
+from quantgate import doctor, fidelity, invariance, noise, reference
 from quantgate.cache import DiskCache
 from quantgate.checkpoint import Checkpoint
 from quantgate.engine import lacking
-from quantgate.probe import embedded_probe
+from quantgate.measurement import Measurement
+from quantgate.probe import embedded_probe, probe_for
+from quantgate.reference_device import CPU, choose_device
 from quantgate.report.gate_json import check_of_verdict
 from quantgate.scheme import UNQUANTIZED
 from quantgate.sources import SERVING, Sources, resolve_dtype
@@ -164,6 +167,39 @@ def scores(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     return {"fidelity": check_of_verdict(judge(_sources(), checkpoints[name]))}
 
 
+# The reference -----------------------------------------------------------------------------------
+
+
+def references(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Return how long a reference takes on the CPU and on the GPU, and how far apart the two are.
+
+    The first pass on a device also loads its libraries, so each is timed at its second.
+    """
+    name, dtype = item.split(" ")
+    devices = {"cpu": CPU, "gpu": choose_device()}
+    passes = {of: _two_references(checkpoints[name], dtype, on) for of, on in devices.items()}
+    values = {of: measured.values.astype(np.float64) for of, (measured, _) in passes.items()}
+    apart = np.abs(values["gpu"] - values["cpu"])
+    return {
+        "device": devices["gpu"],
+        "seconds": {of: seconds for of, (_, seconds) in passes.items()},
+        "largest": float(apart.max()),
+        "mean": float(apart.mean()),
+    }
+
+
+def _two_references(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[Measurement, float]:
+    """Return a measurement of the embedded probe, and what the second of two took in seconds."""
+    whole = embedded_probe(ROOT, checkpoint.task, quality=False)
+    probe, _ = probe_for(whole, checkpoint.directory)
+    for _ in range(2):
+        started = time.monotonic()
+        measured = reference.measure(
+            checkpoint.directory, probe, dtype=dtype, announce=lambda _: None, device=device
+        )
+    return measured, time.monotonic() - started
+
+
 # Whole commands ----------------------------------------------------------------------------------
 
 
@@ -219,6 +255,11 @@ def _bench(tool: str, *arguments: str) -> Figures:
     return found
 
 
+def _references(checkpoints: Checkpoints) -> list[str]:
+    dtypes = ("float32", "float64")
+    return [f"{name} {dtype}" for name in _one_of_each_scheme(checkpoints) for dtype in dtypes]
+
+
 def _in_both(checkpoints: Checkpoints) -> list[str]:
     return [f"{name} {dtype}" for name in checkpoints for dtype in DTYPES]
 
@@ -261,6 +302,10 @@ PARTS: dict[str, Part] = {
     ),
     "runner-v2": Part(
         "does model runner V2?", _runner_items, scores, 5, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    ),
+    "reference": Part(
+        "does the reference compute on the GPU what it computes on the CPU?", _references,
+        references, 60,
     ),
     "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),
     "forced": Part("is another kernel noticed?", _quantized, forced, 10),

@@ -81,6 +81,19 @@ def _scores(item: str, figures: Said) -> Rows:
     return [[*item.split(" "), _measured(figures["fidelity"])]]
 
 
+def _references(item: str, figures: Said) -> Rows:
+    seconds = figures["seconds"]
+    return [
+        [
+            *item.split(" "),
+            f"{seconds['cpu']:.2f}",
+            f"{seconds['gpu']:.2f}",
+            f"{figures['largest']:.1e}",
+            f"{figures['mean']:.1e}",
+        ]
+    ]
+
+
 def _gate(item: str, figures: Said) -> Rows:
     return [[verdict, str(count)] for verdict, count in figures.items()]
 
@@ -144,6 +157,10 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[str, Said], Rows]]] = {
     "batch-invariant": (("checkpoint", "dtype", "batches"), _batches),
     "runner-v1": (("checkpoint", "dtype", "fidelity"), _scores),
     "runner-v2": (("checkpoint", "dtype", "fidelity"), _scores),
+    "reference": (
+        ("checkpoint", "dtype", "CPU, s", "GPU, s", "largest |Δ|", "mean |Δ|"),
+        _references,
+    ),
     "gate": (("verdict", "checks"), _gate),
     "forced": (("checkpoint", "disabled", "check", "verdict", "kernel", "since"), _forced),
     "speed": (

@@ -35,16 +35,17 @@ _SETTINGS = (
 )
 
 
-def arithmetic() -> dict[str, str]:
+def arithmetic(device: str | None = None) -> dict[str, str]:
     """Return what makes this machine round otherwise than another that serves the same bytes.
 
+    Of a computation on `device`, by default the one that vLLM serves on here.
     Instruction set, vLLM's native library, threads, how bfloat16 and int8 come about, and the
     settings that choose among them. Two machines that agree in all of it agree bit for bit in what
     is not left to the order of threads.
     """
     import torch
 
-    if torch.cuda.is_available():
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
         return {"isa": torch.cuda.get_device_name()}
     return {
         "isa": torch.backends.cpu.get_cpu_capability(),

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.reference_device import CPU, exactly
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 128 << 20
 # What the sums go over at a time: with its few copies it stays in a processor's cache.
 BLOCK_BYTES = 1 << 20
+# But on a GPU, whose own cache is larger and which each further block makes wait.
+BLOCK_BYTES_OF_A_GPU = CHUNK_BYTES
 # Below this |Δ log-prob| a term of the sum is taken by `expm1`, which cancels nothing.
 SMALL = 1.0
 
@@ -63,9 +67,12 @@ class Divergence:
         return found
 
 
-def divergence(base: Side, other: Side, targets: NDArray[np.int64]) -> Divergence:
+def divergence(
+    base: Side, other: Side, targets: NDArray[np.int64], device: str = CPU
+) -> Divergence:
     """Return the divergence of `other` from `base`; `targets` [n] are the text's own tokens.
 
+    Both sides' heads are on `device`, and the sums are taken there.
     Where one vocabulary is longer, its first tokens are the other's. The base's distribution is
     over what both have: it gives other tokens nothing, so what `other` gives them is lost, and
     counts.
@@ -84,15 +91,17 @@ def divergence(base: Side, other: Side, targets: NDArray[np.int64]) -> Divergenc
         )
     rows = max(1, CHUNK_BYTES // (4 * max(base.vocabulary, other.vocabulary)))
     parts: list[tuple[torch.Tensor, ...]] = []
-    with torch.inference_mode():
+    with exactly(torch.device(device)):
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            ours, theirs = (s.logits(torch.from_numpy(s.hidden[chunk])) for s in (base, other))
+            ours, theirs = (
+                s.logits(torch.from_numpy(s.hidden[chunk]).to(device)) for s in (base, other)
+            )
             ours = _widened(ours[:, :common], other.vocabulary)
-            parts += _in_blocks(ours, theirs, torch.from_numpy(targets[chunk]))
-    kld, own, own_of_base, same, confidence = (
-        torch.cat(column).numpy() for column in zip(*parts, strict=True)
-    )
+            parts += _in_blocks(ours, theirs, torch.from_numpy(targets[chunk]).to(device))
+        kld, own, own_of_base, same, confidence = (
+            torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
+        )
     return Divergence(
         kld.astype(np.float64),
         own.astype(np.float64),
@@ -115,7 +124,8 @@ def _in_blocks(
     base: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the columns of `Divergence` for logits [rows, V], a few rows at a time."""
-    rows = max(1, BLOCK_BYTES // (4 * base.shape[-1]))
+    most = BLOCK_BYTES if base.device.type == CPU else BLOCK_BYTES_OF_A_GPU
+    rows = max(1, most // (4 * base.shape[-1]))
     for start in range(0, len(targets), rows):
         block = slice(start, start + rows)
         yield _columns(base[block], other[block], targets[block])

@@ -32,6 +32,7 @@ from quantgate.golden import history_of, since_golden, stored_dtype, unclaimed
 from quantgate.invariance import other_parallel_size
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
+from quantgate.reference_device import REFERENCE_DEVICES, choose_device
 from quantgate.report.results import CheckResult, overall, place_of, upheld
 from quantgate.report.run import Run
 from quantgate.report.terminal import engines_line, table
@@ -80,6 +81,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         type=Path,
         help="keep measurements of references and bases in DIR (default: .gate-cache)",
+    )
+    group.addoption(
+        "--reference-device",
+        choices=REFERENCE_DEVICES,
+        help="compute references, and the heads' products of divergence, there "
+        "(default: cuda where there is one)",
     )
 
 
@@ -206,6 +213,7 @@ def _selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
 
 
 def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
+    choose_device(config.getoption("reference_device"))  # refused now, not an hour later
     known = read_checkpoint_files(run.root)
     names, base = config.getoption("checkpoint"), config.getoption("base")
     if base is not None and not names:
@@ -424,7 +432,12 @@ def gate(request: pytest.FixtureRequest) -> Gate:
         cache = DiskCache(_cache_directory(request.config))
         announce = _announcer(request.config)
         run.sources = Sources(
-            _probes(run.root), announce, cache, notes=lacking(), served_again=_served_again(run)
+            _probes(run.root),
+            announce,
+            cache,
+            reference_device=request.config.getoption("reference_device"),
+            notes=lacking(),
+            served_again=_served_again(run),
         )
         for note in run.sources.notes:
             announce(note)

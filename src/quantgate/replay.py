@@ -19,8 +19,10 @@ from quantgate.capture import Capture
 from quantgate.engine import Announce
 from quantgate.engine_failure import EngineFailure
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
+from quantgate.parameters import Product
 from quantgate.probe import Probe
-from quantgate.reference import Product, StreamedModel
+from quantgate.reference_device import CPU, room_on
+from quantgate.streamed_model import StreamedModel
 from quantgate.task import GENERATE
 
 if TYPE_CHECKING:
@@ -61,13 +63,24 @@ def replay(
     announce: Announce,
     dtype: str = "float32",
     rules: LinearRules = FORMATS_RULES,
+    device: str = CPU,
 ) -> Replay:
     """Run the reference on a capture's windows, each linear on the engine's input.
 
-    `rules` are those of the kernels that served it.
+    `rules` are those of the kernels that served it; `device` is where the reference computes.
     """
+
+    def run() -> Replay:
+        model = StreamedModel(directory, dtype, task=probe.task, rules=rules, device=device)
+        return _replayed(model, probe, capture, announce)
+
+    # In a function of its own: a name for the model here would keep its memory from what follows.
+    with room_on(device):
+        return run()
+
+
+def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: Announce) -> Replay:
     windows = tuple(probe.windows[index] for index in capture.windows)
-    model = StreamedModel(directory, dtype, task=probe.task, rules=rules)
     errors: dict[str, _Errors] = {}
 
     def observe(window: int, name: str, own: torch.Tensor, product: Product) -> torch.Tensor:
@@ -79,9 +92,10 @@ def replay(
                 f"{name}: the engine's input is {list(seen.input.shape)}, the reference's "
                 f"{list(own.shape)}: they do not serve the same tokens or layers."
             )
-        given = seen.input.to(own.dtype)
+        given = seen.input.to(own.device, own.dtype)
         output = product(given)
-        errors.setdefault(name, _Errors()).add(own, given, output, seen.output)
+        served = seen.output.to(own.device)
+        errors.setdefault(name, _Errors()).add(own, given, output, served)
         return output
 
     hidden = model.last_hidden(windows, announce, observe)

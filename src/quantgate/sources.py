@@ -23,9 +23,11 @@ from quantgate.divergence import Divergence, Side, divergence
 from quantgate.engine import Announce, library_versions
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, rules_of
 from quantgate.measurement import Measurement, Provenance
+from quantgate.parameters import DequantizerName
 from quantgate.pooling import Steps, steps
 from quantgate.probe import Probe, probe_for
-from quantgate.reference import DequantizerName, Head
+from quantgate.reference import Head
+from quantgate.reference_device import CPU, choose_device, free_memory
 from quantgate.replay import Replay, replay
 from quantgate.scheme import UNQUANTIZED
 from quantgate.scratch import scratch_directory
@@ -49,6 +51,8 @@ class Sources:
     models that pool, where the second argument is true."""
     announce: Announce
     cache: DiskCache | None = None
+    reference_device: str | None = None
+    """"cpu" or "cuda"; None: a GPU where there is one."""
     notes: list[str] = field(default_factory=list)
     """What the run's reader must know, e.g. that a probe was tokenized anew."""
     served_again: Callable[[Sources, Checkpoint, str], Sequence[Probe]] = lambda *_: ()
@@ -70,6 +74,7 @@ class Sources:
         key = self._key("vLLM", checkpoint, dtype)
 
         def measure(announce: Announce) -> Measurement:
+            self._make_room()
             measured, self._captures[key] = engine.measure(
                 checkpoint.directory,
                 self.probe_of(checkpoint),
@@ -156,7 +161,10 @@ class Sources:
         source = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
         if narrowing == "truncates":
             source += ", which truncates"
-        rules = self._rules(checkpoint)
+        device = self._device()
+        if device != CPU:
+            source += f" on {device}"
+        rules = self._rules(checkpoint)  # its engine has come and gone before the reference starts
         found: Measurement = self._once(
             self._key(source, checkpoint, dtype),
             checkpoint,
@@ -168,12 +176,15 @@ class Sources:
                 dequantizer=dequantizer,
                 narrowing=narrowing,
                 rules=rules,
+                device=device,
             ),
             self._disk_key(
                 "reference",
                 checkpoint,
                 dtype,
                 self.probe_of(checkpoint),
+                arithmetic=builds.arithmetic(device),
+                device=device,
                 dequantizer=dequantizer,
                 narrowing=narrowing,
                 rules={"kept": sorted(rules.kept), "fp8_products": rules.fp8_products},
@@ -204,6 +215,7 @@ class Sources:
                 capture,
                 announce=announce,
                 rules=self._rules(checkpoint),
+                device=self._device(),
             ),
             None,
         )
@@ -303,6 +315,7 @@ class Sources:
         announce: Announce,
     ) -> Any:
         arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
+        self._make_room()
         with engine.running_engine(
             checkpoint.directory,
             settings=checkpoint.engine,
@@ -326,7 +339,10 @@ class Sources:
         """
         targets = [np.array(window.ids[window.score_from :]) for window in probe.windows]
         return divergence(
-            self._side(base, base_of), self._side(other, checkpoint), np.concatenate(targets)
+            self._side(base, base_of),
+            self._side(other, checkpoint),
+            np.concatenate(targets),
+            self._device(),
         )
 
     def _side(self, measured: Measurement, checkpoint: Checkpoint) -> Side:
@@ -337,10 +353,22 @@ class Sources:
     def _head(self, checkpoint: Checkpoint) -> Head:
         """Return a checkpoint's head; a base's and its checkpoint's stay in memory, no others."""
         head = self._heads.pop(checkpoint.directory, None)
-        self._heads[checkpoint.directory] = head or reference.read_head(checkpoint.directory)
+        self._heads[checkpoint.directory] = head or reference.read_head(
+            checkpoint.directory, self._device()
+        )
         if len(self._heads) > 2:
             self._heads.pop(next(iter(self._heads)))
         return self._heads[checkpoint.directory]
+
+    def _device(self) -> str:
+        """Return the device that references and heads compute on."""
+        return choose_device(self.reference_device)
+
+    def _make_room(self) -> None:
+        """Leave a GPU to the engine that is about to start: heads are read again after it."""
+        if self._device() != CPU:
+            self._heads.clear()
+            free_memory(self._device())
 
     def probe_of(self, checkpoint: Checkpoint, *, quality: bool = False) -> Probe:
         """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""

@@ -17,7 +17,7 @@ from quantgate.checkpoint import BadInput
 from quantgate.formats import activations
 from quantgate.formats.groups import Group, fused_with
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, family_of
-from quantgate.formats.stored import StoredTensors
+from quantgate.formats.stored import TensorsByName
 from quantgate.formats.weights import Tensors
 from quantgate.scheme import is_mx
 
@@ -39,7 +39,7 @@ class QuantizedLinear:
 
 
 def read_linear(
-    stored: StoredTensors,
+    stored: TensorsByName,
     name: str,
     group: Group,
     dequantize: Dequantizer,
@@ -60,7 +60,7 @@ def read_linear(
 
 
 def _weight(
-    stored: StoredTensors, name: str, group: Group, dequantize: Dequantizer, rules: LinearRules
+    stored: TensorsByName, name: str, group: Group, dequantize: Dequantizer, rules: LinearRules
 ) -> torch.Tensor:
     tensors, weights = stored.of_module(name), group["weights"]
     if "weight_global_scale" in tensors:
@@ -98,7 +98,7 @@ def _requantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return activations.fp8_per_tensor(weight.to(torch.float16), scale)
 
 
-def _largest(stored: StoredTensors, name: str, part: str) -> torch.Tensor:
+def _largest(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
     """Return the largest of a scale over the linears that vLLM fuses with one, float32 [1]."""
     import torch
 
@@ -112,7 +112,7 @@ def _largest(stored: StoredTensors, name: str, part: str) -> torch.Tensor:
     return torch.cat(scales).max().reshape(1)
 
 
-def _input_quantizer(stored: StoredTensors, name: str, group: Group) -> Quantizer | None:
+def _input_quantizer(stored: TensorsByName, name: str, group: Group) -> Quantizer | None:
     inputs = group.get("input_activations")
     if not inputs:
         return None
@@ -126,7 +126,7 @@ def _input_quantizer(stored: StoredTensors, name: str, group: Group) -> Quantize
     return _fp8_quantizer(stored, name, inputs)
 
 
-def _int8_quantizer(stored: StoredTensors, name: str, inputs: dict[str, Any]) -> Quantizer:
+def _int8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) -> Quantizer:
     symmetric = bool(inputs.get("symmetric", True))
     if not symmetric:
         int8_rule()  # refused here, where the checkpoint and its layer can be named
@@ -137,7 +137,7 @@ def _int8_quantizer(stored: StoredTensors, name: str, inputs: dict[str, Any]) ->
     return lambda x: activations.int8_per_tensor(x, scale, zero_point)
 
 
-def _the_one(stored: StoredTensors, name: str, part: str) -> torch.Tensor:
+def _the_one(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
     """Return a static int8 input's scale or zero point, one for all that vLLM fuses.
 
     vLLM keeps whichever of several it loads last, so a checkpoint must not hold different ones.
@@ -155,7 +155,7 @@ def _the_one(stored: StoredTensors, name: str, part: str) -> torch.Tensor:
     return stored.read(f"{name}.{part}").reshape(1)
 
 
-def _fp8_quantizer(stored: StoredTensors, name: str, inputs: dict[str, Any]) -> Quantizer:
+def _fp8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) -> Quantizer:
     if not inputs.get("dynamic"):
         scale = _largest(stored, name, "input_scale")
         return lambda x: activations.fp8_per_tensor(x, scale)

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 # E2M1: sign, two exponent bits (bias 1), one mantissa bit; exponent 0 is subnormal.
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E8M0_BIAS = 127
+# E8M0 is float32's exponent, with the same bias of 127.
 E8M0_NAN = 255
+MANTISSA_BITS = 23
+E8M0_OF_0 = 1 << (MANTISSA_BITS - 1)
 
 
 def unpack_integers(packed: torch.Tensor, bits: int, size: int, dim: int = 1) -> torch.Tensor:
@@ -59,6 +61,6 @@ def decode_e8m0(exponents: torch.Tensor) -> torch.Tensor:
 
     if exponents.dtype != torch.uint8:
         raise ValueError(f"E8M0 scales are uint8, got {exponents.dtype}.")
-    ones = torch.ones(exponents.shape, device=exponents.device)
-    powers = torch.ldexp(ones, exponents.to(torch.int32) - E8M0_BIAS)
-    return powers.masked_fill(exponents == E8M0_NAN, torch.nan)
+    # By bits: a power function need not be exact on every device. 0 is 2^-127, a subnormal.
+    bits = (exponents.to(torch.int32) << MANTISSA_BITS).where(exponents != 0, E8M0_OF_0)
+    return bits.view(torch.float32).masked_fill(exponents == E8M0_NAN, torch.nan)

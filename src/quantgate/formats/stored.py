@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from quantgate.checkpoint import BadInput, weight_files
 
 if TYPE_CHECKING:
     import torch
+
+
+PAGE = 4096
+
+
+class TensorsByName(Protocol):
+    """A checkpoint's tensors by name, from disk or loaded."""
+
+    @property
+    def directory(self) -> Path:
+        """The checkpoint's."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor; `BadInput` where the checkpoint has none of that name."""
+
+    def of_module(self, name: str) -> dict[str, torch.Tensor]:
+        """Return a module's own tensors, named without its prefix; {} where it has none."""
 
 
 class StoredTensors:
@@ -42,6 +63,20 @@ class StoredTensors:
             tensor: torch.Tensor = stream.get_tensor(name)
             return tensor
 
+    def in_memory(self, prefix: str, *, pinned: bool) -> dict[str, torch.Tensor]:
+        """Return the tensors whose names begin with `prefix`, read from disk to the last byte.
+
+        `read` maps a file and leaves its bytes on disk until they are used. `pinned` copies them to
+        memory that a GPU fetches from while this process does something else.
+        """
+        tensors = {name: self.read(name) for name in self.names if name.startswith(prefix)}
+        for name, tensor in tensors.items():
+            if pinned:
+                tensors[name] = tensor.pin_memory()
+            else:
+                _touch(tensor)
+        return tensors
+
     def of_module(self, name: str) -> dict[str, torch.Tensor]:
         """Return a module's own tensors, named without its prefix; {} where it has none."""
         return {part: self.read(f"{name}.{part}") for part in self.parts_of(name)}
@@ -57,6 +92,43 @@ class StoredTensors:
             module, _, part = full.rpartition(".")
             parts[module] = (*parts.get(module, ()), part)
         return parts
+
+
+@dataclass(frozen=True)
+class LoadedTensors:
+    """A checkpoint's tensors on a device, some of them read from disk before."""
+
+    stored: StoredTensors
+    device: torch.device
+    ahead: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By full name, on the CPU."""
+
+    @property
+    def directory(self) -> Path:
+        """The checkpoint's."""
+        return self.stored.directory
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor on the device; `BadInput` where the checkpoint has none of that name.
+
+        A copy from pinned memory may be under way still; what the device does next waits for it.
+        """
+        tensor = self.ahead[name] if name in self.ahead else self.stored.read(name)
+        return tensor.to(self.device, non_blocking=True)
+
+    def of_module(self, name: str) -> dict[str, torch.Tensor]:
+        """Return a module's own tensors, named without its prefix; {} where it has none."""
+        return {part: self.read(f"{name}.{part}") for part in self.stored.parts_of(name)}
+
+
+def _touch(tensor: torch.Tensor) -> None:
+    """Have every page of a mapped tensor read; by NumPy, which starts no threads for it."""
+    import torch
+
+    tensor.reshape(-1).view(torch.uint8).numpy()[::PAGE].max(initial=0)
 
 
 def _files_of_tensors(directory: Path) -> dict[str, Path]:

@@ -40,7 +40,7 @@ def _codes(tensors: Tensors, weights: Mapping[str, Any]) -> torch.Tensor:
         return _needed(tensors, "weight").float()
     if packed.dtype == torch.uint8:
         return decode_e2m1(packed)
-    rows, columns = _needed(tensors, "weight_shape").tolist()
+    rows, columns = (int(size) for size in _needed(tensors, "weight_shape"))
     codes = unpack_integers(packed, int(weights["num_bits"]), columns)
     if len(codes) != rows:
         raise ValueError(f"weight_shape says {rows} rows, weight_packed has {len(codes)}.")
@@ -103,7 +103,7 @@ def _groups_of_columns(tensors: Tensors, columns: int, size: int, groups: int) -
 
     given = tensors.get("weight_g_idx")
     if given is None or bool((given == -1).all()):  # -1 is how compressed-tensors writes "none"
-        return torch.arange(columns) // size
+        return torch.arange(columns, device=tensors["weight_scale"].device) // size
     if given.shape != (columns,) or not bool(((given >= 0) & (given < groups)).all()):
         raise ValueError(
             f"weight_g_idx must name one of {groups} groups for each of {columns} columns, got "

@@ -1,0 +1,27 @@
+"""Read the next part of something from disk while the part before it is in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Part = TypeVar("Part")
+
+
+def read_ahead(read: Callable[[int], Part], count: int) -> Generator[Part]:
+    """Yield `read(0)` … `read(count - 1)`; a thread reads each while the one before is in use.
+
+    At most two parts exist at a time: nothing here keeps one that was yielded. What `read` raises
+    is raised when its part is asked for. `close()` waits for the read that is under way, so no
+    thread outlives the generator.
+    """
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        waiting = pool.submit(read, 0)
+        for index in range(1, count + 1):
+            ready = [waiting.result()]
+            if index < count:
+                waiting = pool.submit(read, index)
+            else:
+                del waiting
+            yield ready.pop()

@@ -43,9 +43,9 @@ def test_what_is_visible_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("nodeid", "group"),
     [
-        ("suites/test_perplexity.py::test_drift[tiny-llama-w4a16-cpu-float32]", "tiny-llama-w4a16"),
+        ("suites/test_drift.py::test_drift[tiny-llama-w4a16-cpu-float32]", "tiny-llama-w4a16"),
         (
-            "suites/test_perplexity.py::test_quality[llama-3.2-cpu-tuned-cuda]",
+            "suites/test_quality.py::test_quality[llama-3.2-cpu-tuned-cuda]",
             "llama-3.2-cpu-tuned",
         ),
         ("suites/test_invariance.py::test_invariance[x-cuda-serving]", "x"),

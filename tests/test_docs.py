@@ -1,6 +1,7 @@
 """The README is true: its commands exist, its options are real, its code runs."""
 
 import dataclasses
+import fnmatch
 import importlib
 import re
 import shlex
@@ -15,6 +16,9 @@ import pytest
 import yaml
 from harness import ENGINE_ENVIRONMENT
 from preloaded import run_python
+
+from quantgate.checks import CHECKS
+from quantgate.task import GENERATE
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,35 @@ def test_the_budgets_are_what_the_command_prints(root: Path) -> None:
         [sys.executable, "-m", "quantgate", "budgets"], cwd=root, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (0, printed)
+
+
+@pytest.mark.parametrize(
+    ("file", "tasks"),
+    [
+        ("README.md", {GENERATE}),
+        ("docs/pooling.md", {"token_classify", "token_reward", "sequence_reward", "token_embed"}),
+    ],
+)
+def test_the_tables_of_checks_name_each_of_them(root: Path, file: str, tasks: set[str]) -> None:
+    text = (root / file).read_text(encoding="utf-8")
+    table = text.partition("\n| check |")[2].partition("\n\n")[0]
+    named = re.findall(
+        r"`([\w*-]+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:])
+    )
+    # Ranks and graphs are the same for every task; the README has them.
+    other_engines = ["tensor-parallel", "compiled"] if file != "README.md" else []
+    expected = [
+        name
+        for check in CHECKS
+        if tasks & {*check.tasks} and check.family not in other_engines
+        for name in check.names
+    ]
+    found = [
+        name
+        for pattern in named
+        for name in (fnmatch.filter(expected, pattern) if "*" in pattern else [pattern])
+    ]
+    assert sorted(found) == sorted(expected)
 
 
 def test_an_override_is_printed_with_its_reason(tmp_path: Path) -> None:

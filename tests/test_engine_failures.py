@@ -88,7 +88,7 @@ def test_what_cannot_be_served_is_not_run_and_the_next_checkpoint_is_judged(
     file = run_faulty.project / "fixtures" / "checkpoints" / f"{VICTIM}.toml"
     file.write_text(file.read_text().replace("[engine]\n", f"[engine]\n{settings}"))
     done = run_faulty(
-        "suites", "-k", "fidelity_float32", "--gate-report", "report", "-p", "no:cacheprovider",
+        "suites", "-k", "fidelity and float32", "--gate-report", "report", "-p", "no:cacheprovider",
         FAULT=fault, **environment,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
@@ -105,7 +105,7 @@ def test_what_cannot_be_served_is_not_run_and_the_next_checkpoint_is_judged(
 
 def test_what_follows_a_lost_device_is_not_run_and_says_why(run_faulty: RunGate) -> None:
     done = run_faulty(
-        "suites", "-k", "fidelity_float32", "--gate-report", "report", FAULT="lose the device"
+        "suites", "-k", "fidelity and float32", "--gate-report", "report", FAULT="lose the device"
     )
     assert done.returncode == 1, done.stdout
     (victim,), (other,) = verdicts(run_faulty)[VICTIM], verdicts(run_faulty)[OTHER]

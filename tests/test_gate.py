@@ -3,8 +3,6 @@
 import dataclasses
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from harness import RunGate
 from safetensors.torch import load_file, save_file
 from smaller import golden_of_part
 
-from quantgate import compare, engine, reference
+from quantgate import checks, compare, engine, reference
 from quantgate.checkpoint import EngineSettings, read_checkpoint_files
 from quantgate.golden import golden_path
 from quantgate.measurement import Measurement
@@ -259,23 +257,52 @@ def test_a_failing_check_shows_its_reason_and_not_what_libraries_log(run_gate: R
     assert "a line of a library's log" not in found
 
 
+def test_every_check_is_asked_by_one_test_of_the_suites(root: Path) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted((root / "suites").glob("*.py"))]
+    asked = re.findall(r"^def (test_\w+)", "\n".join(texts), re.MULTILINE)
+    found = [checks.of_test(function) for function in asked]
+    assert {*found} == {*checks.CHECKS}
+    assert len(found) == len(checks.CHECKS)
+    names = [name for check in checks.CHECKS for name in check.names]
+    assert len(names) == len(set(names))
+    places = [checks.place_of(name) for name in [*names, "seen"]]
+    assert places == sorted(places)
+    assert set(places) == {*range(len(checks.CHECKS) + 1)}
+
+
+@pytest.mark.parametrize(
+    ("before", "key"),
+    [
+        ("quick = true", 'not_quick = ["replay"]'),
+        ("[engine]", '[[known_failure]]\ncheck = "fidelity"\nreason = "x"\nissue = "x"\n[engine]'),
+    ],
+)
+def test_a_file_that_names_no_check_is_refused(run_gate: RunGate, before: str, key: str) -> None:
+    """It would be a known failure of nothing, and stay when what it was about is gone."""
+    file = run_gate.project / "fixtures" / "checkpoints" / "tiny-llama-w4a16.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("not_quick")]
+    file.write_text("\n".join(lines).replace(before, key, 1))
+    done = run_gate("suites")
+    assert done.returncode == 4
+    assert "is not a check; there are fidelity-float32, fidelity-serving, replay-float32" in (
+        done.stderr
+    )
+
+
 def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
     """Drift says it itself, with the tool that approves."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "pytest", "suites", "--co", "-q"],
-        cwd=root, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    names = {name.replace("_", "-") for name in re.findall(r"::test_(\w+)\[", listed)}
-    assert names >= {"quality", "drift", "replay", "invariance", "head"}
     known = read_checkpoint_files(root)["tiny-llama-w4a16"]
     by_path = dataclasses.replace(known, scheme=None, source="/my models/x", base="org/base")
     failed = Verdict("fail", "off", (Deviation("bound", 0.2, 0.1),))
-    for name in names - {"drift"}:
-        assert next_step(name, failed, known), name
+    for check in checks.CHECKS:
+        for name in check.names:
+            assert bool(next_step(name, failed, known)) is (check.family != "drift"), name
     assert next_step("fidelity-float32", failed, known).endswith(
         "pytest suites --checkpoint tiny-llama-w4a16 -k replay"
     )
-    assert "--checkpoint '/my models/x' --base org/base" in next_step("replay", failed, by_path)
+    assert "--checkpoint '/my models/x' --base org/base" in next_step(
+        "replay-serving", failed, by_path
+    )
     assert "sequential_quality" in next_step("quality", Verdict("inconclusive", ""), known)
 
 

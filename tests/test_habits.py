@@ -102,6 +102,6 @@ def test_what_a_library_is_warned_of_is_no_verdict(
     """A driver, a GPU or a newer version has others; what our own code does wrong is an error."""
     with (run_gate.project / "conftest.py").open("a") as stream:
         stream.write(WARNING.replace("WARN", warn))
-    done = run_gate("suites", "-k", "fidelity_float32", "--gate-report", "report")
+    done = run_gate("suites", "-k", "fidelity and float32", "--gate-report", "report")
     assert done.returncode == status, done.stdout
     assert outcomes(run_gate) == {"fidelity-float32": "not-run" if status else "pass"}

@@ -21,7 +21,7 @@ TEMPLATE = "{{ 7 * 7 }}{% raw %}${{ github.token }}::error::owned"
 HOSTILE = f"../../../etc/passwd{SCRIPT}{ESCAPES}{MARKDOWN}{TEMPLATE}"
 MEGABYTE = HOSTILE + "<b>A</b>" * 130_000
 NAME = SCRIPT.replace("/", "") + "\x1b[31m" + "\u202e'\";$(touch owned) ..\n" + "A" * 100
-FIDELITY, REPLAY = "fidelity_float32", "replay and float32"
+FIDELITY, REPLAY = "fidelity and float32", "replay and float32"
 
 
 def edit_json(path: Path, **changes: Any) -> None:

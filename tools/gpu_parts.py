@@ -163,8 +163,9 @@ def batches(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
 def scores(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Return how far score mode is from HF, on the model runner that the environment asks for."""
     name, dtype = item.split(" ")
-    judge = fidelity.float32 if dtype == "float32" else fidelity.serving
-    return {"fidelity": check_of_verdict(judge(_sources(), checkpoints[name]))}
+    return {
+        "fidelity": check_of_verdict(fidelity.free_running(_sources(), checkpoints[name], dtype))
+    }
 
 
 # The reference -----------------------------------------------------------------------------------

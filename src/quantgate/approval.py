@@ -75,8 +75,7 @@ def propose(
     )
     old = _stored(path, probe)
     kept = as_stored(measured)
-    judge = fidelity.float32 if dtype == "float32" else fidelity.serving
-    served = judge(sources, checkpoint)
+    served = fidelity.free_running(sources, checkpoint, dtype)
     entry: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         **figures_of(kept, probe),

@@ -18,6 +18,13 @@ from quantgate.verdict import Verdict
 Check = Callable[[Sources, Checkpoint], Verdict]
 
 
+def free_running(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge the scores of a free-running engine, by the rule for its dtype."""
+    if dtype == "float32":
+        return float32(sources, checkpoint)
+    return serving(sources, checkpoint, dtype)
+
+
 def float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     """Judge float32 scores of a free-running engine."""
     verdict = _float32(sources, checkpoint)

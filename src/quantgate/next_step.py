@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from quantgate.checkpoint import Checkpoint
+from quantgate.checks import Remedy, named
 from quantgate.verdict import Verdict
 
 _WHICH_MODULE = "which module it is: {pytest} -k replay"
@@ -24,33 +25,26 @@ _EXPORT = "export the checkpoint again with its base's head and config.json: doc
 # A loss of more than this many times its margin is not what quantization of that width costs.
 FAR_BEYOND = 10
 
-# By the beginning of a check's name.
-_STEPS = {
-    "fidelity": _WHICH_MODULE,
-    "divergence-from-reference": _WHICH_MODULE,
-    "replay": _OTHERWISE,
-    "invariance": _OTHERWISE,
-    "tensor-parallel": _OTHERWISE,
-    "compiled": _OTHERWISE,
-    "quality": _COST,
-    "divergence-from-base": _COST,
-    "activation": _EXPORT,
-    "head": _EXPORT,
-    "steps": _EXPORT,
-    "late-interaction": _EXPORT,
+_STEPS: dict[Remedy, str] = {
+    "find the module": _WHICH_MODULE,
+    "change the settings": _OTHERWISE,
+    "weigh the cost": _COST,
+    "export again": _EXPORT,
+    "": "",
 }
 
 
 def next_step(check: str, verdict: Verdict, checkpoint: Checkpoint) -> str:
     """Return what to do about a check that did not pass."""
-    step = next((s for name, s in _STEPS.items() if check.startswith(name)), "")
+    known = named(check)
+    step = "" if known is None else _STEPS[known.remedy]
     if step == _COST and verdict.outcome == "inconclusive":
         step = _MORE
     elif step == _COST and _far_beyond(verdict):
         step = _FAULT
     return step.format(
         pytest=f"pytest suites {_selection(checkpoint)}",
-        family=check.removesuffix("-float32").removesuffix("-serving").replace("-", "_"),
+        family="" if known is None else known.family.replace("-", "_"),
         file=f"fixtures/checkpoints/{checkpoint.id}.toml",
         times=FAR_BEYOND,
     )

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quantgate import devices, engine, noise
+from quantgate import checks, devices, engine, noise
 from quantgate.cache import DiskCache
 from quantgate.checkpoint import (
     BadInput,
@@ -26,6 +26,7 @@ from quantgate.checkpoint import (
     verify,
     with_own_task,
 )
+from quantgate.checks import Asked, Need
 from quantgate.engine import EngineLife, available_devices, lacking, library_versions
 from quantgate.engine_failure import EngineFailure
 from quantgate.golden import history_of, since_golden, stored_dtype, unclaimed
@@ -33,15 +34,18 @@ from quantgate.invariance import other_parallel_size
 from quantgate.next_step import next_step
 from quantgate.probe import Probe, embedded_probe
 from quantgate.reference_device import REFERENCE_DEVICES, choose_device
-from quantgate.report.results import CheckResult, overall, place_of, upheld
+from quantgate.report.results import CheckResult, overall, upheld
 from quantgate.report.run import Run
 from quantgate.report.terminal import engines_line, table
 from quantgate.report.write import FILES, write_reports
 from quantgate.scheduling import check_of, group_of
 from quantgate.serving import mixed
-from quantgate.sources import Sources, has_float32
-from quantgate.task import Task
+from quantgate.sources import SERVING, Sources, has_float32
+from quantgate.task import GENERATE, Task
 from quantgate.verdict import Verdict, not_run, printable
+
+if TYPE_CHECKING:
+    from syrupy.assertion import SnapshotAssertion
 
 DEVICES = ("cpu", "cuda")
 OTHER_ENGINES = ("tensor-parallel", "compiled")
@@ -143,12 +147,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "gpu(count=1, memory_gib=0, capability=None): the check runs on CUDA, and needs as much",
     )
-    config.addinivalue_line(
-        "markers",
-        "needs(what): left out of a checkpoint without a base, golden, step_tag or own_metric, "
-        "or whose file does not ask for it: tensor-parallel, compiled",
-    )
-    config.addinivalue_line("markers", "tasks(name, ...): of checkpoints that do one of these")
     if config.getoption("update_snapshots") or config.getoption("update_new_snapshots_only"):
         raise pytest.UsageError(
             "a test run never writes a golden; use "
@@ -192,13 +190,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "checkpoint" not in metafunc.fixturenames:
         return
     checkpoints = _selected_checkpoints(metafunc.config)
-    if (tasks := metafunc.definition.get_closest_marker("tasks")) is not None:
-        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.task in tasks.args]
+    if (check := checks.of_test(metafunc.function.__name__)) is not None:
+        checkpoints = [one for one in checkpoints if one.task in check.tasks]
     metafunc.parametrize("checkpoint", checkpoints, ids=lambda checkpoint: checkpoint.id)
     gpu = pytest.mark.gpu(count=1)
     metafunc.parametrize(
         "device", [pytest.param(name, marks=gpu if name == "cuda" else ()) for name in DEVICES]
     )
+    if check is not None and check.precisions and "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", check.precisions)
 
 
 def _selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
@@ -248,6 +248,8 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
             "own name, or gate them one by one."
         )
     wanted = [c if c.id in known else with_own_task(c) for c in wanted]
+    for checkpoint in wanted:
+        checks.require_known(checkpoint)
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     for checkpoint in wanted:
         if workers > 1 and (owned := devices.gpus()):
@@ -341,24 +343,36 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
             if params["device"] == "cuda"
             else "the installed vLLM runs on CUDA, not on the CPU"
         )
-    if (check_of(item.nodeid) or "").endswith("-float32") and not has_float32(checkpoint):
+    if params.get("dtype") == "float32" and not has_float32(checkpoint):
         return "vLLM's CUDA kernels of quantized linears compute in 16 bits, not in float32"
-    for marker in item.iter_markers("needs"):
-        if marker.args[0] == "base" and checkpoint.base is None:
-            return "no base is named; give --base, or base in its file"
-        if marker.args[0] == "own_metric" and not checkpoint.has_own_metric:
-            return "it generates, and is judged by its perplexity: its embeddings have no task"
-        if marker.args[0] == "golden" and not checkpoint.golden:
-            return "it has no golden: given by path, or golden = false in its file"
-        if marker.args[0] in OTHER_ENGINES and marker.args[0] not in checkpoint.invariance:
-            return f"its file does not ask for it: invariance = ['{marker.args[0]}']"
-        if marker.args[0] == "tensor-parallel" and params["device"] == "cuda":
-            needed = other_parallel_size(checkpoint)
-            if (there := len(devices.gpus())) < needed:
-                return f"it needs {needed} GPUs, and {there} can be used here"
-        if marker.args[0] == "step_tag" and checkpoint.step_tag_id is None:
-            return "no step_tag_id is in its file"
-    return None
+    check = checks.named(check_of(item.nodeid) or "")
+    needs = () if check is None else check.needs
+    reasons = (_why_lacking(need, checkpoint, params["device"]) for need in needs)
+    return next(filter(None, reasons), None)
+
+
+def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
+    """Return why a checkpoint does not have what a check needs on a device; None where it has."""
+    asked_for = need not in OTHER_ENGINES or need in checkpoint.invariance
+    reasons: dict[Need, tuple[bool, str]] = {
+        "base": (checkpoint.base is None, "no base is named; give --base, or base in its file"),
+        "golden": (
+            not checkpoint.golden,
+            "it has no golden: given by path, or golden = false in its file",
+        ),
+        "step_tag": (checkpoint.step_tag_id is None, "no step_tag_id is in its file"),
+        "metric": (
+            checkpoint.task != GENERATE and not checkpoint.has_own_metric,
+            "it generates, and is judged by its perplexity: its embeddings have no task",
+        ),
+    }
+    lacks, reason = reasons.get(
+        need, (not asked_for, f"its file does not ask for it: invariance = ['{need}']")
+    )
+    if lacks or need != "tensor-parallel" or device != "cuda":
+        return reason if lacks else None
+    needed, there = other_parallel_size(checkpoint), len(devices.gpus())
+    return None if there >= needed else f"it needs {needed} GPUs, and {there} can be used here"
 
 
 def _subject(item: pytest.Item) -> str:
@@ -376,11 +390,30 @@ class Gate:
     run: GateRun
     sources: Sources
     item: pytest.Item
+    snapshot: Callable[[], SnapshotAssertion]
 
     @property
     def check(self) -> str:
         """The check's name, e.g. "drift-float32"."""
         return self.run.results[self.item.nodeid].check
+
+    def ask(self) -> None:
+        """Ask this test's check, one of `checks.CHECKS`, and fail unless it passes."""
+        __tracebackhide__ = True
+        check = checks.named(self.check)
+        assert check is not None, f"there is no check '{self.check}'; give judge() a verdict"
+        params = _params(self.item)
+        self.judge(
+            check.judge(
+                Asked(
+                    self.sources,
+                    params["checkpoint"],
+                    params.get("dtype", SERVING),
+                    self.snapshot,
+                    self.check,
+                )
+            )
+        )
 
     def judge(self, verdict: Verdict) -> None:
         """Record the verdict of this check, and fail the test unless it is a pass.
@@ -425,7 +458,7 @@ class Gate:
 
 
 @pytest.fixture
-def gate(request: pytest.FixtureRequest) -> Gate:
+def gate(request: pytest.FixtureRequest, checkpoint: Checkpoint, device: str) -> Gate:
     """The gate, for one check."""
     run = request.config.stash[RUN]
     if run.sources is None:
@@ -441,8 +474,8 @@ def gate(request: pytest.FixtureRequest) -> Gate:
         )
         for note in run.sources.notes:
             announce(note)
-    run.sources.forget_others(_params(request.node)["checkpoint"])  # they follow one another
-    return Gate(run, run.sources, request.node)
+    run.sources.forget_others(checkpoint)  # they follow one another
+    return Gate(run, run.sources, request.node, lambda: request.getfixturevalue("snapshot"))
 
 
 def _cache_directory(config: pytest.Config) -> Path:
@@ -570,7 +603,7 @@ class ResultCollector:
 def _in_order(run: GateRun) -> list[CheckResult]:
     places = run.order or {nodeid: place for place, nodeid in enumerate(run.results)}
     found = sorted(run.results.items(), key=lambda item: places.get(item[0], 0))
-    return sorted((r for _, r in found), key=lambda r: (r.checkpoint, place_of(r.check)))
+    return sorted((r for _, r in found), key=lambda r: (r.checkpoint, checks.place_of(r.check)))
 
 
 def _add_unreported(config: pytest.Config, run: GateRun) -> None:

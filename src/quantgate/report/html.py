@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantgate.report.results import CheckResult, overall, place_of
+from quantgate.checks import place_of
+from quantgate.report.results import CheckResult, overall
 from quantgate.report.run import Run
 from quantgate.verdict import KLD_DECADES, Profile, worst
 

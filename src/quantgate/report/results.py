@@ -12,30 +12,6 @@ from quantgate.stats import ALPHA, holm
 from quantgate.task import GENERATE, Task
 from quantgate.verdict import Outcome, Verdict, worst
 
-# How a person reads them: is it computed right, what did it cost, what changed, does it matter how
-# it is served? By the beginning of a check's name; a project's own come last.
-READ_IN_ORDER = (
-    "fidelity",
-    "replay",
-    "activation",
-    "head",
-    "steps",
-    "late-interaction",
-    "divergence-from-reference",
-    "divergence-from-base",
-    "quality",
-    "drift",
-    "invariance",
-    "tensor-parallel",
-    "compiled",
-)
-
-
-def place_of(check: str) -> int:
-    """Return where a check stands among a checkpoint's."""
-    places = (i for i, name in enumerate(READ_IN_ORDER) if check.startswith(name))
-    return next(places, len(READ_IN_ORDER))
-
 
 @dataclass(frozen=True)
 class CheckResult:

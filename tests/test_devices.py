@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantgate.checkpoint import BadInput
-from quantgate.devices import gpus, require_gpus, share
-from quantgate.scheduling import group_of
+from quantgate.plugin.devices import gpus, require_gpus, share
+from quantgate.plugin.scheduling import group_of
 
 
 @given(count=st.integers(0, 16), workers=st.integers(1, 16))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from quantgate import engine_failure
 from quantgate.checkpoint import BadInput
 from quantgate.engine_failure import EngineFailure, LostDevice, explained, require_device
+from quantgate.plugin.scheduling import check_of
 from quantgate.probe import Probe
-from quantgate.scheduling import check_of
 
 KILLS = pytest.mark.slow(reason="engines in processes of their own, one of which is killed")
 VICTIM, OTHER = "tiny-llama-w4a16", "tiny-llama-w8a16"

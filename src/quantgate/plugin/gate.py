@@ -1,0 +1,196 @@
+"""What a suite's test holds: it asks a check, and records its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from quantgate import checks, noise
+from quantgate.cache import DiskCache
+from quantgate.checkpoint import BadInput, Checkpoint
+from quantgate.checks import Asked
+from quantgate.engine import lacking
+from quantgate.engine_failure import EngineFailure
+from quantgate.golden import since_golden, stored_dtype
+from quantgate.next_step import next_step
+from quantgate.plugin.gate_run import PENDING, RUN, GateRun, params_of
+from quantgate.probe import Probe, embedded_probe
+from quantgate.serving import mixed
+from quantgate.sources import SERVING, Sources
+from quantgate.task import Task
+from quantgate.verdict import Verdict, not_run, printable
+
+if TYPE_CHECKING:
+    from syrupy.assertion import SnapshotAssertion
+
+DEFAULT_CACHE = Path(".gate-cache")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a suite's test holds: the sources, and the place where its verdict goes."""
+
+    run: GateRun
+    sources: Sources
+    item: pytest.Item
+    snapshot: Callable[[], SnapshotAssertion]
+
+    @property
+    def check(self) -> str:
+        """The check's name, e.g. "drift-float32"."""
+        return self.run.results[self.item.nodeid].check
+
+    def ask(self) -> None:
+        """Ask this test's check, one of `checks.CHECKS`, and fail unless it passes."""
+        __tracebackhide__ = True
+        check = checks.named(self.check)
+        assert check is not None, f"there is no check '{self.check}'; give judge() a verdict"
+        params = params_of(self.item)
+        self.judge(
+            check.judge(
+                Asked(
+                    self.sources,
+                    params["checkpoint"],
+                    params.get("dtype", SERVING),
+                    self.snapshot,
+                    self.check,
+                )
+            )
+        )
+
+    def judge(self, verdict: Verdict) -> None:
+        """Record the verdict of this check, and fail the test unless it is a pass.
+
+        A known failure is an expected one: it is shown and does not count, and a pass in its place
+        is a failure, so that no entry outlives what it is about.
+        """
+        __tracebackhide__ = True
+        result = self.run.results[self.item.nodeid]
+        checkpoint: Checkpoint = params_of(self.item)["checkpoint"]
+        verdict = replace(verdict, detail=printable(verdict.detail))
+        verdict = self._completed(verdict, checkpoint)
+        known = checkpoint.known_failure_of(result.check, on_processor=verdict.on_processor)
+        if known is not None and verdict.outcome == "fail":
+            verdict = replace(verdict, known_failure=f"{known.reason} ({known.issue})")
+        elif known is not None and known.strict and verdict.outcome == "pass":
+            verdict = replace(
+                verdict,
+                outcome="fail",
+                detail=f"it passes, but is listed as a known failure: {known.reason}",
+                next_step=f"remove [[known_failure]] '{known.check}' from its file",
+            )
+        self.run.results[self.item.nodeid] = replace(result, verdict=verdict)
+        message = verdict.message(f"{result.checkpoint} {result.check}")
+        if verdict.known_failure:
+            pytest.xfail(f"known failure: {verdict.known_failure}\n{message}")
+        if verdict.outcome != "pass":
+            pytest.fail(message, pytrace=False)
+
+    def _completed(self, verdict: Verdict, checkpoint: Checkpoint) -> Verdict:
+        """Add what every check's verdict has: the noise floor, what changed since, what to do."""
+        dtype = verdict.dtype
+        if dtype is None:
+            return verdict
+        verdict = noise.beside(verdict, lambda: noise.floor_of(self.sources, checkpoint, dtype))
+        changed = since_golden(checkpoint, self.sources.engine(checkpoint, dtype).provenance)
+        verdict = replace(verdict, since_golden=changed or "")
+        if verdict.outcome == "pass":
+            return verdict
+        step = verdict.next_step or next_step(self.check, verdict, checkpoint)
+        return replace(verdict, next_step=step)
+
+
+@pytest.fixture
+def gate(request: pytest.FixtureRequest, checkpoint: Checkpoint, device: str) -> Gate:
+    """The gate, for one check."""
+    run = request.config.stash[RUN]
+    if run.sources is None:
+        cache = DiskCache(cache_directory(request.config))
+        announce = _announcer(request.config)
+        run.sources = Sources(
+            _probes(run.root),
+            announce,
+            cache,
+            reference_device=request.config.getoption("reference_device"),
+            notes=lacking(),
+            served_again=_served_again(run),
+        )
+        for note in run.sources.notes:
+            announce(note)
+    run.sources.forget_others(checkpoint)  # they follow one another
+    return Gate(run, run.sources, request.node, lambda: request.getfixturevalue("snapshot"))
+
+
+def record(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    """Give a selected check its result, whatever became of its test, and clean its report."""
+    run = item.config.stash[RUN]
+    if (result := run.results.get(item.nodeid)) is None:
+        return
+    error = call.excinfo.value if call.excinfo else None
+    if foreseen := isinstance(error, BadInput | EngineFailure):
+        report.longrepr = str(error)
+    elif report.failed:
+        report.longrepr = _printable_lines(report.longreprtext)
+    # A check that explains itself needs no captured output, and thousands of lines that libraries
+    # log at DEBUG would bury even a traceback.
+    quiet = foreseen or result.verdict != PENDING
+    report.sections = [] if quiet else [s for s in report.sections if "Captured log" not in s[0]]
+    if result.verdict == PENDING and not report.passed:
+        reason = str(error) if error else report.outcome
+        result = replace(result, verdict=not_run(reason))
+    result = replace(result, seconds=result.seconds + report.duration)
+    run.results[item.nodeid] = result
+    report.quantgate = result.to_dict()  # type: ignore[attr-defined]
+
+
+def _printable_lines(text: str) -> str:
+    """Return a traceback without what a terminal would obey: a checkpoint's words may be in it."""
+    return "\n".join(printable(line.expandtabs()) for line in text.splitlines())
+
+
+def cache_directory(config: pytest.Config) -> Path:
+    """Return where a run keeps measurements of references and bases."""
+    found: Path = config.getoption("gate_cache") or config.rootpath / DEFAULT_CACHE
+    return found
+
+
+def _probes(root: Path) -> Callable[[Task, bool], Probe]:
+    return lambda task, quality: embedded_probe(root, task, quality=quality)
+
+
+def _served_again(run: GateRun) -> Callable[[Sources, Checkpoint, str], list[Probe]]:
+    """Return what tells sources which probes the selected checks will have served again."""
+    selected: dict[str, set[str]] = {}
+    for result in run.results.values():
+        selected.setdefault(result.checkpoint, set()).add(result.check)
+
+    def probes(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[Probe]:
+        checks = selected[checkpoint.id]
+        if any(not check.startswith("replay") for check in checks) and (
+            found := noise.served_again(sources, checkpoint, dtype)
+        ):
+            return found
+        if f"invariance-{stored_dtype(dtype)}" in checks:
+            return [mixed(sources.probe_of(checkpoint))[0]]
+        return []
+
+    return probes
+
+
+def _announcer(config: pytest.Config) -> Callable[[str], None]:
+    """Return a function that prints a line of progress past pytest's capturing."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+
+    def announce(text: str) -> None:
+        if reporter is None or reporter.verbosity < 0:  # an xdist worker, or -q
+            return
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(f"  {text}", light=True)
+
+    return announce

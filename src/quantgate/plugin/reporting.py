@@ -1,0 +1,136 @@
+"""The end of a run: a result for every check, the reports, and the table in the terminal."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from quantgate import checks
+from quantgate.cache import DiskCache
+from quantgate.checkpoint import read_checkpoint_files
+from quantgate.engine import available_devices, library_versions
+from quantgate.golden import history_of
+from quantgate.plugin.gate import cache_directory
+from quantgate.plugin.gate_run import PENDING, RUN, GateRun
+from quantgate.plugin.scheduling import check_of, group_of
+from quantgate.plugin.selection import selected_checkpoints
+from quantgate.plugin.workers import send
+from quantgate.report.results import CheckResult, overall, upheld
+from quantgate.report.run import Run
+from quantgate.report.terminal import engines_line, table
+from quantgate.report.write import FILES, write_reports
+from quantgate.verdict import not_run, printable
+
+RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
+# What the widest table needs; a narrower terminal wraps its lines, which loses nothing.
+TABLE_WIDTH = 176
+
+
+def _in_order(run: GateRun) -> list[CheckResult]:
+    places = run.order or {nodeid: place for place, nodeid in enumerate(run.results)}
+    found = sorted(run.results.items(), key=lambda item: places.get(item[0], 0))
+    return sorted((r for _, r in found), key=lambda r: (r.checkpoint, checks.place_of(r.check)))
+
+
+def _add_unreported(config: pytest.Config, run: GateRun) -> None:
+    """Give every check that no xdist worker reported a result: one without is not a pass."""
+    unreported = {
+        nodeid: check
+        for nodeid in run.order
+        if (check := check_of(nodeid))
+        and (nodeid not in run.results or run.results[nodeid].verdict == PENDING)
+    }
+    if not unreported:
+        return
+    checkpoints = {checkpoint.id: checkpoint for checkpoint in selected_checkpoints(config)}
+    ended_at = {group_of(nodeid): check_of(nodeid) for nodeid in run.crashed}
+    for nodeid, check in unreported.items():
+        if (checkpoint := checkpoints.get(group_of(nodeid))) is None:
+            continue
+        verdict = PENDING
+        if (at := ended_at.get(checkpoint.id)) is not None:
+            why = run.crashed.get(nodeid, f"its worker ended while it judged {at}")
+            verdict = not_run(why, RERUN_CRASHED)
+        run.results[nodeid] = CheckResult(
+            checkpoint.id, run.schemes[checkpoint.id], check, verdict, task=checkpoint.task
+        )
+
+
+def _uphold(config: pytest.Config, run: GateRun) -> None:
+    """Let no fail stand that is one of several statistical checks by chance, in its text either."""
+    before = run.results
+    run.results = dict(zip(before, upheld(list(before.values())), strict=True))
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    for report in reporter.stats.get("failed", []) if reporter else ():
+        if (result := run.results.get(report.nodeid)) not in (None, before.get(report.nodeid)):
+            report.longrepr = result.verdict.message(f"{result.checkpoint} {result.check}")
+
+
+def finish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the report, and let nothing but a pass exit 0."""
+    run = session.config.stash.get(RUN, None)
+    if run is None or not (run.results or run.crashed) or session.config.option.collectonly:
+        return
+    if hasattr(session.config, "workerinput"):  # an xdist worker; its controller reports
+        send(session.config, run)
+        return
+    DiskCache(cache_directory(session.config)).forget_unused()
+    _add_unreported(session.config, run)
+    _uphold(session.config, run)
+    results = _in_order(run)
+    if exitstatus == pytest.ExitCode.OK and overall(results) != "pass":
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if directory := session.config.getoption("gate_report"):
+        write_reports(_finished(run, results), directory)
+
+
+def _finished(run: GateRun, results: list[CheckResult]) -> Run:
+    started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
+    return Run(
+        results,
+        started=started.isoformat(timespec="seconds"),
+        duration_s=time.time() - run.started,
+        environment={
+            **library_versions(),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "devices": ", ".join(available_devices().values()),
+        },
+        left_out=run.left_out,
+        notes=run.all_notes,
+        engines=run.all_engines,
+        histories=_histories(run),
+    )
+
+
+def _histories(run: GateRun) -> dict[str, list[dict[str, Any]]]:
+    judged = {result.checkpoint for result in run.results.values()}
+    known = read_checkpoint_files(run.root).values()
+    return {one.id: history_of(one) for one in known if one.golden and one.id in judged}
+
+
+def summarize(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table of checks, and what was left out."""
+    run = config.stash[RUN]
+    if not run.results or config.option.collectonly:
+        return
+    terminalreporter.section("quantgate")
+    results = _in_order(run)
+    width = max(terminalreporter._tw.fullwidth, TABLE_WIDTH)
+    terminalreporter.write(table(results, width=width, color=terminalreporter._tw.hasmarkup))
+    for reason, count in Counter(reason for _, reason in run.left_out).items():
+        first = next(subject for subject, why in run.left_out if why == reason)
+        others = f" and {count - 1} more" if count > 1 else ""
+        terminalreporter.write_line(f"left out: {first}{others}: {reason}")
+    for note in run.all_notes:
+        terminalreporter.write_line(printable(f"note: {note}"))
+    if run.all_engines:
+        terminalreporter.write_line(engines_line(run.all_engines))
+    if directory := config.getoption("gate_report"):
+        names = ", ".join(f"{directory}/{name}" for name in FILES)
+        terminalreporter.write_line(f"report: {names}")

@@ -1,0 +1,220 @@
+"""Which checks a run has: of which checkpoints, on which device, and why others are left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from quantgate import checks
+from quantgate.checkpoint import (
+    BadInput,
+    Checkpoint,
+    actual_scheme,
+    find_checkpoint,
+    read_checkpoint_files,
+    verify,
+    with_own_task,
+)
+from quantgate.checks import Need
+from quantgate.engine import available_devices
+from quantgate.golden import unclaimed
+from quantgate.invariance import other_parallel_size
+from quantgate.plugin import devices
+from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of, subject_of
+from quantgate.plugin.scheduling import check_of
+from quantgate.reference_device import choose_device
+from quantgate.report.results import CheckResult
+from quantgate.sources import has_float32
+from quantgate.task import GENERATE
+
+DEVICES = ("cpu", "cuda")
+OTHER_ENGINES = ("tensor-parallel", "compiled")
+
+
+def parametrize(metafunc: pytest.Metafunc) -> None:
+    """Parametrize the suites over checkpoints and devices: the one place that does."""
+    if "checkpoint" not in metafunc.fixturenames:
+        return
+    checkpoints = selected_checkpoints(metafunc.config)
+    if (check := checks.of_test(metafunc.function.__name__)) is not None:
+        checkpoints = [one for one in checkpoints if one.task in check.tasks]
+    metafunc.parametrize("checkpoint", checkpoints, ids=lambda checkpoint: checkpoint.id)
+    gpu = pytest.mark.gpu(count=1)
+    metafunc.parametrize(
+        "device", [pytest.param(name, marks=gpu if name == "cuda" else ()) for name in DEVICES]
+    )
+    if check is not None and check.precisions and "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", check.precisions)
+
+
+def selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
+    """Return the checkpoints that the options select; why there are none is raised later."""
+    run = config.stash[RUN]
+    if run.checkpoints is None:
+        run.checkpoints = []
+        try:
+            run.checkpoints = _read_checkpoints(config, run)
+        except BadInput as error:
+            run.problem = str(error)
+    return run.checkpoints
+
+
+def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
+    choose_device(config.getoption("reference_device"))  # refused now, not an hour later
+    known = read_checkpoint_files(run.root)
+    wanted = _wanted(config, known, run.root)
+    if not config.getoption("checkpoint") and (orphans := unclaimed(run.root, known)):
+        raise BadInput(
+            f"{orphans[0]}: no checkpoint file claims this golden; remove it (git rm), or add the "
+            "file."
+        )
+    wanted = [c if c.id in known else with_own_task(c) for c in wanted]
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    for checkpoint in wanted:
+        checks.require_known(checkpoint)
+        if workers > 1 and (owned := devices.gpus()):
+            needed = checkpoint.engine.tensor_parallel_size
+            devices.require_gpus(checkpoint.id, needed, len(owned), workers)
+        verify(checkpoint)
+        run.schemes[checkpoint.id] = actual_scheme(checkpoint.directory)
+        if checkpoint.base_checkpoint is not None:
+            verify(checkpoint.base_checkpoint)
+    return wanted
+
+
+def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) -> list[Checkpoint]:
+    """Return the checkpoints that the options name, or all that have a file; never none."""
+    names, base = config.getoption("checkpoint"), config.getoption("base")
+    quick = config.getoption("quick")
+    if base is not None and not names:
+        raise BadInput("--base goes with --checkpoint PATH; checkpoint files name their own base.")
+    if quick and names:
+        raise BadInput("--quick goes without --checkpoint: the files say which ones are quick.")
+    if names:
+        found = [find_checkpoint(name, known, root, base) for name in dict.fromkeys(names)]
+        _require_distinct(found)
+        return found
+    folder = root / "fixtures" / "checkpoints"
+    if not known:
+        raise BadInput(
+            f"{folder}: no checkpoint file there, so there is nothing to judge; add one or give "
+            "--checkpoint PATH."
+        )
+    found = [checkpoint for checkpoint in known.values() if checkpoint.quick or not quick]
+    if not found:
+        raise BadInput(f"--quick: none of the {len(known)} files in {folder} says quick = true.")
+    return found
+
+
+def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
+    counts = Counter(checkpoint.id for checkpoint in checkpoints)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise BadInput(
+            f"--checkpoint: two of them would be called '{repeated[0]}'; give each directory its "
+            "own name, or gate them one by one."
+        )
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine or a checkpoint cannot have, and say so; refuse an empty rest."""
+    run = config.stash[RUN]
+    if run.problem is not None:
+        raise pytest.UsageError(run.problem)
+    # A suite without a checkpoint that does its task has nothing to say.
+    items[:] = [item for item in items if params_of(item) or not is_check(item)]
+    judged = [item for item in items if params_of(item)]
+    if not judged:
+        if run.checkpoints is not None and not items:
+            raise pytest.UsageError(
+                f"no check is selected: -k '{config.option.keyword}' and -m "
+                f"'{config.option.markexpr}' leave none; `pytest --co` lists them."
+            )
+        return
+    available = available_devices()
+    quick = config.getoption("quick")
+    reasons = {
+        item: _why_left_out(item, available) or (_why_not_quick(item) if quick else None)
+        for item in judged
+    }
+    runnable = [item for item in judged if reasons[item] is None]
+    if not runnable:
+        why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
+        raise pytest.UsageError(f"all {len(judged)} selected checks are left out: {why}.")
+    dropped = [item for item in judged if reasons[item] is not None]
+    items[:] = [item for item in items if reasons.get(item) is None]
+    _keep_together(items)
+    config.hook.pytest_deselected(items=dropped)
+    run.left_out = [(subject_of(item), str(reasons[item])) for item in dropped]
+    for item in runnable:
+        checkpoint = params_of(item)["checkpoint"]
+        run.results[item.nodeid] = CheckResult(
+            checkpoint.id,
+            run.schemes[checkpoint.id],
+            check_of(item.nodeid) or item.name,
+            PENDING,
+            task=checkpoint.task,
+        )
+
+
+def _keep_together(items: list[pytest.Item]) -> None:
+    """Let a checkpoint's checks follow one another: they share its measurements.
+
+    Those with engines of their own for some checks come first: as the last ones they would keep one
+    xdist worker busy while the others have nothing to do.
+    """
+
+    def place(item: pytest.Item) -> tuple[bool, str]:
+        checkpoint = params_of(item).get("checkpoint")
+        return not getattr(checkpoint, "invariance", ()), getattr(checkpoint, "id", "")
+
+    items.sort(key=place)
+
+
+def _why_not_quick(item: pytest.Item) -> str | None:
+    check = check_of(item.nodeid)
+    checkpoint: Checkpoint = params_of(item)["checkpoint"]
+    return f"its file leaves {check} out of --quick" if check in checkpoint.not_quick else None
+
+
+def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
+    params = params_of(item)
+    checkpoint: Checkpoint = params["checkpoint"]
+    if params["device"] not in available:
+        return (
+            "it needs a GPU and this machine has none"
+            if params["device"] == "cuda"
+            else "the installed vLLM runs on CUDA, not on the CPU"
+        )
+    if params.get("dtype") == "float32" and not has_float32(checkpoint):
+        return "vLLM's CUDA kernels of quantized linears compute in 16 bits, not in float32"
+    check = checks.named(check_of(item.nodeid) or "")
+    needs = () if check is None else check.needs
+    reasons = (_why_lacking(need, checkpoint, params["device"]) for need in needs)
+    return next(filter(None, reasons), None)
+
+
+def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
+    """Return why a checkpoint does not have what a check needs on a device; None where it has."""
+    asked_for = need not in OTHER_ENGINES or need in checkpoint.invariance
+    reasons: dict[Need, tuple[bool, str]] = {
+        "base": (checkpoint.base is None, "no base is named; give --base, or base in its file"),
+        "golden": (
+            not checkpoint.golden,
+            "it has no golden: given by path, or golden = false in its file",
+        ),
+        "step_tag": (checkpoint.step_tag_id is None, "no step_tag_id is in its file"),
+        "metric": (
+            checkpoint.task != GENERATE and not checkpoint.has_own_metric,
+            "it generates, and is judged by its perplexity: its embeddings have no task",
+        ),
+    }
+    lacks, reason = reasons.get(
+        need, (not asked_for, f"its file does not ask for it: invariance = ['{need}']")
+    )
+    if lacks or need != "tensor-parallel" or device != "cuda":
+        return reason if lacks else None
+    needed, there = other_parallel_size(checkpoint), len(devices.gpus())
+    return None if there >= needed else f"it needs {needed} GPUs, and {there} can be used here"

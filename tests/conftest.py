@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from quantgate.probe import Probe
+    from quantgate.subject.probe import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +70,7 @@ def quantized() -> Path:
 @pytest.fixture(scope="session")
 def probe(root: Path) -> "Probe":
     """The embedded probe."""
-    from quantgate.probe import read_probe
+    from quantgate.subject.probe import read_probe
 
     return read_probe(root / "fixtures" / "probes" / "tiny.jsonl")
 
@@ -78,8 +78,8 @@ def probe(root: Path) -> "Probe":
 @pytest.fixture(scope="session")
 def large_probe(root: Path) -> "Probe":
     """The embedded probe of more and longer windows."""
-    from quantgate.probe import embedded_probe
-    from quantgate.task import GENERATE
+    from quantgate.subject.probe import embedded_probe
+    from quantgate.subject.task import GENERATE
 
     return embedded_probe(root, GENERATE, quality=True)
 
@@ -92,7 +92,7 @@ def hf_scores(root: Path, large_probe: "Probe") -> "list[NDArray[np.float64]]":
     """
     import numpy as np
 
-    from quantgate import reference
+    from quantgate.measuring import reference
 
     model = root / "fixtures" / "tiny" / "llama"
     measured = reference.measure(model, large_probe, dtype="float32", announce=lambda _: None)

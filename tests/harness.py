@@ -20,9 +20,9 @@ from typing import Any
 from preloaded import run_python
 from smaller import shrink_goldens, smaller
 
-from quantgate.engine import ENVIRONMENT
-from quantgate.probe import embedded_probe
-from quantgate.task import GENERATE
+from quantgate.measuring.engine import ENVIRONMENT
+from quantgate.subject.probe import embedded_probe
+from quantgate.subject.task import GENERATE
 
 # What a test's engine runs in, in a process of its own. vLLM's default is most of the memory.
 ENGINE_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -80,7 +80,7 @@ class RunGate:
 
 STARTS = """
 import json, os
-import quantgate.engine as engine
+import quantgate.measuring.engine as engine
 
 started = engine.running_engine
 

@@ -64,7 +64,7 @@ def run_python(
 
 
 def _settled(environment: Mapping[str, str]) -> dict[str, str]:
-    from quantgate.engine import ENVIRONMENT
+    from quantgate.measuring.engine import ENVIRONMENT
 
     found = {**ENVIRONMENT, **environment}
     return {name: value for name, value in found.items() if name not in READ_LATER}
@@ -79,7 +79,7 @@ class _Server:
     """A process that has imported `MODULES`, and forks for each run."""
 
     def __init__(self) -> None:
-        from quantgate.engine import ENVIRONMENT
+        from quantgate.measuring.engine import ENVIRONMENT
 
         self.process = subprocess.Popen(
             [sys.executable, __file__], env={**ENVIRONMENT, **os.environ}, text=True,

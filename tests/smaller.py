@@ -13,9 +13,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from quantgate import golden, noise
-from quantgate.probe import Probe, Window, embedded_probe, read_probe
-from quantgate.task import GENERATE
+from quantgate.judging import golden, noise
+from quantgate.subject.probe import Probe, Window, embedded_probe, read_probe
+from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
 # How many tokens are left of most windows, and of every eighth: more than a block of the KV cache

@@ -15,8 +15,8 @@ from harness import RunGate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate import processor
-from quantgate.checkpoint import BadInput
+from quantgate.errors import BadInput
+from quantgate.subject import processor
 
 # A process that prints what its libraries take this machine for, and the bits of what they compute
 # (the same integers everywhere: a generator of random numbers would depend on the machine too).

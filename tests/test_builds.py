@@ -11,11 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate import builds
-from quantgate.checkpoint import read_checkpoint_file
-from quantgate.formats import activations
-from quantgate.probe import embedded_probe
-from quantgate.sources import Sources
+from quantgate.formats import activations, builds
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import read_checkpoint_file
+from quantgate.subject.probe import embedded_probe
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,15 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantgate import engine
 from quantgate.atomic import write_atomically
-from quantgate.cache import DAYS_KEPT, DamagedEntry, DiskCache
-from quantgate.checkpoint import Checkpoint, EngineSettings
-from quantgate.measurement import Measurement, Provenance
-from quantgate.probe import Probe
-from quantgate.scratch import remove_leftovers, scratch_directory
-from quantgate.sources import Sources
-from quantgate.streamed_model import StreamedModel
+from quantgate.measuring import cache, engine
+from quantgate.measuring.cache import DAYS_KEPT, DamagedEntry, DiskCache
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.measuring.scratch import remove_leftovers, scratch_directory
+from quantgate.measuring.sources import Sources
+from quantgate.measuring.streamed_model import StreamedModel
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
+from quantgate.subject.probe import Probe
 
 KEY = {"identity": "abc", "dtype": "float32"}
 ARRAYS = {
@@ -171,7 +172,7 @@ def test_a_base_is_served_once_for_all_runs(
 HOLD = """
 import sys
 from pathlib import Path
-from quantgate.cache import DiskCache
+from quantgate.measuring.cache import DiskCache
 
 with DiskCache(Path(sys.argv[1])).alone({"identity": "abc", "dtype": "float32"}, lambda: None):
     print("held", flush=True)
@@ -257,7 +258,7 @@ def test_what_a_killed_process_left_of_a_write_goes_with_the_next(tmp_path: Path
 
 SCRATCH = """
 import os, signal
-from quantgate.scratch import scratch_directory
+from quantgate.measuring.scratch import scratch_directory
 
 class Owner: pass
 
@@ -296,3 +297,26 @@ def test_captures_of_a_process_go_with_it_even_if_it_was_killed(
     del owner
     gc.collect()
     assert not ours.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "stale"),
+    [
+        ("formats/weights.py", True),
+        ("measuring/streamed_model.py", True),
+        ("patches/scoremode/batch.py", True),
+        ("subject/probe.py", True),
+        ("reporting/html.py", False),
+        ("judging/checks.py", False),
+        ("plugin/selection.py", False),
+    ],
+)
+def test_what_measures_makes_entries_stale_and_nothing_else(
+    root: Path, tmp_path: Path, changed: str, stale: bool
+) -> None:
+    """No room that measures imports one that does not: `make lint` holds that."""
+    package = shutil.copytree(root / "src" / "quantgate", tmp_path / "quantgate")
+    assert cache._digest_of(package) == cache.code_version()
+    with (package / changed).open("a") as stream:
+        stream.write("\n# changed\n")
+    assert (cache._digest_of(package) != cache.code_version()) is stale

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantgate.scoremode.hooks import vllm_version
+from quantgate.patches.scoremode.hooks import vllm_version
 
 CACHE = "vllm/v1/core/kv_cache_manager.py"
 BLOCKS = "def get_computed_blocks(self, request: Request)"

@@ -7,9 +7,10 @@ from types import ModuleType
 
 import pytest
 
-from quantgate import checkpoint as ck
-from quantgate.checkpoint import BadInput, Checkpoint, KnownFailure
-from quantgate.processor import CONDITIONS
+from quantgate.errors import BadInput
+from quantgate.subject import checkpoint as ck
+from quantgate.subject.checkpoint import Checkpoint, KnownFailure
+from quantgate.subject.processor import CONDITIONS
 
 GOOD = 'source = "./build/x"\nscheme = "W4A16"\nbase = "./base"\n'
 

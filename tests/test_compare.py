@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from quantgate import compare
-from quantgate.divergence import Divergence
-from quantgate.measurement import Measurement, Provenance
-from quantgate.probe import Probe, Window
-from quantgate.stats import paired_mean
-from quantgate.verdict import Deviation, Verdict, worst
+from quantgate.judging import compare
+from quantgate.judging.stats import paired_mean
+from quantgate.judging.verdict import Deviation, Verdict, worst
+from quantgate.measuring.divergence import Divergence
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.subject.probe import Probe, Window
 
 PROBE = Probe("p", 99, tuple(Window(f"d{i}", "prose", 1, tuple(range(26)), "") for i in range(40)))
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from harness import RunGate, project_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate.checkpoint import BadInput
+from quantgate.errors import BadInput
 from quantgate.plugin.devices import gpus, require_gpus, share
 from quantgate.plugin.scheduling import group_of
 

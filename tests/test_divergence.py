@@ -8,8 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantgate import divergence as dv
-from quantgate.divergence import Divergence, Side, divergence, kl_divergence, llama_cpp_statistics
+from quantgate.measuring import divergence as dv
+from quantgate.measuring.divergence import (
+    Divergence,
+    Side,
+    divergence,
+    kl_divergence,
+    llama_cpp_statistics,
+)
 
 
 def linear(weight: torch.Tensor) -> dv.Logits:
@@ -214,7 +220,7 @@ def test_the_statistics_are_llama_cpps(moved: float) -> None:
 @settings(deadline=None)
 def test_hidden_states_are_stored_in_their_own_bits(dtype: str, rows: int, seed: int) -> None:
     """16-bit ones in half the bytes of float32, and not one bit is lost."""
-    from quantgate.sources import _packed, _unpacked
+    from quantgate.measuring.sources import _packed, _unpacked
 
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(rows, 33, generator=generator) * 100

@@ -8,18 +8,18 @@ from harness import RunGate, project_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate import engine_failure
-from quantgate.checkpoint import BadInput
-from quantgate.engine_failure import EngineFailure, LostDevice, explained, require_device
+from quantgate.errors import BadInput
+from quantgate.measuring import engine_failure
+from quantgate.measuring.engine_failure import EngineFailure, LostDevice, explained, require_device
 from quantgate.plugin.scheduling import check_of
-from quantgate.probe import Probe
+from quantgate.subject.probe import Probe
 
 KILLS = pytest.mark.slow(reason="engines in processes of their own, one of which is killed")
 VICTIM, OTHER = "tiny-llama-w4a16", "tiny-llama-w8a16"
 FAULTS = f"""
 import multiprocessing, os, pathlib, signal
-import quantgate.engine as engine
-from quantgate import engine_failure
+import quantgate.measuring.engine as engine
+from quantgate.measuring import engine_failure
 
 stock = engine.serve
 
@@ -196,8 +196,8 @@ def test_a_device_that_answers_is_not_lost() -> None:
 def test_no_engine_starts_on_a_lost_device(
     monkeypatch: pytest.MonkeyPatch, quantized: Path
 ) -> None:
-    from quantgate.checkpoint import EngineSettings
-    from quantgate.engine import running_engine
+    from quantgate.measuring.engine import running_engine
+    from quantgate.subject.checkpoint import EngineSettings
 
     monkeypatch.setattr(engine_failure, "_lost", "not served, because")
     with (
@@ -216,8 +216,8 @@ def test_no_engine_is_alive_when_the_next_one_starts(
     from collections.abc import Iterator
     from contextlib import contextmanager
 
-    from quantgate import engine
-    from quantgate.checkpoint import EngineSettings
+    from quantgate.measuring import engine
+    from quantgate.subject.checkpoint import EngineSettings
 
     class MadeUp:
         pass

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quantgate.checkpoint import BadInput
+from quantgate.errors import BadInput
 from quantgate.formats import activations
 from quantgate.formats.groups import group_of
+from quantgate.formats.library_weights import largest_disagreement
 from quantgate.formats.linear import read_linear
 from quantgate.formats.numbers import E2M1_MAGNITUDES, decode_e2m1, decode_e8m0, unpack_integers
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import dequantize_weight
-from quantgate.library_weights import largest_disagreement
 
 ROWS = st.integers(1, 9)
 SEED = st.integers(0, 2**16)

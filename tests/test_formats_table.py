@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from quantgate import processor
-from quantgate.checkpoint import EngineSettings, read_checkpoint_files
-from quantgate.task import GENERATE
+from quantgate.subject import processor
+from quantgate.subject.checkpoint import EngineSettings, read_checkpoint_files
+from quantgate.subject.task import GENERATE
 
 Rows = dict[str, dict[str, str]]
 

@@ -12,14 +12,15 @@ from harness import RunGate
 from safetensors.torch import load_file, save_file
 from smaller import golden_of_part
 
-from quantgate import checks, compare, engine, reference
-from quantgate.checkpoint import EngineSettings, read_checkpoint_files
-from quantgate.golden import golden_path
-from quantgate.measurement import Measurement
-from quantgate.next_step import next_step
-from quantgate.probe import Probe, passage, probe_for
-from quantgate.scoremode import logprob
-from quantgate.verdict import Deviation, Verdict
+from quantgate.judging import checks, compare
+from quantgate.judging.golden import golden_path
+from quantgate.judging.next_step import next_step
+from quantgate.judging.verdict import Deviation, Verdict
+from quantgate.measuring import engine, reference
+from quantgate.measuring.measurement import Measurement
+from quantgate.patches.scoremode import logprob
+from quantgate.subject.checkpoint import EngineSettings, read_checkpoint_files
+from quantgate.subject.probe import Probe, passage, probe_for
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")
 CHECKS = [
@@ -220,8 +221,8 @@ def test_engines_that_differ_by_a_ten_thousandth_of_a_nat_are_told_apart(
 LOUD = """
 import logging, sys
 import pytest
-from quantgate.engine_failure import EngineFailure
-from quantgate.verdict import Verdict
+from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.judging.verdict import Verdict
 
 def _library():
     logging.getLogger("torch.__trace").debug("a line of a library's log")

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preloaded import run_python
 
-from quantgate import approval
-from quantgate import golden as stored
-from quantgate.approval import Proposal
 from quantgate.atomic import write_atomically
-from quantgate.checkpoint import BadInput, read_checkpoint_files
-from quantgate.golden import (
+from quantgate.errors import BadInput
+from quantgate.judging import approval
+from quantgate.judging import golden as stored
+from quantgate.judging.approval import Proposal
+from quantgate.judging.golden import (
     CHECKSUM,
     SKETCH,
     Golden,
@@ -29,10 +29,11 @@ from quantgate.golden import (
     from_json,
     to_json,
 )
-from quantgate.measurement import Measurement, Provenance, pooled
-from quantgate.probe import Probe, Window
-from quantgate.scoremode import logprob
-from quantgate.sources import Sources
+from quantgate.measuring.measurement import Measurement, Provenance, pooled
+from quantgate.measuring.sources import Sources
+from quantgate.patches.scoremode import logprob
+from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.probe import Probe, Window
 
 PROVENANCE = Provenance("engine", "cpu", "cpu", "float32", {"lm_head": "X"}, ("X",), {"torch": "2"})
 

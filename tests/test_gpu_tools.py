@@ -173,7 +173,7 @@ def test_a_worker_that_does_not_begin_is_no_endless_loop(
 def test_a_lost_device_costs_one_process_and_the_item_that_lost_it(
     load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantgate.engine_failure import EngineFailure, LostDevice
+    from quantgate.measuring.engine_failure import EngineFailure, LostDevice
 
     tool = load("gpu")
     asked = []

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from harness import LLMCOMPRESSOR, RunGate, lacking
 
-from quantgate.golden import from_json, to_json
-from quantgate.probe import Probe
+from quantgate.judging.golden import from_json, to_json
+from quantgate.subject.probe import Probe
 
 FEW = "float32 and (replay or drift)"
 
 
 WARNING = """
 import warnings
-import quantgate.engine as engine
+import quantgate.measuring.engine as engine
 
 library = {"__name__": "somelibrary"}
 exec("import warnings\\ndef warn(): warnings.warn('of its own insides')", library)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate.scoremode import head_plan
+from quantgate.patches.scoremode import head_plan
 
 # An H200's, and those of a B200.
 MULTIPROCESSORS = (132, 148)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from quantgate import vllm_plugin
-from quantgate.scoremode import hooks, prefix_cache
-from quantgate.scoremode.hooks import HOOKS, Hook
-from quantgate.scoremode.request import SCORE_KEY, make_score_request
+from quantgate.patches.scoremode import hooks, prefix_cache
+from quantgate.patches.scoremode.hooks import HOOKS, Hook
+from quantgate.patches.scoremode.request import SCORE_KEY, make_score_request
 
 V2_CONFIG = SimpleNamespace(use_v2_model_runner=True)
 V1_CONFIG = SimpleNamespace(use_v2_model_runner=False)
@@ -295,7 +295,7 @@ def test_what_a_version_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of vLLM 0.26.0, whose converted classifiers take every row."""
     from vllm.model_executor.layers.pooler import special
 
-    from quantgate.engine import lacking
+    from quantgate.measuring.engine import lacking
 
     assert lacking() == []
     monkeypatch.setattr(special, "AllPool", object, raising=False)

@@ -11,16 +11,17 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from quantgate.engine import EngineLife
-from quantgate.evidence import POSITION_BINS, WORST_TOKENS
-from quantgate.report.gate_json import gate_json
-from quantgate.report.html import index_html
-from quantgate.report.junit import junit_xml
-from quantgate.report.markdown import gate_md
-from quantgate.report.results import CheckResult
-from quantgate.report.run import Run
-from quantgate.report.write import FILES, write_reports
-from quantgate.verdict import Deviation, Outcome, Passage, Profile, Verdict, WorstToken
+from quantgate.judging.evidence import POSITION_BINS, WORST_TOKENS
+from quantgate.judging.results import CheckResult
+from quantgate.judging.verdict import Deviation, Outcome, Profile, Verdict, WorstToken
+from quantgate.measuring.engine import EngineLife
+from quantgate.reporting.gate_json import gate_json
+from quantgate.reporting.html import index_html
+from quantgate.reporting.junit import junit_xml
+from quantgate.reporting.markdown import gate_md
+from quantgate.reporting.run import Run
+from quantgate.reporting.write import FILES, write_reports
+from quantgate.subject.probe import Passage
 
 CHROMIUM = shutil.which("chromium")
 MEGABYTE = "<i>A</i>" * 130_000
@@ -163,7 +164,7 @@ def test_a_page_of_forty_five_checkpoints_is_under_three_megabytes() -> None:
 
 
 def test_gate_json_is_what_its_schema_says(root: Path) -> None:
-    schema = json.loads((root / "src/quantgate/report/gate.schema.json").read_text())
+    schema = json.loads((root / "src/quantgate/reporting/gate.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     outcomes: list[Outcome] = ["pass", "fail", "inconclusive", "not-run"]
     text = gate_json(run_of([result("a", outcome, outcome) for outcome in outcomes]))

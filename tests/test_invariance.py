@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate import engine, invariance, serving
-from quantgate.checkpoint import Checkpoint, read_checkpoint_file
-from quantgate.measurement import Measurement, Provenance
-from quantgate.probe import Probe, Window, embedded_probe
-from quantgate.serving import MIXED, mixed
-from quantgate.sources import Sources
-from quantgate.task import Task
+from quantgate.judging import invariance
+from quantgate.measuring import engine, serving
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.measuring.serving import MIXED, mixed
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_file
+from quantgate.subject.probe import Probe, Window, embedded_probe
+from quantgate.subject.task import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVENANCE = Provenance("engine", "cpu", "cpu", "float32")
@@ -97,7 +98,7 @@ def test_scores_that_depend_on_the_batch_are_found(
     sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a ten-thousandth of how full the batch is."""
-    from quantgate.scoremode import logprob
+    from quantgate.patches.scoremode import logprob
 
     honest = logprob.score_rows
 

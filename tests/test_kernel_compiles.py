@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from quantgate.scoremode import head_plan
-from quantgate.scoremode import logprob_triton as fused
-from quantgate.scoremode.head_plan import Tile
+from quantgate.patches.scoremode import head_plan
+from quantgate.patches.scoremode import logprob_triton as fused
+from quantgate.patches.scoremode.head_plan import Tile
 
 pytestmark = pytest.mark.slow(reason="compiles 22 kernels for GPUs")
 

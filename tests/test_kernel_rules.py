@@ -14,14 +14,17 @@ import pytest
 import torch
 from harness import RunGate
 
-from quantgate import builds, compare, engine
-from quantgate.budget import REPLAY_MODULE_16_BIT
-from quantgate.checkpoint import BadInput, EngineSettings
+from quantgate.errors import BadInput
+from quantgate.formats import builds
 from quantgate.formats.kernels import FORMATS_RULES, RULES, LinearRules, explained, rules_of
-from quantgate.measurement import Measurement
-from quantgate.probe import Probe
-from quantgate.replay import replay
-from quantgate.verdict import Verdict
+from quantgate.judging import compare
+from quantgate.judging.budget import REPLAY_MODULE_16_BIT
+from quantgate.judging.verdict import Verdict
+from quantgate.measuring import engine
+from quantgate.measuring.measurement import Measurement
+from quantgate.measuring.replay import replay
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.probe import Probe
 
 LIMIT = REPLAY_MODULE_16_BIT["bfloat16"]
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
@@ -35,7 +38,7 @@ def quiet(_: str) -> None:
 def emulated_kernels() -> ModuleType:
     """The module of the emulated kernels, which vLLM's own must be imported before."""
     import_module("vllm.model_executor.kernels.linear")
-    return import_module("quantgate.emulated_kernels")
+    return import_module("quantgate.patches.emulated_kernels")
 
 
 @contextmanager

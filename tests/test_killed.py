@@ -19,9 +19,9 @@ import pytest
 from harness import RunGate, persons_environment
 from safetensors import safe_open
 
-from quantgate.cache import DiskCache
-from quantgate.golden import from_json, to_json
-from quantgate.probe import Probe
+from quantgate.judging.golden import from_json, to_json
+from quantgate.measuring.cache import DiskCache
+from quantgate.subject.probe import Probe
 
 pytestmark = pytest.mark.slow(reason="whole gate runs, killed and then repeated")
 

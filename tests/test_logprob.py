@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from quantgate.scoremode import logprob as core
+from quantgate.patches.scoremode import logprob as core
+from quantgate.patches.scoremode.reduction import Head
 
 
 def exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -23,7 +24,7 @@ def test_scores_are_exact(dtype: torch.dtype, vocab: int) -> None:
     # Logits of unit variance: log-probabilities stay below 16, where a float32 is 1e-6 wide.
     hidden, weight = torch.randn(rows, 256).to(dtype), torch.randn(vocab, 256).to(dtype) / 16
     targets = torch.randint(vocab, (rows,))
-    scores = core.score_rows(core.Head(weight), hidden, targets[:, None])
+    scores = core.score_rows(Head(weight), hidden, targets[:, None])
     error = (scores.logprob[:, 0].double() - exact(hidden, weight, targets)).abs()
     assert scores.logprob.dtype == torch.float32
     assert error.max() <= 1e-5
@@ -60,7 +61,7 @@ def test_any_shape_and_any_block_size_gives_the_same(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "ROW_BLOCK", 32)
         patch.setattr(core, "VOCAB_BLOCK", 7)
-        head = core.Head(weight, bias, soft_cap=soft_cap, scale=scale)
+        head = Head(weight, bias, soft_cap=soft_cap, scale=scale)
         scores = core.score_rows(head, hidden, targets)
     logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
     if soft_cap is not None:
@@ -83,7 +84,7 @@ def test_shards_merge_to_the_whole(vocab: int, ranks: int, seed: int) -> None:
     targets = torch.randint(vocab, (5, 3), generator=generator)
     edges = [round(vocab * rank / ranks) for rank in range(ranks + 1)]
     partial = [
-        core.reduce_blocked(core.Head(weight[low:high], first_token=low), hidden, targets)
+        core.reduce_blocked(Head(weight[low:high], first_token=low), hidden, targets)
         for low, high in itertools.pairwise(edges)
         if high > low
     ]
@@ -94,7 +95,7 @@ def test_shards_merge_to_the_whole(vocab: int, ranks: int, seed: int) -> None:
         return torch.cat([torch.stack(n, dim=1) for n in numbers], dim=1)
 
     merged = core._merge_ranks(partial[0], gather)
-    whole = core.reduce_blocked(core.Head(weight), hidden, targets)
+    whole = core.reduce_blocked(Head(weight), hidden, targets)
     for found, expected in zip(merged, whole, strict=True):
         torch.testing.assert_close(found, expected)
     assert torch.equal(merged.top1, whole.top1)
@@ -103,7 +104,5 @@ def test_shards_merge_to_the_whole(vocab: int, ranks: int, seed: int) -> None:
 def test_nan_in_a_hidden_row_stays_visible() -> None:
     hidden = torch.randn(3, 4)
     hidden[1, 2] = torch.nan
-    scores = core.score_rows(
-        core.Head(torch.randn(600, 4)), hidden, torch.tensor([[0], [1], [599]])
-    )
+    scores = core.score_rows(Head(torch.randn(600, 4)), hidden, torch.tensor([[0], [1], [599]]))
     assert scores.logprob[:, 0].isnan().tolist() == [False, True, False]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quantgate import metrics
-from quantgate.probe import Probe, Window
+from quantgate.judging import metrics
+from quantgate.subject.probe import Probe, Window
 
 
 def probe_of(lengths: list[int]) -> Probe:

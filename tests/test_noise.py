@@ -11,12 +11,13 @@ from harness import RunGate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate import noise
-from quantgate.checkpoint import BadInput, read_checkpoint_files
-from quantgate.golden import GoldenKey
-from quantgate.measurement import Provenance
-from quantgate.noise import NoiseFloor, Rerun
-from quantgate.verdict import Deviation, Outcome, Verdict
+from quantgate.errors import BadInput
+from quantgate.judging import noise
+from quantgate.judging.golden import GoldenKey
+from quantgate.judging.noise import NoiseFloor, Rerun
+from quantgate.judging.verdict import Deviation, Outcome, Verdict
+from quantgate.measuring.measurement import Provenance
+from quantgate.subject.checkpoint import read_checkpoint_files
 
 KEY = GoldenKey("0" * 64, "1" * 64, "cpu", "bfloat16", "auto", "portable")
 PROVENANCE = Provenance("engine", "cpu", "cpu", "bfloat16", {"lm_head": "X"}, ("X",))

@@ -11,11 +11,11 @@ import pytest
 from harness import RunGate, persons_environment, project_of
 from preloaded import run_python
 
-from quantgate.processor import is_x86_without_vnni
+from quantgate.subject.processor import is_x86_without_vnni
 
 MADE_UP = """
-import quantgate.engine
-quantgate.engine.available_devices = lambda: {"cuda": "sm90"}
+import quantgate.measuring.engine
+quantgate.measuring.engine.available_devices = lambda: {"cuda": "sm90"}
 """
 FEW_STEPS = 17
 QUANTIZED, WHOLE, REWARDS = "tiny-llama-w8a8", "tiny-llama", "tiny-prm-qwen2-w8a8"

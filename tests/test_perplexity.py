@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preloaded import run_python
 
-from quantgate import perplexity
-from quantgate.checkpoint import BadInput, EngineSettings
-from quantgate.engine import running_engine
-from quantgate.perplexity import ScoredWindow, Tally, result_of
+from quantgate.commands import perplexity
+from quantgate.commands.perplexity import ScoredWindow, Tally, result_of
+from quantgate.errors import BadInput
+from quantgate.measuring.engine import running_engine
+from quantgate.subject.checkpoint import EngineSettings
 
 BOS = -1  # no id of a text
 TEXTS = st.integers(0, 300).map(lambda n: list(range(n)))

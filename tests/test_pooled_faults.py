@@ -12,20 +12,20 @@ import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
 
-from quantgate import compare, drift, fidelity, invariance, pooled, task_quality
-from quantgate.checkpoint import (
-    BadInput,
+from quantgate.errors import BadInput
+from quantgate.judging import compare, drift, fidelity, invariance, pooled, task_quality
+from quantgate.judging.golden import from_json, golden_path
+from quantgate.judging.verdict import Verdict
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import (
     Checkpoint,
     EngineSettings,
     identity,
     read_checkpoint_file,
     verify,
 )
-from quantgate.golden import from_json, golden_path
-from quantgate.probe import Probe, embedded_probe, probe_for
-from quantgate.sources import Sources
-from quantgate.task import Task
-from quantgate.verdict import Verdict
+from quantgate.subject.probe import Probe, embedded_probe, probe_for
+from quantgate.subject.task import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
@@ -253,7 +253,7 @@ def test_a_scale_that_vllm_loads_wrong_is_found(
     """In the engine alone: free-running fidelity and replay both see it."""
     import vllm.model_executor.kernels.linear  # noqa: F401  first: it brings the emulated ones
 
-    from quantgate import emulated_kernels
+    from quantgate.patches import emulated_kernels
 
     honest = emulated_kernels.dequantize_groups
     calls = iter(range(1000))

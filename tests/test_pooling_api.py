@@ -7,8 +7,8 @@ import pytest
 from harness import ENGINE_ENVIRONMENT
 from preloaded import run_python
 
-from quantgate.pooling_api import refuse_empty, token_task_options
-from quantgate.task import Task
+from quantgate.patches.pooling_api import refuse_empty, token_task_options
+from quantgate.subject.task import Task
 
 NER = "build/tiny-ner-bert-w4a16"
 PRM = "build/tiny-prm-native-fp8-dynamic"
@@ -59,10 +59,10 @@ print("TODAY" + json.dumps(found.tolist()))
 def test_the_first_spelling_gives_logits(root: Path, model: str, task: str, labels: int) -> None:
     import numpy as np
 
-    from quantgate import reference
-    from quantgate.budget import FP32_MAX_RAW, ROUNDING_FACTOR
-    from quantgate.compare import largest_difference
-    from quantgate.probe import Probe, Window
+    from quantgate.judging.budget import FP32_MAX_RAW, ROUNDING_FACTOR
+    from quantgate.judging.compare import largest_difference
+    from quantgate.measuring import reference
+    from quantgate.subject.probe import Probe, Window
 
     script = SCRIPT.replace("MODEL", str(root / model)).replace("TASK", task)
     script = script.replace("LABELS", str(labels))
@@ -144,10 +144,10 @@ def test_vllm_refuses_a_quantized_head_by_name(root: Path, tmp_path: Path) -> No
     config = json.loads(path.read_text())
     config["quantization_config"]["ignore"] = []
     path.write_text(json.dumps(config))
-    from quantgate.checkpoint import EngineSettings
-    from quantgate.engine import running_engine
-    from quantgate.engine_failure import EngineFailure
-    from quantgate.pooling import pooling_arguments
+    from quantgate.measuring.engine import running_engine
+    from quantgate.measuring.engine_failure import EngineFailure
+    from quantgate.measuring.pooling import pooling_arguments
+    from quantgate.subject.checkpoint import EngineSettings
 
     with (
         pytest.raises(EngineFailure, match="the head 'score' is quantized") as caught,

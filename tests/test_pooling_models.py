@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantgate import engine, reference
-from quantgate.budget import FP32_MAX_RAW
-from quantgate.checkpoint import EngineSettings
-from quantgate.probe import Probe, embedded_probe
-from quantgate.streamed_model import StreamedModel
-from quantgate.task import EMBED, Task
+from quantgate.judging.budget import FP32_MAX_RAW
+from quantgate.measuring import engine, reference
+from quantgate.measuring.streamed_model import StreamedModel
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.probe import Probe, embedded_probe
+from quantgate.subject.task import EMBED, Task
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
 WIDTH, LAYERS = 128, 2
@@ -117,7 +117,7 @@ def test_our_own_modules_load_what_was_trained(root: Path, name: str) -> None:
     """The classes that transformers lacks: no tensor is missing, and none is left over."""
     from safetensors.torch import load_file
 
-    from quantgate.heads import head_classes
+    from quantgate.measuring.heads import head_classes
 
     directory = root / "fixtures" / "tiny" / name
     config = json.loads((directory / "config.json").read_text())

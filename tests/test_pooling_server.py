@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from harness import post, running_server
 
-from quantgate.checkpoint import EngineSettings
-from quantgate.engine import running_engine
-from quantgate.pooling import encode, pooling_arguments
-from quantgate.probe import embedded_probe
-from quantgate.task import POOLING, Task
+from quantgate.measuring.engine import running_engine
+from quantgate.measuring.pooling import encode, pooling_arguments
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.probe import embedded_probe
+from quantgate.subject.task import POOLING, Task
 
 # float32 sums of the same terms, in batches of other sizes.
 SAME = 1e-5

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from harness import RunGate
 
-from quantgate.checkpoint import Checkpoint, read_checkpoint_files
+from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files
 
 
 def parts(checkpoints: list[Checkpoint]) -> set[str]:

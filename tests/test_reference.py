@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantgate import engine, reference
-from quantgate.checkpoint import BadInput, EngineSettings
-from quantgate.probe import Probe, Window
+from quantgate.errors import BadInput
+from quantgate.measuring import engine, reference
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.probe import Probe, Window
 
 IDS = tuple(int(i) for i in np.random.default_rng(0).integers(3, 500, 60))
 SHORT = Probe(
@@ -222,7 +223,7 @@ def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None
         "import json, sys\n"
         "from pathlib import Path\n"
         "from test_reference import SHORT, quiet, unstreamed\n"
-        "from quantgate.streamed_model import StreamedModel\n"
+        "from quantgate.measuring.streamed_model import StreamedModel\n"
         "from transformers import AutoModelForCausalLM\n"
         "import torch; torch.set_num_threads(1)\n"
         "directory = Path(sys.argv[1])\n"

@@ -20,20 +20,22 @@ from test_divergence import linear, sides
 from test_reference import SHORT, quiet, save_random, small_models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from quantgate import builds, empty_model, engine, reference, reference_device, sources
-from quantgate.builds import Narrowing
-from quantgate.cache import DiskCache
-from quantgate.checkpoint import BadInput, Checkpoint, EngineSettings, read_checkpoint_files
-from quantgate.divergence import Side, divergence
+from quantgate.errors import BadInput
+from quantgate.formats import builds
+from quantgate.formats.builds import Narrowing
 from quantgate.formats.stored import LoadedTensors, StoredTensors
-from quantgate.measurement import Measurement, Provenance
-from quantgate.probe import Probe, embedded_probe, probe_for
-from quantgate.read_ahead import read_ahead
-from quantgate.reference_device import TOKENS_PER_STEP, choose_device, exactly, together
-from quantgate.replay import replay
-from quantgate.sources import Sources
-from quantgate.streamed_model import StreamedModel
-from quantgate.task import GENERATE, Task
+from quantgate.measuring import empty_model, engine, reference, reference_device, sources
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.divergence import Side, divergence
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.measuring.read_ahead import read_ahead
+from quantgate.measuring.reference_device import TOKENS_PER_STEP, choose_device, exactly, together
+from quantgate.measuring.replay import replay
+from quantgate.measuring.sources import Sources
+from quantgate.measuring.streamed_model import StreamedModel
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings, read_checkpoint_files
+from quantgate.subject.probe import Probe, embedded_probe, probe_for
+from quantgate.subject.task import GENERATE, Task
 
 ONE_BY_ONE = 0  # tokens a step: the CPU's way
 

@@ -15,16 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantgate import compare, engine, fidelity, library_weights, reference
-from quantgate.attribution import Suspects, attribute
-from quantgate.capture import Capture
-from quantgate.checkpoint import Checkpoint, EngineSettings
+from quantgate.formats import library_weights
 from quantgate.formats.weights import dequantize_weight
-from quantgate.measurement import Measurement, Provenance
-from quantgate.probe import Probe, Window
-from quantgate.replay import ModuleError, Replay, replay
-from quantgate.sources import Sources
-from quantgate.verdict import Deviation, Verdict
+from quantgate.judging import compare, fidelity
+from quantgate.judging.attribution import Suspects, attribute
+from quantgate.judging.verdict import Deviation, Verdict
+from quantgate.measuring import engine, reference
+from quantgate.measuring.capture import Capture
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.measuring.replay import ModuleError, Replay, replay
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
+from quantgate.subject.probe import Probe, Window
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
 
@@ -52,7 +54,7 @@ def test_a_fault_of_one_kernel_is_found_where_it_is(
     """A millionth of one module's weights is off: no log-probability shows it, replay does."""
     import vllm.model_executor.kernels.linear  # noqa: F401  first: it brings the emulated ones
 
-    from quantgate import emulated_kernels
+    from quantgate.patches import emulated_kernels
 
     honest = emulated_kernels.dequantize_groups
     calls = iter(range(1000))

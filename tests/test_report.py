@@ -6,12 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from quantgate.report.gate_json import gate_json
-from quantgate.report.junit import junit_xml
-from quantgate.report.results import CheckResult, upheld
-from quantgate.report.run import Run
-from quantgate.report.terminal import table
-from quantgate.verdict import Deviation, Outcome, Verdict, not_run
+from quantgate.judging.results import CheckResult, upheld
+from quantgate.judging.verdict import Deviation, Outcome, Verdict, not_run
+from quantgate.reporting.gate_json import gate_json
+from quantgate.reporting.junit import junit_xml
+from quantgate.reporting.run import Run
+from quantgate.reporting.terminal import table
 
 HOSTILE = "<b>[red]&\x00\x1b[31m\"'"
 

@@ -1,6 +1,6 @@
 import pytest
 
-from quantgate.scheme import quantizes_activations, scheme_name
+from quantgate.subject.scheme import quantizes_activations, scheme_name
 
 
 @pytest.mark.parametrize(

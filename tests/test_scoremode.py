@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from harness import ENGINE_ENVIRONMENT
 
-from quantgate.checkpoint import EngineSettings
-from quantgate.engine import running_engine
+from quantgate.measuring.engine import running_engine
+from quantgate.subject.checkpoint import EngineSettings
 
 # The basic usage of the score-mode document, with the model's name and the text left to fill in.
 BASIC_USAGE = """
@@ -267,8 +267,8 @@ def test_arrays_of_another_shape_than_asked_for_are_refused(shape: tuple[int, in
     """As vLLM's own prompt_logprobs are: an exception here would end a server's output loop."""
     import torch
 
-    from quantgate.scoremode.outputs import PromptScores
-    from quantgate.scoremode.request import make_score_request
+    from quantgate.patches.scoremode.outputs import PromptScores
+    from quantgate.patches.scoremode.request import make_score_request
 
     scores = PromptScores(make_score_request([1, 2, 3, 4], None, start=0, vocab_size=9), [1, 2, 3])
     tokens = torch.zeros(shape, dtype=torch.int32)
@@ -282,7 +282,7 @@ def test_arrays_of_another_shape_than_asked_for_are_refused(shape: tuple[int, in
 @pytest.mark.parametrize("sent", [1, "x", {}, {"targets": "x"}, {"as_list": True}])
 def test_a_client_cannot_make_a_request_a_scoring_one(sent: object) -> None:
     """Over HTTP it chooses the extra arguments, which reach the engine core."""
-    from quantgate.scoremode.request import SCORE_KEY, is_score_request
+    from quantgate.patches.scoremode.request import SCORE_KEY, is_score_request
 
     assert not is_score_request(SimpleNamespace(extra_args={SCORE_KEY: sent}))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from harness import ENGINE_ENVIRONMENT, post, running_server
 
-from quantgate.scoremode.request import SCORE_KEY
+from quantgate.patches.scoremode.request import SCORE_KEY
 
 IDS = [0, 7, 8, 9, 100, 7, 8]
 

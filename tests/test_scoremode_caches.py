@@ -10,11 +10,11 @@ import pytest
 from harness import SMALL, make_model
 from numpy.typing import NDArray
 
-from quantgate.checkpoint import EngineSettings
-from quantgate.engine import running_engine
-from quantgate.scoremode import hooks
-from quantgate.scoremode.inputs import CHECKED
-from quantgate.scoremode.prefix_cache import MANAGER
+from quantgate.measuring.engine import running_engine
+from quantgate.patches.scoremode import hooks
+from quantgate.patches.scoremode.inputs import CHECKED
+from quantgate.patches.scoremode.prefix_cache import MANAGER
+from quantgate.subject.checkpoint import EngineSettings
 
 BLOCK = 32
 TOKENS = 200
@@ -300,7 +300,7 @@ def test_every_cache_manager_is_read_up_to_the_first_scored_row(kind: str) -> No
 def sampling_params(start: int | None) -> Any:
     from vllm import SamplingParams
 
-    from quantgate.scoremode.request import SCORE_KEY, make_score_request
+    from quantgate.patches.scoremode.request import SCORE_KEY, make_score_request
 
     if start is None:
         return SamplingParams()

@@ -13,8 +13,8 @@ import pytest
 from harness import SMALL, make_model
 from numpy.typing import NDArray
 
-from quantgate.checkpoint import EngineSettings
-from quantgate.engine import running_engine
+from quantgate.measuring.engine import running_engine
+from quantgate.subject.checkpoint import EngineSettings
 
 # What "exact" means: against float64 over the same hidden states and head, in nats.
 MAXIMUM, MEAN = 1e-5, 1e-6

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 from harness import ENGINE_ENVIRONMENT
 
-from quantgate import reference
-from quantgate.capture import Capture
-from quantgate.probe import Probe
-from quantgate.replay import replay
+from quantgate.measuring import reference
+from quantgate.measuring.capture import Capture
+from quantgate.measuring.replay import replay
+from quantgate.subject.probe import Probe
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np
 import quantgate
-from quantgate.checkpoint import EngineSettings
-from quantgate.engine import measure
-from quantgate.probe import read_probe
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.measuring.engine import measure
+from quantgate.subject.probe import read_probe
 
 model, probe, out, captured = map(Path, sys.argv[1:])
 settings = EngineSettings(

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quantgate.checkpoint import EngineSettings
-from quantgate.engine import running_engine
-from quantgate.probe import Probe
+from quantgate.measuring.engine import running_engine
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.probe import Probe
 
 # What the gate allows float32 scores (budget.FP32_MAX).
 LIMIT = 1e-5

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from preloaded import run_python
 
-from quantgate.checkpoint import BadInput, read_checkpoint_files
-from quantgate.probe import Probe
-from quantgate.sequential import CHARACTERS, Progress, probe_of_text, quality_until_clear
-from quantgate.sources import Sources
+from quantgate.commands.sequential import CHARACTERS, Progress, probe_of_text, quality_until_clear
+from quantgate.errors import BadInput
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.probe import Probe
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from quantgate.scoremode.head_plan import DEPTH_BLOCK
+from quantgate.patches.scoremode.head_plan import DEPTH_BLOCK
 
 
 @pytest.fixture

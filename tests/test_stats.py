@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from quantgate.stats import (
+from quantgate.judging.stats import (
     ALPHA,
     FEWEST_CLUSTERS,
     PairedMean,

@@ -33,7 +33,7 @@ def loaded(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    from quantgate.heads import COLBERT, head_classes
+    from quantgate.measuring.heads import COLBERT, head_classes
 
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     options: dict[str, Any] = {"dtype": torch.float32}

@@ -10,8 +10,8 @@ import pytest
 from harness import ENGINE_ENVIRONMENT
 from preloaded import run_python
 
-from quantgate.checkpoint import BadInput
-from quantgate.token_table import label_texts, show
+from quantgate.commands.token_table import label_texts, show
+from quantgate.errors import BadInput
 
 NER = "build/tiny-ner-bert-w4a16"
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantgate.checkpoint import BadInput
-from quantgate.processor import flags
+from quantgate.errors import BadInput
+from quantgate.subject.processor import flags
 
 PATCH = Path(__file__).resolve().parent / "machine"
 # What the patch reads: the beginnings of the names of what the processor is not to have.

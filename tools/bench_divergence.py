@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from quantgate.cache import DiskCache
-from quantgate.divergence import Side, divergence
-from quantgate.measurement import Measurement, Provenance
-from quantgate.sources import to_arrays
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.divergence import Side, divergence
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.measuring.sources import to_arrays
 
 ALLOWED_RATIO = 1.5
 SMALLEST_SAVING = 20.0

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from quantgate.atomic import write_atomically
-from quantgate.doctor import device_name
-from quantgate.engine import library_versions
+from quantgate.commands.doctor import device_name
+from quantgate.measuring.engine import library_versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,8 @@ def candidates(work: Work) -> dict[str, Run]:
     import head_candidates
     import torch
 
-    from quantgate.scoremode.logprob import Head, score_rows
+    from quantgate.patches.scoremode.logprob import score_rows
+    from quantgate.patches.scoremode.reduction import Head
 
     head = Head(work.weight)
 

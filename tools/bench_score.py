@@ -41,11 +41,11 @@ from rich.console import Console
 from rich.table import Table
 
 from quantgate.atomic import write_atomically
-from quantgate.checkpoint import EngineSettings
-from quantgate.doctor import device_name
-from quantgate.engine import kernel_fingerprint, library_versions, running_engine
-from quantgate.scoremode import logprob
-from quantgate.scoremode.hooks import HOOKS
+from quantgate.commands.doctor import device_name
+from quantgate.measuring.engine import kernel_fingerprint, library_versions, running_engine
+from quantgate.patches.scoremode import logprob
+from quantgate.patches.scoremode.hooks import HOOKS
+from quantgate.subject.checkpoint import EngineSettings
 
 Prompts = list[dict[str, list[int]]]
 # Models that people serve, Llama 3.1 8B and Qwen2.5 0.5B; and one that takes no time.
@@ -223,7 +223,8 @@ def head_mode(arguments: argparse.Namespace, rows_a_step: int) -> Callable[[], o
     """Return the scoring core alone on random rows, as many at a time as an engine's step has."""
     import torch
 
-    from quantgate.scoremode.logprob import Head, score_rows
+    from quantgate.patches.scoremode.logprob import score_rows
+    from quantgate.patches.scoremode.reduction import Head
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, arguments.dtype)

@@ -28,8 +28,8 @@ from vllm_sources import (
 
 from quantgate import vllm_plugin
 from quantgate.formats.kernels import RULES
-from quantgate.report.markdown import markdown_table
-from quantgate.scoremode.hooks import HOOKS, Hook, misfit, vllm_version
+from quantgate.patches.scoremode.hooks import HOOKS, Hook, misfit, vllm_version
+from quantgate.reporting.markdown import markdown_table
 
 SOURCE = Path(vllm_plugin.__file__).parent
 COMMAND = "python tools/check_vllm.py"

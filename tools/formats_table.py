@@ -16,19 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantgate import processor
 from quantgate.atomic import write_atomically
-from quantgate.checkpoint import (
-    BadInput,
+from quantgate.commands.doctor import linear_kernels
+from quantgate.errors import BadInput
+from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.reporting.markdown import markdown_table
+from quantgate.subject import processor
+from quantgate.subject.checkpoint import (
     Checkpoint,
     EngineSettings,
     actual_scheme,
     read_checkpoint_files,
 )
-from quantgate.doctor import linear_kernels
-from quantgate.engine_failure import EngineFailure
-from quantgate.report.markdown import markdown_table
-from quantgate.task import GENERATE
+from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -30,11 +30,12 @@ from gpu_parts import PARTS, ROOT, Checkpoints
 from gpu_tables import markdown
 
 from quantgate.atomic import write_atomically
-from quantgate.cache import code_version
-from quantgate.checkpoint import BadInput, read_checkpoint_files
-from quantgate.doctor import device_name
-from quantgate.engine import available_devices, library_versions
-from quantgate.engine_failure import EngineFailure, LostDevice, first_line
+from quantgate.commands.doctor import device_name
+from quantgate.errors import BadInput
+from quantgate.measuring.cache import code_version
+from quantgate.measuring.engine import available_devices, library_versions
+from quantgate.measuring.engine_failure import EngineFailure, LostDevice, first_line
+from quantgate.subject.checkpoint import read_checkpoint_files
 
 # The scripts that say how figures are taken: with others they are measured again.
 MEASURING = ("gpu_parts.py", "bench_score.py", "bench_head.py", "head_candidates.py")

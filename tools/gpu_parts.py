@@ -16,17 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from quantgate import doctor, fidelity, invariance, noise, reference
-from quantgate.cache import DiskCache
-from quantgate.checkpoint import Checkpoint
-from quantgate.engine import lacking
-from quantgate.measurement import Measurement
-from quantgate.probe import embedded_probe, probe_for
-from quantgate.reference_device import CPU, choose_device
-from quantgate.report.gate_json import check_of_verdict
-from quantgate.scheme import UNQUANTIZED
-from quantgate.sources import SERVING, Sources, resolve_dtype
-from quantgate.task import GENERATE
+from quantgate.commands import doctor
+from quantgate.judging import fidelity, invariance, noise
+from quantgate.measuring import reference
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.engine import lacking
+from quantgate.measuring.measurement import Measurement
+from quantgate.measuring.reference_device import CPU, choose_device
+from quantgate.measuring.sources import SERVING, Sources, resolve_dtype
+from quantgate.reporting.gate_json import check_of_verdict
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.probe import embedded_probe, probe_for
+from quantgate.subject.scheme import UNQUANTIZED
+from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("bfloat16", "float16")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quantgate.doctor import names_of_linears
-from quantgate.report.markdown import escaped, markdown_table
+from quantgate.commands.doctor import names_of_linears
+from quantgate.reporting.markdown import escaped, markdown_table
 
 Said = Mapping[str, Any]
 Rows = list[list[str]]

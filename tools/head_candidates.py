@@ -16,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from quantgate.scoremode import head_plan
-from quantgate.scoremode import logprob as core
-from quantgate.scoremode import logprob_triton as fused
-from quantgate.scoremode.head_plan import Plan, Tile
-from quantgate.scoremode.logprob import Head, Reduction
+from quantgate.patches.scoremode import head_plan
+from quantgate.patches.scoremode import logprob_triton as fused
+from quantgate.patches.scoremode.head_plan import Plan, Tile
+from quantgate.patches.scoremode.reduction import Head, Reduction, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,12 +119,12 @@ def reduce_in_blocks(
     return running._replace(top1=running.top1.long())
 
 
-def score_by(reduce: Reduce, head: Head, hidden: Tensor, targets: Tensor) -> core.Scores:
+def score_by(reduce: Reduce, head: Head, hidden: Tensor, targets: Tensor) -> Scores:
     """Score rows as `score_rows` does, by another reduction."""
     reduced = reduce(head, hidden, targets)
     log_total = reduced.total.log()
     logprob = (reduced.target - reduced.maximum.unsqueeze(1)) - log_total.unsqueeze(1)
-    return core.Scores(logprob, reduced.top1, -log_total)
+    return Scores(logprob, reduced.top1, -log_total)
 
 
 def reductions(hidden: Tensor, vocab: int) -> Iterator[tuple[str, Reduce]]:

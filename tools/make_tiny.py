@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from quantgate.atomic import write_atomically
-from quantgate.probe import Window
+from quantgate.subject.probe import Window
 
 ROOT = Path(__file__).resolve().parent.parent
 

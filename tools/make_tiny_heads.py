@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from quantgate.atomic import write_atomically
-from quantgate.heads import COLBERT, PROCESS_REWARD, head_classes
+from quantgate.measuring.heads import COLBERT, PROCESS_REWARD, head_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "fixtures" / "tiny"
@@ -389,7 +389,7 @@ PROBES = {
 
 
 def probe_lines(name: str, tokenizer: Any) -> Iterator[str]:
-    """The probe file: a header, then one JSON object per window, as quantgate.probe reads it."""
+    """The probe file: a header, then one JSON object per window, as `probe` reads it."""
     made = PROBES[name.removesuffix(QUALITY)]
     header = {
         "probe": name,

@@ -20,7 +20,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 from quantgate.atomic import write_atomically
-from quantgate.checkpoint import BadInput
+from quantgate.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 # pip matches these one by one.

@@ -22,10 +22,18 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from quantgate.atomic import write_atomically
-from quantgate.checkpoint import BadInput, EngineSettings
-from quantgate.engine import kernel_fingerprint, library_versions, running_engine
-from quantgate.engine_failure import EngineFailure, first_line
-from quantgate.perplexity import PROTOCOLS, Perplexity, Protocol, Tally, evaluate, result_of
+from quantgate.commands.perplexity import (
+    PROTOCOLS,
+    Perplexity,
+    Protocol,
+    Tally,
+    evaluate,
+    result_of,
+)
+from quantgate.errors import BadInput
+from quantgate.measuring.engine import kernel_fingerprint, library_versions, running_engine
+from quantgate.measuring.engine_failure import EngineFailure, first_line
+from quantgate.subject.checkpoint import EngineSettings
 
 # A text is tokenized in pieces of this many characters, cut at a line's end: what fits into one
 # gets the ids that it has as a whole, and a longer one does not have to fit into memory.

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantgate.atomic import write_atomically
-from quantgate.checkpoint import BadInput, identity, read_checkpoint_files
+from quantgate.errors import BadInput
 from quantgate.formats.groups import fused_with, group_of
+from quantgate.subject.checkpoint import identity, read_checkpoint_files
 
 if TYPE_CHECKING:
     import torch

@@ -13,13 +13,14 @@ import os
 import sys
 from pathlib import Path
 
-from quantgate import approval, noise
-from quantgate.cache import DiskCache
-from quantgate.checkpoint import BadInput, Checkpoint, read_checkpoint_files, verify
-from quantgate.engine_failure import EngineFailure
-from quantgate.golden import DTYPES, unclaimed
-from quantgate.probe import embedded_probe
-from quantgate.sources import Sources, has_float32
+from quantgate.errors import BadInput
+from quantgate.judging import approval, noise
+from quantgate.judging.golden import DTYPES, unclaimed
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.sources import Sources, has_float32
+from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files, verify
+from quantgate.subject.probe import embedded_probe
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,23 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from quantgate import compare, drift, fidelity, noise, pooling, serving
-from quantgate.budget import quality_margin
-from quantgate.cache import DiskCache
-from quantgate.checkpoint import (
+from quantgate.judging import compare, drift, fidelity, noise
+from quantgate.judging.budget import quality_margin
+from quantgate.judging.golden import as_stored, from_json, golden_path
+from quantgate.judging.results import CheckResult, upheld
+from quantgate.judging.verdict import Verdict
+from quantgate.measuring import pooling, serving
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.engine import available_devices, provenance_of, running_engine
+from quantgate.measuring.measurement import Measurement
+from quantgate.measuring.sources import SERVING, Sources, resolve_dtype
+from quantgate.subject.checkpoint import (
     Checkpoint,
     actual_scheme,
     read_checkpoint_files,
     read_config,
 )
-from quantgate.engine import available_devices, provenance_of, running_engine
-from quantgate.golden import as_stored, from_json, golden_path
-from quantgate.measurement import Measurement
-from quantgate.probe import embedded_probe
-from quantgate.report.results import CheckResult, upheld
-from quantgate.sources import SERVING, Sources, resolve_dtype
-from quantgate.task import GENERATE
-from quantgate.verdict import Verdict
+from quantgate.subject.probe import embedded_probe
+from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", SERVING)

@@ -11,21 +11,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from quantgate.budget import quality_margin
-from quantgate.cache import DiskCache
-from quantgate.checkpoint import (
-    BadInput,
+from quantgate.commands.sequential import Progress, probe_of_text, quality_until_clear
+from quantgate.errors import BadInput
+from quantgate.judging.budget import quality_margin
+from quantgate.judging.stats import FEWEST_CLUSTERS
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import (
     actual_scheme,
     find_checkpoint,
     read_checkpoint_files,
     verify,
 )
-from quantgate.engine_failure import EngineFailure
-from quantgate.probe import embedded_probe, probe_for
-from quantgate.sequential import Progress, probe_of_text, quality_until_clear
-from quantgate.sources import Sources
-from quantgate.stats import FEWEST_CLUSTERS
-from quantgate.task import GENERATE
+from quantgate.subject.probe import embedded_probe, probe_for
+from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
 

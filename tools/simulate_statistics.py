@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from quantgate.stats import ALPHA, POWER, confidence_sequence, holm, paired_mean
+from quantgate.judging.stats import ALPHA, POWER, confidence_sequence, holm, paired_mean
 
 DOCUMENTS, TOKENS = 60, 40
 LABELS = np.repeat(np.arange(DOCUMENTS), TOKENS)

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantgate import compare, fidelity
-from quantgate.budget import ROUNDING_FACTOR
-from quantgate.checkpoint import Checkpoint, read_checkpoint_files
-from quantgate.engine import set_environment
-from quantgate.probe import embedded_probe
-from quantgate.sources import SERVING, Sources
+from quantgate.judging import compare, fidelity
+from quantgate.judging.budget import ROUNDING_FACTOR
+from quantgate.measuring.engine import set_environment
+from quantgate.measuring.sources import SERVING, Sources
+from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files
+from quantgate.subject.probe import embedded_probe
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = [2.0**-power for power in range(21)]
@@ -33,7 +33,7 @@ def scaled(factor: float) -> Iterator[None]:
     set_environment()
     import vllm.model_executor.kernels.linear  # noqa: F401  registers the emulated ones
 
-    from quantgate import emulated_kernels
+    from quantgate.patches import emulated_kernels
 
     stock, first = emulated_kernels._hold, [True]
 

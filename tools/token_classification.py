@@ -6,7 +6,7 @@
 
 import sys
 
-from quantgate.token_table import run
+from quantgate.commands.token_table import run
 
 if __name__ == "__main__":
     sys.exit(run("token_classification", "Label every token of a text."))

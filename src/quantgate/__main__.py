@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from quantgate.checkpoint import BadInput, read_checkpoint_files
+from quantgate.errors import BadInput
+from quantgate.subject.checkpoint import read_checkpoint_files
 
 BAD_INPUT = 4  # pytest's own status for it
 
@@ -58,14 +59,14 @@ def _gate(given: argparse.Namespace) -> int:
 
 
 def _budgets(given: argparse.Namespace) -> int:
-    from quantgate.report.budgets import budgets_table
+    from quantgate.reporting.budgets import budgets_table
 
     print(budgets_table(read_checkpoint_files(given.project).values()), end="")
     return 0
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    from quantgate import doctor
+    from quantgate.commands import doctor
 
     known = read_checkpoint_files(given.project)
     print(doctor.report(given.project, known, lambda text: print(f"  {text}", file=sys.stderr)))

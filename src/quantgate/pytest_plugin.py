@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from quantgate.engine import library_versions
+from quantgate.measuring.engine import library_versions
+from quantgate.measuring.reference_device import REFERENCE_DEVICES
 from quantgate.plugin import reporting, selection
 from quantgate.plugin.gate import Gate, gate, record
 from quantgate.plugin.gate_run import RUN, GateRun
 from quantgate.plugin.workers import ResultCollector, take_part
-from quantgate.reference_device import REFERENCE_DEVICES
 
 __all__ = ["Gate", "gate"]
 

@@ -11,9 +11,16 @@ from types import ModuleType
 
 import wrapt
 
-from quantgate import emulation, pooling_api
-from quantgate.scoremode import inputs, outputs, params, prefix_cache, runner_v1, runner_v2
-from quantgate.scoremode.hooks import EMULATION, HOOKS, POOLING, SCORE_MODE, guarded, install_hooks
+from quantgate.patches import emulation, pooling_api
+from quantgate.patches.scoremode import inputs, outputs, params, prefix_cache, runner_v1, runner_v2
+from quantgate.patches.scoremode.hooks import (
+    EMULATION,
+    HOOKS,
+    POOLING,
+    SCORE_MODE,
+    guarded,
+    install_hooks,
+)
 
 # Each declares its hooks as it is imported.
 HOOKED = (inputs, outputs, params, prefix_cache, runner_v1, runner_v2, pooling_api, emulation)

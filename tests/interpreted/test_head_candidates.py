@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantgate.scoremode import logprob as core
+from quantgate.patches.scoremode import logprob as core
+from quantgate.patches.scoremode.reduction import Head
 
 
 @given(
@@ -30,7 +31,7 @@ def test_blocks_of_cublas_give_what_the_core_gives(
     hidden = torch.randn(rows, depth * parts, generator=generator).bfloat16()
     weight = torch.randn(vocab, depth * parts, generator=generator).bfloat16()
     targets = torch.randint(-1, vocab + 2, (rows, k), generator=generator)
-    head = core.Head(weight)
+    head = Head(weight)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_candidates, "FOLD_COLUMNS", 64)
         found = head_candidates.reduce_in_blocks(head, hidden, targets, height, width, parts)
@@ -42,7 +43,7 @@ def test_blocks_of_cublas_give_what_the_core_gives(
 def test_a_tie_goes_to_the_lower_token() -> None:
     hidden, weight = torch.ones(2, 4), torch.zeros(1000, 4)
     weight[[7, 70, 700]] = 1.0
-    head, targets = core.Head(weight), torch.zeros(2, 1).long()
+    head, targets = Head(weight), torch.zeros(2, 1).long()
     found = head_candidates.reduce_in_blocks(head, hidden, targets, 2, 64, 2)
     assert found.top1.tolist() == [7, 7]
 

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantgate.scoremode import head_plan
-from quantgate.scoremode import logprob as core
-from quantgate.scoremode import logprob_triton as fused
-from quantgate.scoremode.head_plan import Plan
+from quantgate.patches.scoremode import head_plan
+from quantgate.patches.scoremode import logprob as core
+from quantgate.patches.scoremode import logprob_triton as fused
+from quantgate.patches.scoremode.head_plan import Plan
+from quantgate.patches.scoremode.reduction import Head
 
 # Log-probabilities of these shapes reach -60; float32 rounds them, and the sums, to some 1e-6.
 LIMIT = 2e-5
@@ -58,7 +59,7 @@ def test_the_kernel_is_the_float64_log_softmax(
     hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
     weight = torch.randn(vocab, hidden_size, generator=generator).to(dtype)
     targets = torch.randint(-1, vocab + 2, (rows, k), generator=generator) + first_token
-    head = core.Head(
+    head = Head(
         weight,
         torch.randn(vocab, generator=generator).to(dtype) if bias else None,
         first_token=first_token,
@@ -112,7 +113,7 @@ def test_a_score_does_not_depend_on_the_plan(
     weight /= 64
     half = (vocab + 1) // 2
     weight[half:] = weight[: vocab - half].clone()
-    head = core.Head(
+    head = Head(
         weight, torch.randn(vocab, generator=generator) if bias else None, soft_cap=soft_cap
     )
     targets = torch.randint(vocab, (rows, k), generator=generator)
@@ -131,16 +132,16 @@ def test_a_tie_goes_to_the_lower_token_in_both_cores() -> None:
     hidden, weight = torch.ones(2, 4), torch.zeros(1000, 4)
     weight[[7, 70, 700]] = 1.0
     for reduce in (fused.reduce_fused, core.reduce_blocked):
-        assert reduce(core.Head(weight), hidden, torch.zeros(2, 1).long()).top1.tolist() == [7, 7]
+        assert reduce(Head(weight), hidden, torch.zeros(2, 1).long()).top1.tolist() == [7, 7]
 
 
 def test_a_score_does_not_depend_on_the_other_rows() -> None:
     """Bit for bit: rows alone, and among others, go through the same sums."""
     hidden, weight = torch.randn(90, 33), torch.randn(5000, 33)
     targets = torch.randint(5000, (90, 1))
-    whole = core.score_rows(core.Head(weight), hidden, targets).logprob
+    whole = core.score_rows(Head(weight), hidden, targets).logprob
     # Row 64 is the first of its tile in both: numpy's product differs from row to row of a tile.
-    alone = core.score_rows(core.Head(weight), hidden[64:65], targets[64:65]).logprob
+    alone = core.score_rows(Head(weight), hidden[64:65], targets[64:65]).logprob
     assert torch.equal(whole[64:65], alone)
 
 
@@ -150,7 +151,7 @@ def test_nan_in_a_hidden_row_stays_visible(depth: int, monkeypatch: pytest.Monke
     hidden = torch.randn(3, 100)
     hidden[1, depth] = torch.nan
     weight = torch.randn(600, 100)
-    scores = core.score_rows(core.Head(weight), hidden, torch.tensor([[0], [1], [5]]))
+    scores = core.score_rows(Head(weight), hidden, torch.tensor([[0], [1], [5]]))
     assert scores.logprob[:, 0].isnan().tolist() == [False, True, False]
 
 
@@ -164,7 +165,7 @@ def test_an_infinite_logit_is_never_a_plausible_score(
     hidden, weight = torch.ones(1, 100), torch.zeros(20, 100)
     weight[3, depth] = number
     targets = torch.tensor([[3, 4]])
-    fused_scores = core.score_rows(core.Head(weight), hidden, targets).logprob
-    parts = core.reduce_blocked(core.Head(weight), hidden, targets)
+    fused_scores = core.score_rows(Head(weight), hidden, targets).logprob
+    parts = core.reduce_blocked(Head(weight), hidden, targets)
     blocked = parts.target - (parts.maximum + parts.total.log()).unsqueeze(1)
     torch.testing.assert_close(fused_scores, blocked, equal_nan=True)

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quantgate.checkpoint import EngineSettings
-from quantgate.engine import running_engine
-from quantgate.probe import Probe
+from quantgate.measuring.engine import running_engine
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.probe import Probe
 
 LIMIT = 1e-5  # what the gate allows float32 scores (budget.FP32_MAX)
 

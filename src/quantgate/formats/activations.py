@@ -3,14 +3,14 @@
 compressed-tensors' rules are not vLLM's: it takes 127.5 for int8's largest code, and divides by an
 FP8 scale where vLLM multiplies by its reciprocal. These were checked bit for bit against vLLM
 0.32.0's own CPU code; its GPU code is still to be checked. Where builds differ, the installed one
-is asked (`quantgate.builds`). All take x [rows, H] in any floating dtype and return float32.
+is asked (`builds`). All take x [rows, H] in any floating dtype and return float32.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantgate.builds import int8_rule, symmetric_rule
+from quantgate.formats.builds import int8_rule, symmetric_rule
 
 if TYPE_CHECKING:
     import torch

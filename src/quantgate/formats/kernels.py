@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from quantgate.checkpoint import BadInput
-from quantgate.scheme import is_mx
+from quantgate.errors import BadInput
+from quantgate.subject.scheme import is_mx
 
 # What a group's inputs are quantized to; "packed" are weights of a few bits, whatever inputs are.
 Family = Literal["int8", "fp8", "nvfp4", "mx", "packed"]
@@ -131,7 +131,7 @@ RULES: dict[str, KernelRule] = {
         ExllamaLinearKernel="mixed_precision/exllama.py",
         TritonW4A16LinearKernel="mixed_precision/triton_w4a16.py",
         CPUWNA16LinearKernel="mixed_precision/cpu.py",
-        DequantizingLinearKernel="quantgate/emulated_kernels.py",
+        DequantizingLinearKernel="quantgate/patches/emulated_kernels.py",
     ),
     # `convert_bf16_scales_to_fp8` and `cutlass_pack_scale_fp8`, which packs a scale's products with
     # all codes: on a checkpoint served by an H200 the two together give the errors that were
@@ -154,7 +154,7 @@ RULES: dict[str, KernelRule] = {
         CutlassInt8ScaledMMLinearKernel="scaled_mm/cutlass.py",
         TritonInt8ScaledMMLinearKernel="scaled_mm/triton.py",
         CPUInt8ScaledMMLinearKernel="scaled_mm/cpu.py",
-        DequantizingInt8LinearKernel="quantgate/emulated_kernels.py",
+        DequantizingInt8LinearKernel="quantgate/patches/emulated_kernels.py",
     ),
     **_rules(
         "int8",
@@ -179,8 +179,8 @@ RULES: dict[str, KernelRule] = {
         FlashInferFp8DeepGEMMDynamicBlockScaledKernel="scaled_mm/flashinfer.py",
         TritonFp8BlockScaledMMKernel="scaled_mm/triton.py",
         B12xFp8BlockScaledMMKernel="scaled_mm/b12x.py",
-        DequantizingFp8LinearKernel="quantgate/emulated_kernels.py",
-        DequantizingFp8BlockLinearKernel="quantgate/emulated_kernels.py",
+        DequantizingFp8LinearKernel="quantgate/patches/emulated_kernels.py",
+        DequantizingFp8BlockLinearKernel="quantgate/patches/emulated_kernels.py",
         CPUFP8W8A8ScaledMMLinearKernel="scaled_mm/cpu.py",
     ),
     # `layer.input_scale = None`, and Marlin's product of 16-bit inputs.
@@ -212,8 +212,8 @@ RULES: dict[str, KernelRule] = {
         FbgemmNvFp4LinearKernel="nvfp4/fbgemm.py",
         TorchNvFp4LinearKernel="nvfp4/pytorch.py",
         EmulationNvFp4LinearKernel="nvfp4/emulation.py",
-        DequantizingNvFp4InputsLinearKernel="quantgate/emulated_kernels.py",
-        DequantizingNvFp4LinearKernel="quantgate/emulated_kernels.py",  # of NVFP4A16
+        DequantizingNvFp4InputsLinearKernel="quantgate/patches/emulated_kernels.py",
+        DequantizingNvFp4LinearKernel="quantgate/patches/emulated_kernels.py",  # of NVFP4A16
     ),
     **_rules(
         "nvfp4",
@@ -229,10 +229,10 @@ RULES: dict[str, KernelRule] = {
         "kept",
         MarlinMxfp8LinearKernel="mxfp8/marlin.py",
         EmulationMxfp8LinearKernel="mxfp8/emulation.py",
-        DequantizingMxfp8LinearKernel="quantgate/emulated_kernels.py",
+        DequantizingMxfp8LinearKernel="quantgate/patches/emulated_kernels.py",
         MarlinMxFp4LinearKernel="mxfp4/marlin.py",
     ),
-    **_rules("mx", "format", DequantizingMxFp4LinearKernel="quantgate/emulated_kernels.py"),
+    **_rules("mx", "format", DequantizingMxFp4LinearKernel="quantgate/patches/emulated_kernels.py"),
     **_rules(
         "mx",
         "unknown",

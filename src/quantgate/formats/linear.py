@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quantgate.builds import int8_rule
-from quantgate.checkpoint import BadInput
+from quantgate.errors import BadInput
 from quantgate.formats import activations
+from quantgate.formats.builds import int8_rule
 from quantgate.formats.groups import Group, fused_with
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, family_of
 from quantgate.formats.stored import TensorsByName
 from quantgate.formats.weights import Tensors
-from quantgate.scheme import is_mx
+from quantgate.subject.scheme import is_mx
 
 if TYPE_CHECKING:
     import torch

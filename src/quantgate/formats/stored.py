@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quantgate.checkpoint import BadInput, weight_files
+from quantgate.errors import BadInput
+from quantgate.subject.checkpoint import weight_files
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from quantgate.checkpoint import BadInput
+from quantgate.errors import BadInput
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quantgate import checks, noise
-from quantgate.cache import DiskCache
-from quantgate.checkpoint import BadInput, Checkpoint
-from quantgate.checks import Asked
-from quantgate.engine import lacking
-from quantgate.engine_failure import EngineFailure
-from quantgate.golden import since_golden, stored_dtype
-from quantgate.next_step import next_step
+from quantgate.errors import BadInput, printable
+from quantgate.judging import checks, noise
+from quantgate.judging.checks import Asked
+from quantgate.judging.golden import since_golden, stored_dtype
+from quantgate.judging.next_step import next_step
+from quantgate.judging.verdict import Verdict, not_run
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.engine import lacking
+from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.serving import mixed
+from quantgate.measuring.sources import SERVING, Sources
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, params_of
-from quantgate.probe import Probe, embedded_probe
-from quantgate.serving import mixed
-from quantgate.sources import SERVING, Sources
-from quantgate.task import Task
-from quantgate.verdict import Verdict, not_run, printable
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.probe import Probe, embedded_probe
+from quantgate.subject.task import Task
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion

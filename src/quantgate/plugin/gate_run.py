@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from quantgate import engine
-from quantgate.checkpoint import Checkpoint
-from quantgate.engine import EngineLife
+from quantgate.judging.results import CheckResult
+from quantgate.judging.verdict import not_run
+from quantgate.measuring import engine
+from quantgate.measuring.engine import EngineLife
+from quantgate.measuring.sources import Sources
 from quantgate.plugin.scheduling import check_of
-from quantgate.report.results import CheckResult
-from quantgate.sources import Sources
-from quantgate.verdict import not_run
+from quantgate.subject.checkpoint import Checkpoint
 
 PENDING = not_run("the run ended before its test")
 

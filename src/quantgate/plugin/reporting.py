@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 
-from quantgate import checks
-from quantgate.cache import DiskCache
-from quantgate.checkpoint import read_checkpoint_files
-from quantgate.engine import available_devices, library_versions
-from quantgate.golden import history_of
+from quantgate.errors import printable
+from quantgate.judging import checks
+from quantgate.judging.golden import history_of
+from quantgate.judging.results import CheckResult, overall, upheld
+from quantgate.judging.verdict import not_run
+from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.engine import available_devices, library_versions
 from quantgate.plugin.gate import cache_directory
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun
 from quantgate.plugin.scheduling import check_of, group_of
 from quantgate.plugin.selection import selected_checkpoints
 from quantgate.plugin.workers import send
-from quantgate.report.results import CheckResult, overall, upheld
-from quantgate.report.run import Run
-from quantgate.report.terminal import engines_line, table
-from quantgate.report.write import FILES, write_reports
-from quantgate.verdict import not_run, printable
+from quantgate.reporting.run import Run
+from quantgate.reporting.terminal import engines_line, table
+from quantgate.reporting.write import FILES, write_reports
+from quantgate.subject.checkpoint import read_checkpoint_files
 
 RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
 # What the widest table needs; a narrower terminal wraps its lines, which loses nothing.

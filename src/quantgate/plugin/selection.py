@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from quantgate import checks
-from quantgate.checkpoint import (
-    BadInput,
+from quantgate.errors import BadInput
+from quantgate.judging import checks
+from quantgate.judging.checks import Need
+from quantgate.judging.golden import unclaimed
+from quantgate.judging.invariance import other_parallel_size
+from quantgate.judging.results import CheckResult
+from quantgate.measuring.engine import available_devices
+from quantgate.measuring.reference_device import choose_device
+from quantgate.measuring.sources import has_float32
+from quantgate.plugin import devices
+from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of, subject_of
+from quantgate.plugin.scheduling import check_of
+from quantgate.subject.checkpoint import (
     Checkpoint,
     actual_scheme,
     find_checkpoint,
@@ -18,17 +28,7 @@ from quantgate.checkpoint import (
     verify,
     with_own_task,
 )
-from quantgate.checks import Need
-from quantgate.engine import available_devices
-from quantgate.golden import unclaimed
-from quantgate.invariance import other_parallel_size
-from quantgate.plugin import devices
-from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of, subject_of
-from quantgate.plugin.scheduling import check_of
-from quantgate.reference_device import choose_device
-from quantgate.report.results import CheckResult
-from quantgate.sources import has_float32
-from quantgate.task import GENERATE
+from quantgate.subject.task import GENERATE
 
 DEVICES = ("cpu", "cuda")
 OTHER_ENGINES = ("tensor-parallel", "compiled")

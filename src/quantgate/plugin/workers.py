@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from quantgate.checkpoint import BadInput
-from quantgate.engine import EngineLife
+from quantgate.errors import BadInput, printable
+from quantgate.judging.results import CheckResult
+from quantgate.measuring.engine import EngineLife
 from quantgate.plugin import devices
 from quantgate.plugin.gate_run import GateRun
 from quantgate.plugin.scheduling import CheckpointScheduling, check_of
-from quantgate.report.results import CheckResult
-from quantgate.verdict import printable
 
 WORKER = "quantgate"
 PLACE = "quantgate_place"

@@ -1,0 +1,128 @@
+"""What quantization costs, on as much text as it takes to know: stop as soon as it is clear.
+
+For text beyond the probe, on a machine that is paid for by the minute. The bounds hold after every
+block at once (`stats.confidence_sequence`), so looking after each of them is no cheating.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.errors import BadInput
+from quantgate.judging.stats import confidence_sequence
+from quantgate.judging.verdict import Outcome, one_sided
+from quantgate.measuring import engine
+from quantgate.measuring.sources import SERVING, Sources, resolve_dtype
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.probe import Probe, Window
+
+BLOCK = 8
+CHARACTERS = 2000
+_ORDER = 0  # the seed of the order in which documents are looked at
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known after some documents: bounds of mean ΔNLL, nat per token."""
+
+    documents: int
+    tokens: int
+    mean: float
+    lower: float
+    upper: float
+    outcome: Outcome
+
+
+def probe_of_text(texts: Iterable[str], directory: Path) -> Probe:
+    """Return texts in a checkpoint's tokens, in windows that are documents of their own.
+
+    Windows end at line ends, where they reach `CHARACTERS`; longer lines are cut. Tokens are scored
+    from each window's second on.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    windows: list[Window] = []
+    for text in texts:
+        for part in _pieces(text):
+            ids = tuple(tokenizer(part)["input_ids"])
+            if len(ids) > 1:
+                windows.append(Window(f"text-{len(windows):05}", "text", 1, ids, part))
+    if not windows:
+        raise BadInput("the text has no two tokens, so there is nothing to score.")
+    return Probe("text", len(tokenizer), tuple(windows), tokenizer=directory)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    held = ""
+    for line in text.splitlines(keepends=True):
+        for start in range(0, len(line), CHARACTERS):
+            held += line[start : start + CHARACTERS]
+            if len(held) >= CHARACTERS:
+                yield held
+                held = ""
+    if held:
+        yield held
+
+
+def quality_until_clear(
+    sources: Sources, checkpoint: Checkpoint, probe: Probe, margin: float
+) -> Iterator[Progress]:
+    """Score a checkpoint block by block, and say after each what is known; the last one decides.
+
+    The base has scored everything before (its scores are kept on disk): two models need not fit
+    side by side.
+    """
+    base = checkpoint.base_checkpoint
+    if base is None:
+        raise BadInput(f"{checkpoint.id}: no base is named; give --base, or base in its file.")
+    expected = sources.engine(base, SERVING)
+    documents = list(dict.fromkeys(probe.documents.tolist()))
+    order = np.random.default_rng(_ORDER).permutation(len(documents))
+    dtype = resolve_dtype(checkpoint, SERVING)
+    sums: list[float] = []
+    sizes: list[int] = []
+    with engine.running_engine(
+        checkpoint.directory, settings=checkpoint.engine, dtype=dtype
+    ) as llm:
+        provenance = engine.provenance_of(llm, dtype)
+        for start in range(0, len(order), BLOCK):
+            names = [documents[i] for i in order[start : start + BLOCK]]
+            part = dataclasses.replace(
+                probe, windows=tuple(w for w in probe.windows if w.document in names)
+            )
+            found = engine.serve(llm, part, provenance)
+            for name in names:
+                delta = _nll_difference(
+                    expected.logprob[probe.documents == name],
+                    found.logprob[part.documents == name],
+                )
+                sums.append(float(delta.sum()))
+                sizes.append(len(delta))
+            progress = _known(np.array(sums), np.array(sizes), margin)
+            yield progress
+            if progress.outcome != "inconclusive":
+                return
+
+
+def _nll_difference(
+    base: NDArray[np.floating[Any]], ours: NDArray[np.floating[Any]]
+) -> NDArray[np.float64]:
+    return base.astype(np.float64) - ours
+
+
+def _known(sums: NDArray[np.float64], sizes: NDArray[np.int64], margin: float) -> Progress:
+    tokens = int(sizes.sum())
+    mean = float(sums.sum()) / tokens
+    if not np.isfinite(mean):
+        return Progress(len(sums), tokens, mean, mean, mean, "fail")
+    lower, upper = confidence_sequence(sums / sizes, sizes)
+    bounds = float(lower[-1]), float(upper[-1])
+    return Progress(len(sums), tokens, mean, *bounds, one_sided(*bounds, margin))

@@ -1,0 +1,1 @@
+"""Turns measurements into verdicts: comparisons, limits, checks and goldens."""

@@ -1,0 +1,73 @@
+"""Attribution: when fidelity fails, whose fault it is, and what shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quantgate.judging.compare import mean_absolute_difference, modules_beyond
+from quantgate.judging.verdict import Verdict
+from quantgate.measuring.measurement import Measurement
+from quantgate.measuring.replay import Replay
+
+# How far a weight of the library's may be from ours, relative to it: compressed-tensors rounds
+# NVFP4's scale and then its value to bfloat16, by half a unit in the last place (2^-9) each, which
+# with the product of the two is a little above 2^-8.
+LIBRARY_ROUNDING = 2.0**-7
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """What a failure is looked for in; measured when asked for, in the order of the verdicts."""
+
+    engine: Measurement
+    own: Measurement
+    """The reference over weights from our dequantizer."""
+    library: Callable[[], Measurement]
+    """The reference over weights from compressed-tensors'."""
+    disagreement: Callable[[], tuple[str, float]]
+    """The linear on whose weights the two dequantizers differ most, and how far, relatively."""
+    base: Callable[[], Verdict] | None
+    """The same check of the unquantized base, if there is one."""
+    replay: Callable[[], Replay]
+
+
+def attribute(verdict: Verdict, suspects: Suspects) -> Verdict:
+    """Return a failed verdict with its fault: CHECKPOINT, REFERENCE, ENVIRONMENT or ENGINE."""
+    if verdict.outcome != "fail":
+        return verdict
+    fault, found = _fault(suspects)
+    more = (line for line in found if line not in verdict.evidence)  # replay lists modules itself
+    return dataclasses.replace(verdict, attribution=fault, evidence=(*verdict.evidence, *more))
+
+
+def _fault(suspects: Suspects) -> tuple[str, list[str]]:
+    own, engine = suspects.own, suspects.engine
+    if own.nonfinite:
+        return (
+            f"CHECKPOINT: {own.nonfinite} log-probs of the reference are not finite either: its "
+            "weights or scales are damaged",
+            [],
+        )
+    linear, relative = suspects.disagreement()
+    if not relative <= LIBRARY_ROUNDING:
+        library = suspects.library()
+        return (
+            f"REFERENCE: the two dequantizers differ by {relative:.3g} on {linear}; the engine is "
+            f"{mean_absolute_difference(engine, own):.3g} nat per token from the reference over "
+            f"ours, {mean_absolute_difference(engine, library):.3g} from the one over "
+            "compressed-tensors'",
+            [],
+        )
+    if suspects.base is not None and (base := suspects.base()).outcome == "fail":
+        return (
+            "ENVIRONMENT: the unquantized base under the same settings is off too "
+            f"({base.deviations[0]}), so it is the installation or [engine], not this checkpoint",
+            [],
+        )
+    return (
+        "ENGINE: both dequantizers agree on every weight"
+        + (", and the unquantized base is served right" if suspects.base is not None else ""),
+        modules_beyond(engine, suspects.replay()),
+    )

@@ -1,0 +1,203 @@
+"""Budgets: what a check allows by default, and where each number comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantgate.errors import BadInput
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.task import GENERATE, Task
+
+# The largest |Δ log-probability| between vLLM in float32 and HF in float32 over the same weights.
+# float32 sums of a few thousand terms carry relative errors of 1e-7 to 1e-6 (Higham, "Accuracy and
+# Stability of Numerical Algorithms", 2002, chapter 4), and logits lie below 30. A model that
+# amplifies rounding more than that is allowed what float32 costs its reference, measured against
+# float64, times ROUNDING_FACTOR.
+FP32_MAX = 1e-5
+
+# The same for raw logits, rewards and embeddings, which no log-softmax keeps small: values
+# of up to 20 with relative errors of 1e-6.
+FP32_MAX_RAW = 2e-5
+
+# What the reference's own error in a dtype is multiplied by. The reference rounds as the build at
+# hand does (`builds`), but in other places: one fuses what the other does in two steps. Independent
+# roundings add up as their squares do, so twice the error stands for four times as many of them.
+# The reference's error is a mean of so many values; `stats.rounding_allowance` adds what another
+# draw of as many may lie above it, once in a thousand.
+ROUNDING_FACTOR = 2.0
+
+# A drift of the mean NLL that matters: 0.1 % of perplexity, a tenth of what vLLM's own perplexity
+# tests allow between vLLM and HF (tests/models/language/generation_ppl_test, 1 %).
+DRIFT_MEAN = 1e-3
+
+# Replay in float32: the rms error of one linear's output on the engine's own input, relative to the
+# rms of that output, and of that input. A float32 sum of K terms in any order has an error of about
+# sqrt(K) x 2^-24 of the terms' root sum of squares (Higham 2002, section 4.2's rule of thumb): 1e-5
+# for K = 28,000, more inputs than any layer of today's models has.
+REPLAY_MODULE = 1e-5
+
+# Replay in float32: mean |Δ log-probability| on the engine's own inputs. Only what is between the
+# last linear and the log-softmax adds to it: two roundings of a logit below 30, at 2^-24 each, are
+# 3.6e-6 at most and a quarter of that on average (errors uniform, of random sign).
+REPLAY_MEAN = 1e-6
+
+# Replay in a 16-bit dtype, as a module's relative rms error: its weights and its output are each
+# rounded once, to half a unit in the last place of bfloat16 (2^-9) or float16 (2^-12).
+REPLAY_MODULE_16_BIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class SchemeBudget:
+    """What schemes may cost: mean ΔNLL against the unquantized base, nat per token."""
+
+    schemes: tuple[str, ...]
+    """By the beginnings of their names."""
+    margin: float
+    source: str
+
+
+# Published ln(PPL(Q)/PPL(base)) of the plainest quantization of the same width: what costs more
+# than that was done worse than it can be.
+SCHEME_BUDGETS = (
+    SchemeBudget(
+        ("W4", "NVFP4", "MXFP4"),
+        0.0722,
+        "llama.cpp tools/perplexity/README.md, Llama 3 8B on WikiText-2: f16 6.233160, q4_0 (4 "
+        "bits, round to nearest, groups of 32) 6.700147; ln of the ratio",
+    ),
+    SchemeBudget(
+        ("W8", "FP8", "MXFP8", "KV_FP8"),
+        0.0186,
+        "vLLM tests/models/language/generation_ppl_test on WikiText-2: Qwen3-0.6B 23.864, "
+        "Qwen3-0.6B-FP8 24.313; ln of the ratio",
+    ),
+)
+
+
+# What mean KL divergence from the base a scheme may have, in nat, is what `SCHEME_BUDGETS` says: of
+# text that the base itself would write the two are one number, since the expectation of ΔNLL under
+# the base is KL(base || other). llama.cpp's q4_0 of Llama 3 8B has 0.0722 and a mean KLD of 0.0719.
+
+# What quantization may cost of a task's own metric (entity F1, step accuracy, ranking accuracy,
+# retrieval), as a part of the base's: MLPerf Inference asks of a quantized model 99 % of the
+# float32 reference's (inference rules, "Model Quality").
+METRIC_LOSS = 0.01
+
+# How far probabilities or unit vectors in float32 may be from float64's of the same raw outputs:
+# exponentials, a sum and a quotient, each to a unit in the last place of a number up to 1 (2^-23).
+ACTIVATION_MAX = 8 * 2.0**-23
+
+
+# How far a value in float32 may move with the way that it is served: sums of the same terms in
+# another order, as FP32_MAX.
+INVARIANCE_MAX = FP32_MAX
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit that is the same for every scheme."""
+
+    check: str
+    what: str
+    allowed: str
+    source: str
+
+
+_OWN = "what rounding as this build does costs the reference, measured in the run"
+LIMITS = (
+    Limit(
+        "fidelity-float32, drift-float32",
+        "max |Δ log-prob|",
+        f"{FP32_MAX:g} nat",
+        f"float32 sums (Higham 2002, chapter 4); beyond it {ROUNDING_FACTOR:g} x float32's error",
+    ),
+    Limit(
+        "the same of models that pool",
+        "max |Δ| of raw outputs",
+        f"{FP32_MAX_RAW:g}",
+        "values up to 20, relative errors of 1e-6",
+    ),
+    Limit(
+        "fidelity, drift where inputs are quantized or in 16 bits",
+        "mean |Δ|",
+        f"{ROUNDING_FACTOR:g} x rounding, and its error",
+        f"{_OWN}: four times as many roundings; 1 in 1,000 of as few values is beyond",
+    ),
+    Limit(
+        "divergence-from-reference",
+        "mean KLD",
+        f"{ROUNDING_FACTOR**2:g} x rounding, and its error",
+        f"{_OWN}; divergence goes with the square of an error",
+    ),
+    Limit(
+        "drift-serving, drift-float32 where inputs are quantized",
+        "mean ΔNLL, both sides",
+        f"{DRIFT_MEAN:g} nat/token",
+        "a tenth of vLLM's own 1 % (tests/models/language/generation_ppl_test)",
+    ),
+    Limit(
+        "the same on another arithmetic than the golden's",
+        "mean ΔNLL, both sides",
+        f"{DRIFT_MEAN:g} + rounding's shift, here and there",
+        "upper 95 % bounds of the mean that rounding moves the reference by, on each of the two",
+    ),
+    Limit(
+        "replay-float32",
+        "error of a linear, of its rms",
+        f"{REPLAY_MODULE:g}",
+        "sqrt(K) x 2^-24 for K = 28,000 (Higham 2002, section 4.2)",
+    ),
+    Limit(
+        "replay-float32",
+        "mean |Δ log-prob|",
+        f"{REPLAY_MEAN:g} nat",
+        "two roundings of a logit below 30",
+    ),
+    Limit(
+        "replay-serving",
+        "error of a linear, of its rms",
+        ", ".join(f"{limit:.2g} ({name})" for name, limit in REPLAY_MODULE_16_BIT.items()),
+        "half a unit in the last place, twice",
+    ),
+    Limit(
+        "invariance, tensor-parallel, compiled",
+        "max |Δ| in float32",
+        f"{INVARIANCE_MAX:g}",
+        "as fidelity-float32; elsewhere the mean, as fidelity",
+    ),
+    Limit(
+        "quality of models that pool",
+        "loss of the task's metric",
+        f"{METRIC_LOSS:.0%} of the base's",
+        "MLPerf Inference rules, Model Quality: 99 %",
+    ),
+)
+
+
+def fp32_max(task: Task) -> float:
+    """Return the largest |Δ| between engine and reference in float32."""
+    return FP32_MAX if task == GENERATE else FP32_MAX_RAW
+
+
+def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:
+    """Return the margin for `quality`, the checkpoint's own where its file gives one."""
+    if override := checkpoint.budget.get("quality"):
+        return override.margin
+    margins = [_margin_of(part) for part in scheme.split("+")]
+    if None in margins:
+        raise BadInput(
+            f"{checkpoint.id}: no default quality budget for scheme '{scheme}'; give one as "
+            "[budget.quality] with margin (nat per token) and reason in its file."
+        )
+    # Of several groups, the one that may cost most.
+    return max(margin for margin in margins if margin is not None)
+
+
+def _margin_of(part: str) -> float | None:
+    return next((b.margin for b in SCHEME_BUDGETS if part.startswith(b.schemes)), None)
+
+
+def drift_margin(checkpoint: Checkpoint) -> float:
+    """Return the margin for the mean in `drift`, the checkpoint's own where its file gives one."""
+    override = checkpoint.budget.get("drift")
+    return override.margin if override else DRIFT_MEAN

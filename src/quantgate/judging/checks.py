@@ -1,0 +1,198 @@
+"""What the gate checks: one object for each check, in the order that a person reads them.
+
+Is it computed right, what did it cost, what changed, does it matter how it is served? Selection,
+names, next steps, reports and the documented table follow from `CHECKS`; a suite has one line for
+each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from quantgate.errors import BadInput
+from quantgate.judging import fidelity, invariance, pooled
+from quantgate.judging.drift import drift
+from quantgate.judging.quality import divergence_from_base, quality
+from quantgate.judging.verdict import Verdict
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.task import EMBED, GENERATE, SEQUENCE_REWARD, Task
+
+if TYPE_CHECKING:
+    from syrupy.assertion import SnapshotAssertion
+
+Precision = Literal["float32", "serving"]
+BOTH: tuple[Precision, ...] = ("float32", "serving")
+# What a checkpoint may lack. "tensor-parallel" and "compiled" are asked for in its file.
+Need = Literal["base", "golden", "step_tag", "metric", "tensor-parallel", "compiled"]
+# What a person does when a check does not pass: `next_step` has the words.
+Remedy = Literal["find the module", "change the settings", "weigh the cost", "export again", ""]
+
+LABELS: tuple[Task, ...] = ("token_classify", "token_reward", SEQUENCE_REWARD)
+POOLS: tuple[Task, ...] = (*LABELS, EMBED)
+ALL: tuple[Task, ...] = (GENERATE, *POOLS)
+
+
+class Asked(NamedTuple):
+    """What a check is asked about."""
+
+    sources: Sources
+    checkpoint: Checkpoint
+    dtype: Precision
+    """Of a check with precisions; "serving" for the others, which choose for themselves."""
+    snapshot: Callable[[], SnapshotAssertion]
+    """Gives the golden of the test that asks."""
+    name: str
+    """The check's, with its precision."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to a checkpoint."""
+
+    family: str
+    """Its name without a precision, e.g. "replay"; `test_<family>` in the suites asks it."""
+    question: str
+    judge: Callable[[Asked], Verdict]
+    remedy: Remedy
+    tasks: tuple[Task, ...] = ALL
+    needs: tuple[Need, ...] = ()
+    precisions: tuple[Precision, ...] = ()
+    """The ones that it is asked in; none where it chooses for itself."""
+
+    @property
+    def names(self) -> list[str]:
+        """What verdicts, known failures and goldens call it, e.g. "replay-float32"."""
+        return [f"{self.family}-{dtype}" for dtype in self.precisions] or [self.family]
+
+
+CHECKS = (
+    Check(
+        "fidelity",
+        "do vLLM and HF compute the same function of the same weights?",
+        lambda a: fidelity.free_running(a.sources, a.checkpoint, a.dtype),
+        "find the module",
+        precisions=BOTH,
+    ),
+    Check(
+        "replay",
+        "on the engine's own inputs, does every linear give what its weights say?",
+        lambda a: fidelity.replay(a.sources, a.checkpoint, a.dtype),
+        "change the settings",
+        precisions=BOTH,
+    ),
+    Check(
+        "activation",
+        "are outputs what the config makes of raw ones: softmax, sigmoid, unit length?",
+        lambda a: pooled.activation(a.sources, a.checkpoint),
+        "export again",
+        tasks=POOLS,
+    ),
+    Check(
+        "head",
+        "are the head and its labels the base's, and not quantized?",
+        lambda a: pooled.head(a.sources, a.checkpoint),
+        "export again",
+        tasks=LABELS,
+        needs=("base",),
+    ),
+    Check(
+        "steps",
+        "does STEP pooling give the rewards of the step tags, and of no other token?",
+        lambda a: pooled.step_rows(a.sources, a.checkpoint),
+        "export again",
+        tasks=("token_reward",),
+        needs=("step_tag",),
+    ),
+    Check(
+        "late-interaction",
+        "is `LLM.score` of two texts the max-sim of their token embeddings?",
+        lambda a: pooled.late_interaction(a.sources, a.checkpoint),
+        "export again",
+        tasks=(EMBED,),
+    ),
+    Check(
+        "divergence-from-reference",
+        "are whole distributions the reference's, but for rounding?",
+        lambda a: fidelity.divergence(a.sources, a.checkpoint),
+        "find the module",
+        tasks=(GENERATE,),
+    ),
+    Check(
+        "divergence-from-base",
+        "does quantization move distributions by no more than its scheme's budget?",
+        lambda a: divergence_from_base(a.sources, a.checkpoint),
+        "weigh the cost",
+        tasks=(GENERATE,),
+        needs=("base",),
+    ),
+    Check(
+        "quality",
+        "does quantization cost no more perplexity, or of the task's metric, than its budget?",
+        lambda a: quality(a.sources, a.checkpoint),
+        "weigh the cost",
+        needs=("base", "metric"),
+    ),
+    Check(
+        "drift",
+        "is what is served what a person approved?",
+        lambda a: drift(a.sources, a.checkpoint, a.dtype, a.snapshot(), a.name),
+        "",  # its verdict names the tool that approves
+        needs=("golden",),
+        precisions=BOTH,
+    ),
+    Check(
+        "invariance",
+        "does a request get the same in any batch, order, chunks, and from the cache?",
+        lambda a: invariance.served_otherwise(a.sources, a.checkpoint, a.dtype),
+        "change the settings",
+        precisions=BOTH,
+    ),
+    Check(
+        "tensor-parallel",
+        "do two ranks give what one gives?",
+        lambda a: invariance.tensor_parallel(a.sources, a.checkpoint, a.dtype),
+        "change the settings",
+        needs=("tensor-parallel",),
+        precisions=BOTH,
+    ),
+    Check(
+        "compiled",
+        "does a compiled engine give what an eager one gives?",
+        lambda a: invariance.compiled(a.sources, a.checkpoint, a.dtype),
+        "change the settings",
+        needs=("compiled",),
+        precisions=BOTH,
+    ),
+)
+_BY_NAME = {name: check for check in CHECKS for name in check.names}
+
+
+def named(name: str) -> Check | None:
+    """Return the check with a name such as "replay-float32"; None of a project's own."""
+    return _BY_NAME.get(name)
+
+
+def of_test(function: str) -> Check | None:
+    """Return the check that a suite's test asks, e.g. `test_late_interaction`."""
+    family = function.removeprefix("test_").replace("_", "-")
+    return next((check for check in CHECKS if check.family == family), None)
+
+
+def place_of(name: str) -> int:
+    """Return where a check stands among a checkpoint's; a project's own come last."""
+    check = named(name)
+    return len(CHECKS) if check is None else CHECKS.index(check)
+
+
+def require_known(checkpoint: Checkpoint) -> None:
+    """Raise `BadInput` where a checkpoint's file names a check that there is not."""
+    given = {known.check: "[[known_failure]] check" for known in checkpoint.known_failure}
+    given |= dict.fromkeys(checkpoint.not_quick, "not_quick")
+    for name, key in given.items():
+        if name not in _BY_NAME:
+            raise BadInput(
+                f"{checkpoint.id}: {key} '{name}' is not a check; there are {', '.join(_BY_NAME)}."
+            )

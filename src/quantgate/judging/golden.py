@@ -1,0 +1,356 @@
+"""Goldens: what a person approved, stored per checkpoint, check and platform.
+
+A golden holds measured values and where they come from, never a threshold: policy and measurement
+change for different reasons. Only `tools/regen_golden.py` writes one.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from syrupy.extensions.json import JSONSnapshotExtension
+
+from quantgate.errors import BadInput
+from quantgate.judging.verdict import Outcome, Verdict, not_run
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.patches.wanted import NATIVE
+from quantgate.subject.checkpoint import Checkpoint, identity
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    from syrupy.assertion import SnapshotAssertion
+    from syrupy.location import PyTestLocation
+    from syrupy.types import SerializableData, SnapshotIndex
+
+SCHEMA = 2
+CHECKSUM = "sha256"
+UNCHANGED = "same versions, kernels and arithmetic"
+SKETCH = 16
+# What lies in a checkpoint's folder: `<kind>-<dtype>.<platform>.json`.
+KINDS, DTYPES = ("drift", "noise"), ("float32", "serving")
+_RESTORE = "restore it with git, or remove it and take a new one with tools/regen_golden.py"
+
+
+@dataclass(frozen=True)
+class GoldenKey:
+    """What a golden is of. There is no nearest match: another key has no golden."""
+
+    identity: str
+    """sha256 of the checkpoint's bytes."""
+    probe: str
+    """sha256 of the probe."""
+    platform: str
+    dtype: str
+    kv_dtype: str
+    kernels: str
+    """"portable" or "native"."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A stored measurement, its key, and who approved it why."""
+
+    key: GoldenKey
+    measurement: Measurement
+    history: tuple[dict[str, Any], ...]
+    """Oldest first: date, reason, versions, mean_nll."""
+
+
+def golden_key(checkpoint: Checkpoint, probe: Probe, measured: Measurement) -> GoldenKey:
+    """Return the key that a measurement of `checkpoint` is stored under."""
+    return GoldenKey(
+        identity=identity(checkpoint.directory),
+        probe=probe.sha256,
+        platform=measured.provenance.platform,
+        dtype=measured.provenance.dtype,
+        kv_dtype=checkpoint.engine.kv_cache_dtype,
+        kernels=checkpoint.engine.kernels if measured.provenance.device == "cpu" else NATIVE,
+    )
+
+
+def unclaimed(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[Path]:
+    """Return what lies in `golden` and belongs to no checkpoint file, or is no golden's name."""
+    names = {f"{kind}-{dtype}" for kind in KINDS for dtype in DTYPES}
+    found = []
+    for path in sorted((root / "golden").glob("*")):
+        checkpoint = checkpoints.get(path.name)
+        if checkpoint is None or not checkpoint.golden:
+            found.append(path)
+            continue
+        for file in sorted(path.glob("*")):
+            kind = file.name.split(".")[0]
+            # A file that begins with a dot is what a killed run was writing.
+            if not file.name.startswith(".") and (kind not in names or file.suffix != ".json"):
+                found.append(file)
+    return found
+
+
+def stored_dtype(dtype: str) -> str:
+    """Return what file names call a dtype: "float32", or "serving" for what is served."""
+    return "float32" if dtype == "float32" else "serving"
+
+
+def golden_path(root: Path, checkpoint_id: str, check: str, platform: str) -> Path:
+    """Return where a golden lies: `golden/<checkpoint id>/<check>.<platform>.json`."""
+    return root / "golden" / checkpoint_id / f"{check}.{platform}.json"
+
+
+def to_json(golden: Golden, probe: Probe) -> str:
+    """Serialize a golden: readable figures, exact scores, one line a document for a reviewer."""
+    m = golden.measurement
+    documents = {}
+    for name in dict.fromkeys(probe.documents.tolist()):
+        rows = probe.documents == name
+        documents[name] = {
+            **_stored_values(m.values[rows].astype("<f4")),
+            "top1": _encode(m.top1[rows].astype("<i4")),
+        }
+    content = {
+        "schema": SCHEMA,
+        "key": asdict(golden.key),
+        "measured": {
+            "documents": documents,
+            "n": len(m.values),
+            "nonfinite": m.nonfinite,
+            **figures_of(m, probe),
+        },
+        "provenance": asdict(m.provenance),
+        "history": list(golden.history),
+    }
+    content[CHECKSUM] = _checksum(content)
+    return json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return the sha256 of all that a golden says, but for its own sha256.
+
+    Of the text, not of what could be computed from it: means and perplexities of the same values
+    differ in their last bit from processor to processor.
+    """
+    others = {name: value for name, value in content.items() if name != CHECKSUM}
+    text = json.dumps(others, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stored_values(values: np.ndarray[Any, Any]) -> dict[str, Any]:
+    if values.ndim == 1:
+        return {
+            "logprob": _encode(values),
+            "mean_nll": float(-np.mean(values, dtype=np.float64)),
+        }
+    return {"mean": float(np.mean(values, dtype=np.float64)), "values": _encode(values)}
+
+
+def figures_of(measured: Measurement, probe: Probe) -> dict[str, float]:
+    """Return what a golden shows of all its values at a glance."""
+    if probe.task == GENERATE:
+        return {"mean_nll": measured.mean_nll, "perplexity": measured.perplexity}
+    values = measured.values.astype(np.float64)
+    return {"mean": float(values.mean()), "rms": float(np.sqrt(np.mean(values**2)))}
+
+
+def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
+    """Read a golden of `probe`; `BadInput` where the file is damaged or edited by hand."""
+    try:
+        content = json.loads(text)
+        if content["schema"] != SCHEMA:
+            raise BadInput(
+                f"{path}: schema {content['schema']}, but this quantgate reads {SCHEMA}."
+            )
+        if content[CHECKSUM] != _checksum(content):
+            raise BadInput(f"{path}: its sha256 is not that of what it holds; {_RESTORE}.")
+        key = GoldenKey(**content["key"])
+        measured, provenance = content["measured"], content["provenance"]
+        field = "logprob" if probe.task == GENERATE else "values"
+        documents = measured["documents"]
+        measurement = Measurement(
+            values=_decode_documents(documents, probe, key, field, "<f4", measured["n"]),
+            top1=_decode_documents(documents, probe, key, "top1", "<i4", measured["n"]),
+            provenance=Provenance(
+                **{**provenance, "source": "golden", "emulated": tuple(provenance["emulated"])}
+            ),
+        )
+        history = tuple(content["history"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path}: damaged ({type(error).__name__}: {error}); {_RESTORE}.") from None
+    return Golden(key, measurement, history)
+
+
+def _encode(values: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def _decode_documents(
+    documents: dict[str, Any], probe: Probe, key: GoldenKey, field: str, dtype: str, n: int
+) -> np.ndarray[Any, Any]:
+    """Return [n] or [n, D] in the probe's order; a golden of another probe is read in its own."""
+    arrays = {
+        name: np.frombuffer(base64.b64decode(document[field], validate=True), dtype)
+        for name, document in documents.items()
+    }
+    if field == "values":
+        width = sum(map(len, arrays.values())) // n
+        arrays = {name: array.reshape(-1, width) for name, array in arrays.items()}
+    if key.probe != probe.sha256:
+        return np.concatenate(list(arrays.values()))
+    values = np.empty((probe.scored, *next(iter(arrays.values())).shape[1:]), dtype)
+    for name, array in arrays.items():
+        values[probe.documents == name] = array
+    return values
+
+
+def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
+    """Say what a measurement's versions and kernels have otherwise than the golden's.
+
+    None where a checkpoint has no golden that says it.
+    """
+    name = f"drift-{stored_dtype(measured.dtype)}"
+    path = golden_path(checkpoint.root, checkpoint.id, name, measured.platform)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        then, taken = content["provenance"], content["history"][-1]["date"]
+        before = {**then["versions"], **then["kernels"], **then["arithmetic"]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None  # whoever reads the golden itself says what is wrong with it
+    now = {**measured.versions, **measured.kernels, **measured.arithmetic}
+    changed = [
+        f"{name} {before.get(name, 'absent')} → {now.get(name, 'absent')}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    return f"{', '.join(changed) or UNCHANGED} (golden of {taken})"
+
+
+def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return who approved a checkpoint's golden in the served dtype when and why, oldest first.
+
+    Of whatever platform has one; [] where none can be read.
+    """
+    for path in sorted((checkpoint.root / "golden" / checkpoint.id).glob("drift-serving.*.json")):
+        try:
+            return list(json.loads(path.read_text(encoding="utf-8"))["history"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return []
+
+
+def judge_golden(
+    snapshot: SnapshotAssertion,
+    checkpoint: Checkpoint,
+    probe: Probe,
+    measured: Measurement,
+    *,
+    check: str,
+    compare: Callable[[Measurement, Measurement], Verdict],
+) -> Verdict:
+    """Return what `compare` says of a fresh measurement and the checkpoint's golden for `check`.
+
+    Without a golden for this very key the verdict is "not-run"; if only the checkpoint's bytes are
+    others than the approved ones, the values are compared all the same, and cannot pass.
+    """
+    path = golden_path(checkpoint.root, checkpoint.id, check, measured.provenance.platform)
+    key = golden_key(checkpoint, probe, measured)
+    regenerate = (
+        f'if intended, python tools/regen_golden.py --checkpoint {checkpoint.id} --reason "…"'
+    )
+    kept = as_stored(measured)
+
+    def judge(stored: Golden) -> Verdict:
+        if dataclasses.replace(stored.key, identity=key.identity) != key:
+            return not_run(f"{path} is of {_key_difference(stored.key, key)}", regenerate)
+        verdict = compare(kept, stored.measurement)
+        if stored.key.identity != key.identity:
+            verdict = _of_other_bytes(verdict, stored.key, key)
+        return dataclasses.replace(verdict, next_step=regenerate)
+
+    golden = Golden(key, kept, history=())
+    verdict = _judge_stored(snapshot, path, golden, probe, judge)
+    return verdict or not_run(f"{path} does not exist: nobody approved this yet", regenerate)
+
+
+def as_stored(measured: Measurement) -> Measurement:
+    """Return what a golden keeps of a measurement: of wide embeddings, a sketch.
+
+    Their projections onto `SKETCH` fixed random directions: a change of an embedding changes them
+    by its rms (Johnson and Lindenstrauss, 1984).
+    """
+    values = measured.values
+    if values.ndim == 1 or values.shape[1] <= SKETCH:
+        return measured
+    # NumPy keeps what this generator gives for ever.
+    signs = np.random.RandomState(0).choice((-1.0, 1.0), (values.shape[1], SKETCH))
+    sketch = values.astype(np.float64) @ signs / np.sqrt(values.shape[1])
+    return dataclasses.replace(measured, values=sketch.astype(np.float32), activated=None)
+
+
+def _key_difference(stored: GoldenKey, wanted: GoldenKey) -> str:
+    changed = [
+        f"{field} {theirs:.12}, not {ours:.12}"
+        for (field, theirs), ours in zip(
+            asdict(stored).items(), asdict(wanted).values(), strict=True
+        )
+        if theirs != ours and field != "identity"
+    ]
+    return "; ".join(changed)
+
+
+def _of_other_bytes(verdict: Verdict, stored: GoldenKey, wanted: GoldenKey) -> Verdict:
+    other = f"the bytes are not the approved ones ({stored.identity:.12} → {wanted.identity:.12})"
+    outcome: Outcome = "not-run" if verdict.outcome == "pass" else verdict.outcome
+    return dataclasses.replace(verdict, outcome=outcome, detail=f"{verdict.detail}; {other}")
+
+
+def _judge_stored(
+    snapshot: SnapshotAssertion,
+    path: Path,
+    measured: Golden,
+    probe: Probe,
+    judge: Callable[[Golden], Verdict],
+) -> Verdict | None:
+    """Return what `judge` says of the golden at `path`, recalled by syrupy; None without one.
+
+    syrupy's own equality would compare text and know two outcomes; `judge` compares numbers and
+    knows four.
+    """
+    verdicts: list[Verdict] = []
+
+    class GoldenExtension(JSONSnapshotExtension):
+        """`golden/<checkpoint id>/<check>.<platform>.json`, read and never written."""
+
+        @classmethod
+        def dirname(cls, *, test_location: PyTestLocation) -> str:
+            return str(path.parent)
+
+        @classmethod
+        def get_snapshot_name(
+            cls, *, test_location: PyTestLocation, index: SnapshotIndex = 0
+        ) -> str:
+            return path.stem  # syrupy requires it to be the file's stem
+
+        def serialize(self, data: SerializableData, **_: Any) -> str:
+            return to_json(data, probe)
+
+        def matches(self, *, serialized_data: Any, snapshot_data: Any) -> bool:
+            verdicts.append(judge(from_json(snapshot_data, probe, path)))
+            return verdicts[0].outcome == "pass"
+
+        @classmethod
+        def write_snapshot_collection(cls, **_: Any) -> None:
+            raise RuntimeError("goldens are written by tools/regen_golden.py alone")
+
+    assertion = snapshot.use_extension(GoldenExtension)
+    _ = assertion == measured
+    if (error := assertion.executions[0].exception) is not None:
+        raise error
+    return verdicts[0] if verdicts else None

@@ -1,0 +1,199 @@
+"""Invariance: the same measurement however it is served.
+
+In chunks, in another order, one by one, from the prefix cache; and, where a checkpoint's file asks
+for it, on two ranks and on one, compiled and eager. Takes what a check needs from the sources and
+returns its verdict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.judging.budget import INVARIANCE_MAX, ROUNDING_FACTOR, fp32_max
+from quantgate.judging.evidence import kernels_line, profile_of, worst_lines
+from quantgate.judging.stats import rounding_allowance
+from quantgate.judging.verdict import Deviation, Profile, Verdict
+from quantgate.measuring.measurement import Measurement
+from quantgate.measuring.serving import mixed
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import Checkpoint
+
+Values = NDArray[np.floating[Any]]
+Derive = Callable[[Values], Values]
+
+
+def served_otherwise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge that what a request gets depends neither on its batch, nor on chunks or the cache."""
+    engine = sources.engine(checkpoint, dtype)
+    probe, rows = mixed(sources.probe_of(checkpoint))
+    again = sources.reruns(checkpoint, dtype, probe)
+    said = again.how
+    ways = [_Way(way, measured.values, rows) for way, measured in again.found.items()]
+    if again.cached is not None:
+        cached, values = again.cached
+        ways.append(_Way("from the prefix cache", values, rows[cached]))
+        said += " and from the prefix cache"
+    right = f"{len(probe.windows)} windows give the same in any order and one by one, {said}"
+    wrong = f"what is served depends on how it is served ({again.how})"
+    return _verdict_on_ways(sources, checkpoint, dtype, ways, engine, right, wrong)
+
+
+def tensor_parallel(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge that two ranks give what one gives; or that one does, where two are served."""
+    size = other_parallel_size(checkpoint)
+    return _set_otherwise(
+        sources, checkpoint, dtype, f"tensor_parallel_size={size}", tensor_parallel_size=size
+    )
+
+
+def other_parallel_size(checkpoint: Checkpoint) -> int:
+    """Return how many ranks `tensor_parallel` serves with: two, or one of what has several."""
+    return 2 if checkpoint.engine.tensor_parallel_size == 1 else 1
+
+
+def compiled(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+    """Judge that a compiled engine gives what an eager one gives."""
+    eager = not checkpoint.engine.enforce_eager
+    return _set_otherwise(sources, checkpoint, dtype, f"enforce_eager={eager}", enforce_eager=eager)
+
+
+def _set_otherwise(
+    sources: Sources, checkpoint: Checkpoint, dtype: str, setting: str, **settings: Any
+) -> Verdict:
+    engine = sources.engine(checkpoint, dtype)
+    probe, rows = mixed(sources.probe_of(checkpoint))
+    changed = dataclasses.replace(checkpoint.engine, **settings)
+    other = sources.engine_again(dataclasses.replace(checkpoint, engine=changed), dtype, probe)
+    right = f"{len(probe.windows)} windows give the same with {setting}"
+    wrong = f"{setting} gives something else"
+    ways = [_Way(setting, other.values, rows)]
+    return _verdict_on_ways(sources, checkpoint, dtype, ways, engine, right, wrong)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of serving: what it gave for some rows of the checkpoint's probe."""
+
+    name: str
+    values: Values
+    rows: NDArray[np.int64]
+
+
+def _verdict_on_ways(
+    sources: Sources,
+    checkpoint: Checkpoint,
+    dtype: str,
+    ways: Sequence[_Way],
+    engine: Measurement,
+    right: str,
+    wrong: str,
+) -> Verdict:
+    deviations = {
+        way.name: same(
+            way.name,
+            way.values,
+            engine.values[way.rows],
+            sources,
+            checkpoint,
+            dtype,
+            derive=_at(way.rows),
+            limit=INVARIANCE_MAX,
+        )
+        for way in ways
+    }
+    worst = max(ways, key=lambda way: _part_of_limit(deviations[way.name]))
+    other = engine.values.copy()
+    other[worst.rows] = worst.values
+    found = profile_of(
+        dataclasses.replace(engine, values=other), engine, sources.probe_of(checkpoint)
+    )
+    return verdict_on(list(deviations.values()), right, engine, wrong=wrong, profile=found)
+
+
+def _at(rows: NDArray[np.int64]) -> Derive:
+    return lambda values: values[rows]
+
+
+def same(
+    what: str,
+    measured: Values,
+    expected: Values,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    dtype: str,
+    *,
+    derive: Derive,
+    limit: float | None = None,
+    raw: bool = True,
+) -> Deviation:
+    """Return how far two ways of serving the same are apart, beside what that may be.
+
+    In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
+    and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
+    `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise, and that
+    mean's own error: either way of serving is within that. It is the floor that
+    is shown: of these rows, which the checkpoint's own is not. `raw` says whether these are values
+    of the measurement itself, whose largest move is known.
+    """
+    delta = np.abs(measured.astype(np.float64) - expected)
+    allowed = fp32_max(checkpoint.task) if limit is None else limit
+    if dtype == "float32" and not checkpoint.quantizes_activations:
+        return Deviation(
+            f"{what}: max |Δ|", largest(delta), allowed, "", statistic="max_abs" if raw else None
+        )
+    rounded, exact = (
+        derive(sources.reference(checkpoint, name).values)
+        for name in ("float64" if dtype == "float32" else dtype, "float32")
+    )
+    moved = np.abs(rounded.astype(np.float64) - exact)
+    noise = float(np.mean(moved))
+    moved = moved.reshape(len(moved), -1).mean(axis=1)
+    allowed = max(allowed, rounding_allowance(moved, np.arange(len(moved)), ROUNDING_FACTOR))
+    return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "", floor=noise)
+
+
+def verdict_on(
+    deviations: list[Deviation],
+    right: str,
+    engine: Measurement,
+    *,
+    wrong: str,
+    evidence: Sequence[str] = (),
+    profile: Profile | None = None,
+) -> Verdict:
+    """Return the verdict of several deviations, the one nearest to its limit first."""
+    exceeded = [deviation for deviation in deviations if deviation.exceeded]
+    profile = profile or Profile()
+    shown = [*(f"found      {line}" for line in evidence), *worst_lines(profile)]
+    # The one that is nearest to its limit, or furthest beyond, is what a table shows.
+    deviations = sorted(deviations, key=_part_of_limit, reverse=True)
+    return Verdict(
+        "fail" if exceeded else "pass",
+        wrong if exceeded else right,
+        tuple(deviations),
+        n=len(engine.values),
+        dtype=engine.provenance.dtype,
+        kernels=engine.provenance.kernels,
+        emulated=engine.provenance.emulated,
+        evidence=(*shown, *kernels_line(engine)) if exceeded else (),
+        profile=profile,
+    )
+
+
+def _part_of_limit(deviation: Deviation) -> float:
+    if np.isnan(deviation.measured):
+        return float("inf")
+    if deviation.allowed == 0:
+        return float("inf") if deviation.measured else 0.0
+    return deviation.measured / deviation.allowed
+
+
+def largest(values: Values) -> float:
+    """Return the largest of values; NaN wins, and exceeds every allowance."""
+    return float(values.max())

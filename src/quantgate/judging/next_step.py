@@ -1,0 +1,62 @@
+"""What a person does next when a check does not pass: one line, a command where there is one."""
+
+from __future__ import annotations
+
+import shlex
+
+from quantgate.judging.checks import Remedy, named
+from quantgate.judging.verdict import Verdict
+from quantgate.subject.checkpoint import Checkpoint
+
+_WHICH_MODULE = "which module it is: {pytest} -k replay"
+_OTHERWISE = (
+    "change kernels, enforce_eager or kv_cache_dtype in [engine], and try again: {pytest} -k "
+    '"{family}"'
+)
+_COST = "if this cost is meant, give [budget.quality] a margin and a reason in {file}"
+_FAULT = (
+    "do not raise the margin: a loss of more than {times} times it is a fault, not the cost of "
+    "quantization; compare tokenizer, config.json and scales with the base's, and see {pytest} -k "
+    '"fidelity or replay"'
+)
+_MORE = "more documents in the probe decide it; tools/sequential_quality.py takes any text"
+_EXPORT = "export the checkpoint again with its base's head and config.json: docs/pooling.md"
+
+# A loss of more than this many times its margin is not what quantization of that width costs.
+FAR_BEYOND = 10
+
+_STEPS: dict[Remedy, str] = {
+    "find the module": _WHICH_MODULE,
+    "change the settings": _OTHERWISE,
+    "weigh the cost": _COST,
+    "export again": _EXPORT,
+    "": "",
+}
+
+
+def next_step(check: str, verdict: Verdict, checkpoint: Checkpoint) -> str:
+    """Return what to do about a check that did not pass."""
+    known = named(check)
+    step = "" if known is None else _STEPS[known.remedy]
+    if step == _COST and verdict.outcome == "inconclusive":
+        step = _MORE
+    elif step == _COST and _far_beyond(verdict):
+        step = _FAULT
+    return step.format(
+        pytest=f"pytest suites {_selection(checkpoint)}",
+        family="" if known is None else known.family.replace("-", "_"),
+        file=f"fixtures/checkpoints/{checkpoint.id}.toml",
+        times=FAR_BEYOND,
+    )
+
+
+def _far_beyond(verdict: Verdict) -> bool:
+    """Whether a loss is beyond `FAR_BEYOND` times its margin, or not a number."""
+    return any(not d.measured <= FAR_BEYOND * d.allowed for d in verdict.deviations)
+
+
+def _selection(checkpoint: Checkpoint) -> str:
+    if checkpoint.scheme is not None:  # it has a file
+        return f"--checkpoint {checkpoint.id}"
+    base = f" --base {shlex.quote(checkpoint.base)}" if checkpoint.base else ""
+    return f"--checkpoint {shlex.quote(checkpoint.source)}{base}"

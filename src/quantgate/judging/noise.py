@@ -1,0 +1,223 @@
+"""The noise floor: how far a checkpoint's numbers move when nothing that matters changes.
+
+The same checkpoint served again, in another order, in other batches, in chunks; and the reference
+in the dtype that is served against itself in float32. Taken with the goldens and stored beside
+them; a checkpoint without any is measured in the run that judges it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from quantgate.errors import BadInput
+from quantgate.judging import task_quality
+from quantgate.judging.golden import GoldenKey, golden_key, golden_path, stored_dtype
+from quantgate.judging.verdict import Deviation, Statistic, Verdict
+from quantgate.measuring.engine import available_devices
+from quantgate.measuring.measurement import Measurement, Provenance, rows_of
+from quantgate.measuring.serving import mixed
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    from quantgate.measuring.sources import Sources
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """One way to measure the same again, and how far that moved each statistic."""
+
+    name: str
+    moved: Mapping[Statistic, float]
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """What a checkpoint's statistics move by on their own, in one dtype on one platform."""
+
+    key: GoldenKey
+    reruns: tuple[Rerun, ...]
+    provenance: Provenance
+
+    def of(self, statistic: Statistic) -> float | None:
+        """Return the largest move of a statistic; None where no rerun has it."""
+        moves = [rerun.moved[statistic] for rerun in self.reruns if statistic in rerun.moved]
+        # max() would lose a NaN or keep it, by its place.
+        return float(np.max(moves)) if moves else None
+
+
+# Judging -----------------------------------------------------------------------------------------
+
+
+def beside(verdict: Verdict, floor: Callable[[], NoiseFloor]) -> Verdict:
+    """Return a verdict with the floor beside each of its limits; asked for only if one has a floor.
+
+    Where noise alone exceeds a limit nothing can be shown there: a pass is inconclusive, and so is
+    a fail whose excess is not above the floor either.
+    """
+    if not any(deviation.statistic for deviation in verdict.deviations):
+        return verdict
+    found = floor()
+    deviations = tuple(
+        dataclasses.replace(d, floor=found.of(d.statistic)) if d.statistic else d
+        for d in verdict.deviations
+    )
+    verdict = dataclasses.replace(verdict, deviations=deviations)
+    drowned = [d for d in deviations if _is_drowned(d)]
+    shown = [d for d in deviations if d.exceeded and d not in drowned]
+    if not drowned or shown or verdict.outcome == "not-run":
+        return verdict
+    first = drowned[0]
+    detail = f"{verdict.detail}; noise alone moves it by {first.floor:.3g}, above its limit"
+    return dataclasses.replace(verdict, outcome="inconclusive", detail=detail)
+
+
+def _is_drowned(deviation: Deviation) -> bool:
+    floor, allowed = deviation.floor, deviation.allowed
+    if floor is None or floor <= allowed or np.isnan(deviation.measured):
+        return False
+    return not abs(deviation.measured) - allowed > floor
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+def measure(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
+    """Serve a checkpoint's probe again in several ways; `dtype` is a torch name or "serving"."""
+    engine = sources.engine(checkpoint, dtype)
+    probe = sources.probe_of(checkpoint)
+    # The windows that `invariance` serves again too: the engine does it once for both.
+    part, rows = mixed(probe)
+    again, before = sources.reruns(checkpoint, dtype, part), rows_of(engine, rows)
+    moved = {
+        f"{way}, {again.how}": _moved(sources, checkpoint, measured, before, part)
+        for way, measured in again.found.items()
+    }
+    rounded = "float64" if engine.provenance.dtype == "float32" else dtype
+    # Float32 without quantized inputs is judged value by value, and has its own rule for rounding.
+    if rounded != "float64" or checkpoint.quantizes_activations:
+        exact = sources.reference(checkpoint, "float32")
+        reference = sources.reference(checkpoint, rounded)
+        name = f"the reference in {reference.provenance.dtype}, not float32"
+        moved[name] = _moved(sources, checkpoint, reference, exact, probe)
+    if engine.provenance.dtype != "float32" and _is_judged_by_a_metric(checkpoint):
+        for way, metric in _metric_moved(sources, checkpoint, dtype).items():
+            moved[f"{way}, larger probe"] = {"metric": metric}
+    reruns = tuple(Rerun(name, figures) for name, figures in moved.items())
+    return NoiseFloor(golden_key(checkpoint, probe, engine), reruns, engine.provenance)
+
+
+def served_again(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[Probe]:
+    """Return the probes that `measure` will serve again in a torch dtype; none if one is stored.
+
+    A stored one may turn out to be of something else: it is measured then all the same.
+    """
+    (platform,) = available_devices().values()
+    if checkpoint.golden and noise_path(checkpoint, dtype, platform).exists():
+        return []
+    part, _ = mixed(sources.probe_of(checkpoint))
+    if dtype == "float32" or not _is_judged_by_a_metric(checkpoint):
+        return [part]
+    return [part, sources.probe_of(checkpoint, quality=True)]
+
+
+def _moved(
+    sources: Sources, checkpoint: Checkpoint, one: Measurement, other: Measurement, probe: Probe
+) -> dict[Statistic, float]:
+    delta = one.values.astype(np.float64) - other.values
+    found: dict[Statistic, float] = {
+        "mean_abs": float(np.abs(delta).mean()),
+        "max_abs": float(np.abs(delta).max()),
+    }
+    if probe.task == GENERATE:
+        found["mean"] = float(abs(delta.mean()))
+        if one.hidden is not None and other.hidden is not None:
+            kld = sources.divergence(other, checkpoint, one, checkpoint, probe).kld
+            found["kld"] = float(kld.mean())
+    return found
+
+
+def _is_judged_by_a_metric(checkpoint: Checkpoint) -> bool:
+    return checkpoint.has_own_metric and checkpoint.has_quality
+
+
+def _metric_moved(sources: Sources, checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
+    probe = sources.probe_of(checkpoint, quality=True)
+    before = task_quality.metric_of(sources, checkpoint, sources.for_quality(checkpoint))
+    again = sources.reruns(checkpoint, dtype, probe)
+    return {
+        f"{way}, {again.how}": abs(task_quality.metric_of(sources, checkpoint, measured) - before)
+        for way, measured in again.found.items()
+    }
+
+
+# Storing -----------------------------------------------------------------------------------------
+
+
+def noise_path(checkpoint: Checkpoint, dtype: str, platform: str) -> Path:
+    """Return where a floor lies: `golden/<checkpoint id>/noise-<dtype>.<platform>.json`."""
+    name = f"noise-{stored_dtype(dtype)}"
+    return golden_path(checkpoint.root, checkpoint.id, name, platform)
+
+
+def to_json(floor: NoiseFloor) -> str:
+    """Serialize a floor: names and numbers as they are."""
+    content = {
+        "schema": SCHEMA,
+        "key": asdict(floor.key),
+        "reruns": {rerun.name: dict(rerun.moved) for rerun in floor.reruns},
+        "provenance": asdict(floor.provenance),
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def from_json(text: str, path: Path | str) -> NoiseFloor:
+    """Read a floor; `BadInput` where the file is damaged."""
+    try:
+        content: dict[str, Any] = json.loads(text)
+        if content["schema"] != SCHEMA:
+            raise BadInput(
+                f"{path}: schema {content['schema']}, but this quantgate reads {SCHEMA}."
+            )
+        moved = msgspec.convert(content["reruns"], dict[str, dict[Statistic, float]])
+        return NoiseFloor(
+            msgspec.convert(content["key"], GoldenKey),
+            tuple(Rerun(name, figures) for name, figures in moved.items()),
+            msgspec.convert(content["provenance"], Provenance),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(
+            f"{path}: damaged ({type(error).__name__}: {error}); restore it with git, or remove it "
+            "and take a new one with tools/regen_golden.py."
+        ) from None
+
+
+def floor_of(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
+    """Return the floor beside a checkpoint's goldens; a new one where there is none for its key."""
+    engine = sources.engine(checkpoint, dtype)
+    path = noise_path(checkpoint, dtype, engine.provenance.platform)
+    if checkpoint.golden and path.exists():
+        floor = from_json(path.read_text(encoding="utf-8"), path)
+        if floor.key == golden_key(checkpoint, sources.probe_of(checkpoint), engine):
+            return floor
+    return measured_once(sources, checkpoint, dtype)
+
+
+def measured_once(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
+    """Measure a floor, at the first call in a run."""
+    return sources.once(
+        "noise floor", checkpoint, dtype, lambda: measure(sources, checkpoint, dtype)
+    )

@@ -1,0 +1,155 @@
+"""Quality of models that pool: is their task done as well as by the base, on the same documents?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.judging import metrics
+from quantgate.judging.budget import METRIC_LOSS
+from quantgate.judging.metrics import Metric
+from quantgate.judging.stats import ALPHA, FEWEST_CLUSTERS
+from quantgate.judging.verdict import Deviation, Verdict, one_sided
+from quantgate.measuring.measurement import Measurement
+from quantgate.measuring.sources import Sources
+from quantgate.subject.checkpoint import Checkpoint, read_config
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import EMBED, SEQUENCE_REWARD, label_names, quantity_of
+
+Values = NDArray[np.floating[Any]]
+# The metric of a checkpoint and of its base, and what else a reader wants to know.
+Compared = tuple[Metric, Metric, str]
+
+
+def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+    """Judge the task's own metric against the base's: non-inferiority with a margin."""
+    base = checkpoint.base_checkpoint
+    assert base is not None
+    probe = sources.probe_of(checkpoint, quality=True)
+    engine, unquantized = sources.for_quality(checkpoint), sources.for_quality(base)
+    if engine.nonfinite or unquantized.nonfinite:
+        counts = f"{engine.nonfinite} of the checkpoint's and {unquantized.nonfinite} of the base's"
+        return Verdict("fail", f"{counts} {quantity_of(probe.task)}s are not finite")
+    ours, theirs, said = _compare(checkpoint, base, engine, unquantized, probe)
+    every = np.arange(len(dict.fromkeys(probe.documents)))
+    found = metrics.paired_loss(ours, theirs, len(every))
+    override = checkpoint.budget.get("quality")
+    margin = override.margin if override else METRIC_LOSS * theirs.of(every)
+    outcome = one_sided(found.lower, found.upper, margin)
+    why = ""
+    if outcome == "inconclusive":
+        why = f"; {found.documents} documents cannot decide"
+    elif outcome == "pass" and found.documents < FEWEST_CLUSTERS:
+        outcome = "inconclusive"
+        why = f"; {found.documents} documents are too few, {FEWEST_CLUSTERS} are needed"
+    bound = f"upper {1 - ALPHA:.0%} bound of the loss of {ours.name}"
+    return Verdict(
+        outcome,
+        f"{ours.name} {theirs.of(every):.4f} → {ours.of(every):.4f}, a loss of {found.loss:.4g} "
+        f"± {found.standard_error:.2g}; {said}{why}",
+        (Deviation(bound, found.upper, margin, "", statistic="metric"),),
+        figures={ours.name: ours.of(every), f"{ours.name} of the base": theirs.of(every)},
+        n=found.documents,
+        dtype=engine.provenance.dtype,
+        p_value=found.p_above(margin),
+        mde=found.minimum_detectable_effect(),
+        kernels=engine.provenance.kernels,
+        emulated=engine.provenance.emulated,
+    )
+
+
+def metric_of(sources: Sources, checkpoint: Checkpoint, measured: Measurement) -> float:
+    """Return the task's metric of outputs for the larger probe, as `quality` takes it."""
+    base = checkpoint.base_checkpoint
+    assert base is not None
+    probe = sources.probe_of(checkpoint, quality=True)
+    metric, _, _ = _compare(checkpoint, base, measured, sources.for_quality(base), probe)
+    return metric.of(np.arange(len(dict.fromkeys(probe.documents))))
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    base_checkpoint: Checkpoint,
+    engine: Measurement,
+    base: Measurement,
+    probe: Probe,
+) -> Compared:
+    if checkpoint.task == EMBED:
+        return _compare_embeddings(engine.values, base.values, probe)
+    if checkpoint.task == SEQUENCE_REWARD:
+        return _compare_rewards(engine.values[:, 0], base.values[:, 0], probe)
+    names = [label_names(read_config(c.directory)) for c in (checkpoint, base_checkpoint)]
+    found, of_base = (
+        _as_probe_labels(measured, own, probe)
+        for measured, own in zip((engine, base), names, strict=True)
+    )
+    if np.isnan(found).any() or np.isnan(of_base).any() or np.isnan(probe.expected).all():
+        return _compare_with_base(engine, base, probe)
+    said = f"{np.mean(found != of_base):.2%} of the labels are not the base's"
+    if metrics.OUTSIDE not in probe.labels:
+        ours, theirs = (
+            metrics.accuracy("step accuracy", labels, probe.expected, probe)
+            for labels in (found, of_base)
+        )
+        return ours, theirs, said
+    outside = probe.labels.index(metrics.OUTSIDE)
+    ours, theirs = (
+        metrics.entity_f1(labels, probe.expected, probe, outside) for labels in (found, of_base)
+    )
+    return ours, theirs, said
+
+
+def _compare_with_base(engine: Measurement, base: Measurement, probe: Probe) -> Compared:
+    """Return how often labels are the base's, where the probe does not say which are right."""
+    expected = base.top1.astype(np.float64)
+    ours, theirs = (
+        metrics.accuracy("agreement with the base", m.top1, expected, probe) for m in (engine, base)
+    )
+    return ours, theirs, "the probe does not know its labels"
+
+
+def _compare_rewards(rewards: Values, of_base: Values, probe: Probe) -> Compared:
+    grades = of_base if np.isnan(probe.expected).all() else probe.expected
+    ours, theirs = (metrics.ranking_accuracy(r, grades) for r in (rewards, of_base))
+    taus = [metrics.kendall_tau(r, grades) for r in (of_base, rewards)]
+    return ours, theirs, f"Kendall's tau {taus[0]:.4f} → {taus[1]:.4f}"
+
+
+def _compare_embeddings(values: Values, of_base: Values, probe: Probe) -> Compared:
+    similar, of_base_similar = (metrics.similarity(v, probe) for v in (values, of_base))
+    cosine, norm = _cosine_and_norm(values, of_base)
+    tau = metrics.kendall_tau(similar.ravel(), of_base_similar.ravel())
+    said = (
+        f"cosine to the base's embeddings {cosine:.5f} on average, norms {norm:.4f} of the "
+        f"base's, Kendall's tau of the max-sim scores {tau:.4f}"
+    )
+    ours, theirs = (metrics.retrieval_accuracy(s) for s in (similar, of_base_similar))
+    return ours, theirs, said
+
+
+def _as_probe_labels(
+    measured: Measurement, names: tuple[str, ...], probe: Probe
+) -> NDArray[np.float64]:
+    """Return the labels found [n] as the probe numbers them, by name; NaN where it has none such.
+
+    Labels without names of their own are the probe's, in its order, if they are as many.
+    """
+    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    if unnamed and measured.values.shape[1] == len(probe.labels):
+        names = probe.labels
+    place = {name: float(i) for i, name in enumerate(probe.labels)}
+    numbers = np.full(measured.values.shape[1], np.nan)
+    width = min(len(names), len(numbers))
+    numbers[:width] = [place.get(name, np.nan) for name in names[:width]]
+    found: NDArray[np.float64] = numbers[measured.top1]
+    return found
+
+
+def _cosine_and_norm(ours: Values, theirs: Values) -> tuple[float, float]:
+    """Return the mean cosine of rows [n, D] and the mean ratio of their norms."""
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosine = np.sum(a * b, axis=1) / (norms[0] * norms[1])
+    return float(cosine.mean()), float(np.mean(norms[0] / norms[1]))

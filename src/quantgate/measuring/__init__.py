@@ -1,0 +1,1 @@
+"""Takes measurements: of engines, of the reference, of both together."""

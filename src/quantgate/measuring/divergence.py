@@ -1,0 +1,249 @@
+"""Exact divergence of next-token distributions, and llama.cpp's statistics of it.
+
+KL divergence over the whole vocabulary needs the logits of both sides, but they need not be kept: a
+hidden state and its head give them back. Rows are taken in chunks, so memory is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.measuring.reference_device import CPU, exactly
+
+if TYPE_CHECKING:
+    import torch
+
+# float32 logits of one side that are held at once: 261 rows of a vocabulary of 128k, enough for the
+# product to be bound by arithmetic and not by reading the head.
+CHUNK_BYTES = 128 << 20
+# What the sums go over at a time: with its few copies it stays in a processor's cache.
+BLOCK_BYTES = 1 << 20
+# But on a GPU, whose own cache is larger and which each further block makes wait.
+BLOCK_BYTES_OF_A_GPU = CHUNK_BYTES
+# Below this |Δ log-prob| a term of the sum is taken by `expm1`, which cancels nothing.
+SMALL = 1.0
+
+Logits = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What gives n next-token distributions."""
+
+    hidden: NDArray[np.float32]
+    """What the head is given [n, H]."""
+    logits: Logits
+    """The head: [rows, H] to float32 logits [rows, V]."""
+    vocabulary: int
+    """V."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """n distributions beside a base's, natural logarithms."""
+
+    kld: NDArray[np.float64]
+    """KL(base || other) of each token [n], nat: never negative, and 0 where both are the same."""
+    logprob: NDArray[np.float64]
+    """Of the text's own tokens [n]."""
+    logprob_base: NDArray[np.float64]
+    same_top: NDArray[np.bool_]
+    """Whether the most probable token is the same [n]."""
+    confidence: NDArray[np.float64]
+    """The base's largest probability [n]."""
+    extra: int = 0
+    """How many tokens the other has that the base lacks, as a padded vocabulary has; negative where
+    the base has more."""
+
+    @property
+    def delta_p(self) -> NDArray[np.float64]:
+        """Δp: the probability of the text's own token, less the base's [n]."""
+        found: NDArray[np.float64] = np.exp(self.logprob) - np.exp(self.logprob_base)
+        return found
+
+
+def divergence(
+    base: Side, other: Side, targets: NDArray[np.int64], device: str = CPU
+) -> Divergence:
+    """Return the divergence of `other` from `base`; `targets` [n] are the text's own tokens.
+
+    Both sides' heads are on `device`, and the sums are taken there.
+    Where one vocabulary is longer, its first tokens are the other's. The base's distribution is
+    over what both have: it gives other tokens nothing, so what `other` gives them is lost, and
+    counts.
+    """
+    import torch
+
+    if not len(base.hidden) == len(other.hidden) == len(targets) > 0:
+        raise ValueError(
+            f"{len(base.hidden)}, {len(other.hidden)} hidden states and {len(targets)} targets."
+        )
+    common = min(base.vocabulary, other.vocabulary)
+    if targets.max() >= common:
+        raise ValueError(
+            f"token {targets.max()} of the text is in one vocabulary only: they have "
+            f"{base.vocabulary} and {other.vocabulary} tokens."
+        )
+    rows = max(1, CHUNK_BYTES // (4 * max(base.vocabulary, other.vocabulary)))
+    parts: list[tuple[torch.Tensor, ...]] = []
+    with exactly(torch.device(device)):
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            ours, theirs = (
+                s.logits(torch.from_numpy(s.hidden[chunk]).to(device)) for s in (base, other)
+            )
+            ours = _widened(ours[:, :common], other.vocabulary)
+            parts += _in_blocks(ours, theirs, torch.from_numpy(targets[chunk]).to(device))
+        kld, own, own_of_base, same, confidence = (
+            torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
+        )
+    return Divergence(
+        kld.astype(np.float64),
+        own.astype(np.float64),
+        own_of_base.astype(np.float64),
+        same,
+        confidence.astype(np.float64),
+        other.vocabulary - base.vocabulary,
+    )
+
+
+def _widened(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return logits [rows, V] with further tokens that are impossible."""
+    import torch
+
+    more = vocabulary - logits.shape[1]
+    return torch.nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
+
+
+def _in_blocks(
+    base: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the columns of `Divergence` for logits [rows, V], a few rows at a time."""
+    most = BLOCK_BYTES if base.device.type == CPU else BLOCK_BYTES_OF_A_GPU
+    rows = max(1, most // (4 * base.shape[-1]))
+    for start in range(0, len(targets), rows):
+        block = slice(start, start + rows)
+        yield _columns(base[block], other[block], targets[block])
+
+
+def _columns(
+    base: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (base, other))
+    own = targets[:, None]
+    confidence, top = log_p.max(dim=-1)
+    return (
+        kl_divergence(log_p, log_q),
+        log_q.gather(1, own)[:, 0],
+        log_p.gather(1, own)[:, 0],
+        log_q.argmax(dim=-1) == top,
+        confidence.exp(),
+    )
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Return KL(p || q) [rows] of log-probabilities [rows, V], never negative.
+
+    As the sum of p·ln(p/q) - p + q, whose terms are all at least 0 (a Bregman divergence) and 0
+    where p = q, so that no rounding of large terms makes a small sum negative.
+    """
+    import torch
+
+    delta = log_p - log_q
+    p, q = log_p.exp(), log_q.exp()
+    small = p * (delta + torch.expm1(-delta))
+    # Where p is 0 in float32, p·Δ is 0 too, but for an infinite Δ.
+    large = torch.where(p > 0, p * delta, 0.0) - p + q
+    return torch.where(delta.abs() < SMALL, small, large).clamp_min(0).sum(dim=-1)
+
+
+# llama.cpp's statistics (tools/perplexity/perplexity.cpp, kl_divergence), under its names ---------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its ±, as llama.cpp has it: of tokens taken for independent ones."""
+
+    value: float
+    error: float | None = None
+    """None where llama.cpp gives none."""
+
+
+PERCENTILES_OF_KLD = (99.9, 99.0, 95.0, 90.0, 10.0, 5.0, 1.0, 0.1)
+PERCENTILES_OF_DELTA_P = (99.9, 99.0, 95.0, 90.0, 75.0, 25.0, 10.0, 5.0, 1.0, 0.1)
+
+
+def llama_cpp_statistics(found: Divergence) -> dict[str, Estimate]:
+    """Return what llama.cpp's `--kl-divergence` prints, by its names; Δp as parts of 1."""
+    ours, theirs = -found.logprob, -found.logprob_base
+    q, base = _mean(ours), _mean(theirs)
+    covariance = float(np.mean(ours * theirs) - ours.mean() * theirs.mean()) / (len(ours) - 1)
+    ratio = Estimate(
+        q.value - base.value, _root(_error(q) ** 2 + _error(base) ** 2 - 2 * covariance)
+    )
+    ppl, ppl_base = _exponential(q), _exponential(base)
+    difference = _root(
+        _error(ppl) ** 2 + _error(ppl_base) ** 2 - 2 * ppl.value * ppl_base.value * covariance
+    )
+    spread = _error(q) * _error(base)
+    statistics = {
+        "Mean PPL(Q)": ppl,
+        "Mean PPL(base)": ppl_base,
+        "Cor(ln(PPL(Q)), ln(PPL(base)))": Estimate(covariance / spread if spread else 1.0),
+        "Mean ln(PPL(Q)/PPL(base))": ratio,
+        "Mean PPL(Q)/PPL(base)": _exponential(ratio),
+        "Mean PPL(Q)-PPL(base)": Estimate(ppl.value - ppl_base.value, difference),
+        "Mean KLD": _mean(found.kld),
+        **_percentiles(found.kld, PERCENTILES_OF_KLD, "KLD"),
+        "Mean Δp": _mean(found.delta_p),
+        **_percentiles(found.delta_p, PERCENTILES_OF_DELTA_P, "Δp"),
+        "RMS Δp": _rms(found.delta_p),
+        "Same top p": _share(found.same_top),
+    }
+    return statistics
+
+
+def _mean(values: NDArray[np.float64]) -> Estimate:
+    # llama.cpp's variance is over n, and its square root over n - 1.
+    return Estimate(float(values.mean()), float(np.sqrt(values.var() / (len(values) - 1))))
+
+
+def _exponential(log: Estimate) -> Estimate:
+    value = float(np.exp(log.value))
+    return Estimate(value, value * _error(log))
+
+
+def _rms(values: NDArray[np.float64]) -> Estimate:
+    square = _mean(values**2)
+    value = _root(square.value)
+    return Estimate(value, 0.5 / value * _error(square) if value else 0.0)
+
+
+def _share(values: NDArray[np.bool_]) -> Estimate:
+    value = float(values.mean())
+    return Estimate(value, _root(value * (1 - value) / (len(values) - 1)))
+
+
+def _percentiles(
+    values: NDArray[np.float64], percentiles: tuple[float, ...], name: str
+) -> dict[str, Estimate]:
+    found = {f"Maximum {name}": Estimate(float(values.max()))}
+    for percent in percentiles:
+        found[f"{percent:.1f}% {name}"] = Estimate(float(np.percentile(values, percent)))
+        if percent == min(p for p in percentiles if p > 50):
+            found[f"Median {name}"] = Estimate(float(np.median(values)))
+    return {**found, f"Minimum {name}": Estimate(float(values.min()))}
+
+
+def _error(estimate: Estimate) -> float:
+    assert estimate.error is not None
+    return estimate.error
+
+
+def _root(value: float) -> float:
+    return float(np.sqrt(max(0.0, value)))

@@ -1,0 +1,459 @@
+"""The engine source: patched vLLM, with the kernels under test."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from quantgate.formats import builds
+from quantgate.measuring.capture import EXTENSION, Capture, take_capture
+from quantgate.measuring.engine_failure import (
+    MISTAKES,
+    EngineFailure,
+    end_waiting_when_it_dies,
+    explained,
+    require_device,
+)
+from quantgate.measuring.measurement import Measurement, Provenance, pooled
+from quantgate.measuring.pooling import encode, outputs, pooling_arguments, raw_outputs
+from quantgate.patches.emulation import engine_arguments
+from quantgate.patches.scoremode.hooks import (
+    EMULATION,
+    POOLING,
+    SCORE_MODE,
+    require_hooks,
+    vllm_version,
+)
+from quantgate.patches.wanted import NATIVE
+from quantgate.subject.checkpoint import EngineSettings, read_config
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# What vLLM is imported with, unless the user has set it: one process, so that several engines can
+# follow one another without another import each; no telemetry.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# Writes every token of a batch that fails to the terminal.
+DUMP = "vllm.logging_utils.dump_input"
+
+# Tokens whose inputs and outputs are captured for replay: half a GiB for a model of 8 billion
+# parameters in bfloat16, 4 GiB for one of 70.
+REPLAY_TOKENS = 512
+
+# On CUDA vLLM serves float32 with Triton's attention, whose products are in TF32: up to 1e-2 nat
+# off on an H200, where flexible attention is within 6.2e-6 (docs/gpu.md). The variable keeps cuBLAS
+# and cuDNN from TF32, whatever a process was told otherwise.
+EXACT_ATTENTION = "FLEX_ATTENTION"
+WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+
+# vLLM's default on CPU is a part of all memory; `VLLM_CPU_KVCACHE_SPACE` still goes before it.
+CPU_KV_CACHE = 1 << 30
+
+Announce = Callable[[str], None]
+
+
+class EngineLife(NamedTuple):
+    """An engine that this process started, and for how long."""
+
+    directory: str
+    dtype: str
+    start_s: float
+    """Until it could serve."""
+    served_s: float
+    """From then until it had ended."""
+
+
+LIVES: list[EngineLife] = []
+"""The engines of this process that have ended, in order."""
+
+
+def measure(
+    directory: Path,
+    probe: Probe,
+    *,
+    settings: EngineSettings,
+    dtype: str,
+    announce: Announce,
+    capture_into: Path | None = None,
+    meanwhile: Callable[[LLM], None] = lambda _: None,
+) -> tuple[Measurement, Capture | None]:
+    """Score `probe` with the checkpoint in `directory`, served by vLLM in `dtype`.
+
+    `meanwhile` is called with the engine once it has scored: what else it is wanted for. With
+    `capture_into`, also write there what every linear saw of a few windows; an engine that compiles
+    or replays graphs is started once more for that, eagerly.
+    """
+    pooling = pooling_arguments(directory, probe.task)
+
+    def serve_it() -> tuple[Measurement, Capture | None]:
+        with running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
+            announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
+            measured = _measured(llm, probe, dtype)
+            meanwhile(llm)
+            if capture_into is None or not settings.enforce_eager:
+                return measured, None
+            announce("capturing inputs and outputs of every linear")
+            return measured, capture(llm, probe, capture_into)
+
+    # In a function of its own: a name for the first engine would keep its memory from the second.
+    measured, captured = serve_it()
+    if capture_into is None or captured is not None:
+        return measured, captured
+    announce("loading again, eagerly, to capture inputs and outputs")
+    eager = replace(settings, enforce_eager=True)
+    with running_engine(directory, settings=eager, dtype=dtype, **pooling) as llm:
+        return measured, capture(llm, probe, capture_into)
+
+
+def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
+    provenance = provenance_of(llm, dtype)
+    if probe.task == GENERATE:
+        return serve(llm, probe, provenance)
+    require_length(llm, probe)
+    raw, activated = outputs(llm, probe)
+    return pooled(raw, provenance, activated)
+
+
+def serve(llm: LLM, probe: Probe, provenance: Provenance) -> Measurement:
+    """Return what an engine gives for a probe, all in one batch: scores, or raw outputs alone."""
+    if probe.task == GENERATE:
+        # float32 is judged token by token; in the dtype that is served, distributions are.
+        logprob, top1, hidden = score(llm, probe, hidden=provenance.dtype != "float32")
+        return Measurement(logprob, top1, provenance, hidden)
+    require_length(llm, probe)
+    return pooled(raw_outputs(llm, probe), provenance)
+
+
+def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
+    """Serve the probe's replay windows one by one, and keep what every linear saw of them."""
+    from vllm import PoolingParams
+
+    def serve(ids: tuple[int, ...]) -> object:
+        # What is read from the cache runs through no linear: vLLM 0.26 reads it for whole texts.
+        llm.reset_prefix_cache()
+        if probe.task == GENERATE:
+            return _score(llm, [ids])
+        return encode(llm, probe.task, [ids], PoolingParams())
+
+    windows = {index: probe.windows[index].ids for index in replay_windows(probe)}
+    return take_capture(llm, directory, windows, serve)
+
+
+def replay_windows(probe: Probe) -> list[int]:
+    """Return the windows to capture, while they are few tokens: short ones, of every stratum."""
+    by_length = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
+    seen: set[str] = set()
+    first: list[int] = []
+    others: list[int] = []
+    for index in by_length:
+        stratum = probe.windows[index].stratum
+        (others if stratum in seen else first).append(index)
+        seen.add(stratum)
+    chosen: list[int] = []
+    tokens = 0
+    for index in [*first, *others]:
+        tokens += len(probe.windows[index].ids)
+        if chosen and tokens > REPLAY_TOKENS:
+            break
+        chosen.append(index)
+    return chosen
+
+
+@contextmanager
+def running_engine(
+    directory: Path, *, settings: EngineSettings, dtype: str, **extra: Any
+) -> Iterator[LLM]:
+    """Start vLLM on a checkpoint and free all it held afterwards. `extra` goes to `vllm.LLM`.
+
+    Raises `EngineFailure` where vLLM cannot load it, or fails while it serves.
+    """
+    require_device()
+    set_environment()
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    logging.getLogger(DUMP).setLevel(logging.CRITICAL)
+    on_cpu = "cpu" in available_devices()
+    optional = {
+        "max_model_len": settings.max_model_len,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": settings.kv_cache_memory_bytes,
+    }
+    arguments: dict[str, Any] = {
+        "model": str(directory),
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "worker_extension_cls": EXTENSION,
+        "load_format": "safetensors",
+        "use_tqdm_on_load": False,  # its bars would stand between a failure and its reason
+        "enforce_eager": settings.enforce_eager,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        **engine_arguments(settings.kernels if on_cpu else NATIVE, _kv_cache_scheme(directory)),
+        **{name: value for name, value in optional.items() if value is not None},
+        **extra,
+    }
+    if on_cpu:
+        _override_kernels_once()
+        arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE)
+        gc.collect()
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # what is frozen at exit looks leaked to its libraries
+    elif dtype == "float32":
+        arguments.setdefault("attention_backend", EXACT_ATTENTION)
+    vllm = f"{directory}: vLLM {vllm_version()}"
+    began = time.monotonic()
+    try:
+        with (
+            explained(f"{vllm} cannot load it in {dtype}"),
+            _collection_suspended() if on_cpu else nullcontext(),
+            _environment(_variables(settings, dtype, on_cpu=on_cpu)),
+        ):
+            llm = LLM(**arguments)
+    except EngineFailure:
+        with suppress(Exception):  # of what it got to hold
+            cleanup_dist_env_and_memory()
+        raise
+    failed, ready = True, time.monotonic()
+    try:
+        with explained(f"{vllm} failed while it served it in {dtype}", but=MISTAKES):
+            for feature in (SCORE_MODE, POOLING, *([EMULATION] if on_cpu else [])):
+                require_hooks(llm.llm_engine.vllm_config, feature)
+            end_waiting_when_it_dies(llm.llm_engine.engine_core)
+            yield llm
+        failed = False
+    finally:
+        # Now, not when it is collected: the frames of an error may keep it for long, and its end
+        # would then take the next engine's process groups with it. What is broken may not end
+        # well, which is not the failure to report.
+        with (
+            suppress(Exception) if failed else nullcontext(),
+            _collection_suspended() if on_cpu else nullcontext(),
+        ):
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+        gc.collect()
+        ended = time.monotonic()
+        LIVES.append(EngineLife(str(directory), dtype, ready - began, ended - ready))
+
+
+def _variables(settings: EngineSettings, dtype: str, *, on_cpu: bool) -> Mapping[str, str]:
+    """Return what else an engine is started with in the environment."""
+    if not on_cpu:
+        return WITHOUT_TF32 if dtype == "float32" else {}
+    # Two ranks on a machine without NUMA nodes: vLLM would bind both to the same processors.
+    several = settings.tensor_parallel_size > 1
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if several else {}
+
+
+def set_environment() -> None:
+    """Set what vLLM reads when it is imported, unless the user has."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _override_kernels_once() -> None:
+    """Let the next engines of this process do without a search that the first one did.
+
+    Each would look through every name of every module for kernels of Triton's to replace by the
+    CPU's, find the replacements, and replace them by their like: 0.13 of its 0.35 s.
+    """
+    from vllm.platforms import current_platform
+
+    register = getattr(current_platform, "register_triton_kernel_overrides", None)
+    if register is not None and not hasattr(register, "cache_info"):
+        current_platform.register_triton_kernel_overrides = functools.cache(register)
+
+
+@contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """Have variables in the environment that are not there yet, and take them away again."""
+    added = {name: value for name, value in more.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextmanager
+def _collection_suspended() -> Iterator[None]:
+    """Collect no garbage meanwhile, whatever vLLM asks for: the caller does, before and after.
+
+    On its way in and out vLLM collects eight times over the million objects of its own modules,
+    which were frozen for that reason, and unfreezes them: two thirds of the life of a small engine.
+    Not for GPUs, where an engine measures its free memory in between.
+    """
+    names = ("collect", "freeze", "unfreeze")
+    originals = {name: getattr(gc, name) for name in names}
+    try:
+        for name in names:
+            setattr(gc, name, lambda *_: 0)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gc, name, original)
+
+
+def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:
+    if not Path(directory).is_dir():
+        return None  # a hub id, which only tools give
+    scheme: dict[str, Any] | None = (
+        read_config(Path(directory)).get("quantization_config") or {}
+    ).get("kv_cache_scheme")
+    return scheme
+
+
+def score(
+    llm: LLM, probe: Probe, *, hidden: bool = False
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    """Return log-probabilities float32 [n] and most probable tokens int32 [n] of a probe.
+
+    And, if asked for, what the head was given float32 [n, H].
+    """
+    require_length(llm, probe)
+    found = _score(llm, [window.ids for window in probe.windows], hidden=hidden)
+    columns: list[tuple[Any, ...]] = []
+    for window, scores in zip(probe.windows, found, strict=True):
+        if len(scores) != len(window.ids):
+            raise EngineFailure(
+                f"{window.document}: {len(window.ids)} tokens went in, scores for {len(scores)} "
+                "came back."
+            )
+        rows = slice(window.score_from - 1, None)
+        states = (scores.hidden_states[rows],) if hidden else ()
+        columns.append((scores.logprobs[rows], scores.top1[rows], *states))
+    whole = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    return whole[0], whole[1], whole[2] if hidden else None
+
+
+def require_length(llm: LLM, probe: Probe) -> None:
+    """Raise `EngineFailure` where the engine does not take the probe's longest window."""
+    longest = max(len(window.ids) for window in probe.windows)
+    limit = llm.llm_engine.model_config.max_model_len
+    if longest > limit:
+        raise EngineFailure(
+            f"probe '{probe.name}' has a window of {longest} tokens, but the engine takes prompts "
+            f"of at most max_model_len={limit}; raise [engine] max_model_len."
+        )
+
+
+def _score(llm: LLM, prompts: Sequence[Sequence[int]], *, hidden: bool = False) -> list[Any]:
+    asked = [{"score_hidden_states": hidden}] * len(prompts)
+    return [output.prompt_logprobs for output in generate_scores(llm, prompts, asked)]
+
+
+def generate_scores(
+    llm: LLM, prompts: Sequence[Sequence[int]], asked: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Return vLLM's output for each prompt of token ids, scored with `asked` of score mode."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    found: list[Any] = llm.generate(
+        [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
+        [SamplingParams(score_mode=True, max_tokens=0, temperature=0.0, **own) for own in asked],
+        use_tqdm=False,
+    )
+    return found
+
+
+def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the kernels that serve each kind of layer, and those of them that are emulations.
+
+    Read from the loaded model: `{"self_attn.qkv_proj": "MacheteLinearKernel", …}`.
+    """
+    # Every tensor-parallel rank answers; they run the same kernels.
+    modules: dict[str, list[str]] = llm.collective_rpc("quantgate_kernels")[0]
+    kinds: dict[str, set[str]] = {}
+    for name, kernels in modules.items():
+        # "model.layers.3.self_attn.qkv_proj" and its like in other layers are one kind.
+        kind = ".".join(part for part in name.split(".")[-2:] if not part.isdigit())
+        kinds.setdefault(kind, set()).update(kernels)
+    marked = sorted({kernel for kernels in kinds.values() for kernel in kernels})
+    return {
+        kind: " + ".join(sorted(kernel.removesuffix("*") for kernel in kernels))
+        for kind, kernels in kinds.items()
+    }, tuple(kernel.removesuffix("*") for kernel in marked if kernel.endswith("*"))
+
+
+def lacking() -> list[str]:
+    """Return what the installed vLLM does not have of what is measured, each with what follows."""
+    set_environment()
+    from vllm import SamplingParams
+    from vllm.model_executor.layers.pooler import special
+
+    found = []
+    if hasattr(special, "AllPool"):
+        found.append(
+            "STEP pooling of classifiers that it converts: every row comes back, and `steps` fails"
+        )
+    if "prompt_logprob_token_ids" not in SamplingParams.__struct_fields__:
+        found.append("prompt_logprob_token_ids: tools/bench_score.py leaves out its mode `native`")
+    return [f"vLLM {vllm_version()} lacks {what}" for what in found]
+
+
+def available_devices() -> dict[str, str]:
+    """Return the devices that the installed vLLM can use here, each with its golden platform."""
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return {"cuda": f"sm{major}{minor}"}
+    return {"cpu": "cpu"}
+
+
+def provenance_of(llm: LLM, dtype: str) -> Provenance:
+    """Return where a measurement of a running engine comes from."""
+    kernels, emulated = kernel_fingerprint(llm)
+    ((device, platform),) = available_devices().items()
+    return Provenance(
+        "engine",
+        device,
+        platform,
+        dtype,
+        kernels,
+        emulated,
+        library_versions(),
+        builds.arithmetic(),
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what a score depends on."""
+    return dict(_library_versions())
+
+
+@functools.cache  # every search goes through all that is installed
+def _library_versions() -> tuple[tuple[str, str], ...]:
+    versions = {"vllm": vllm_version()}
+    for name in ("torch", "transformers", "compressed-tensors", "quantgate"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return tuple(versions.items())

@@ -1,0 +1,155 @@
+"""What becomes of an engine that fails: one sentence, and nothing that the next one inherits."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import InvalidStateError
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from quantgate.errors import BadInput, printable
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc failed",  # oneDNN
+    "alloc_failed",  # cuBLAS
+    "bad_alloc",
+)
+_DRIVER = ("cuda error", "cudnn error", "cublas error", "nccl error", "unspecified launch failure")
+# What is a mistake in somebody's code: its traceback is what one needs.
+MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)
+# How vLLM says that a process of its own is gone, and gloo that a rank is: whichever of the other
+# processes notices first.
+_ENDED = (
+    "cancelled",
+    "process has ended",
+    "executor failed",
+    "workerproc initialization failed",
+    "engine core initialization failed",
+    "enginecore encountered an issue",
+    "connection closed by peer",
+    "connection reset by peer",
+    "remote worker crashing",
+)
+_LESS_MEMORY = (
+    "give it more ranks ([engine] tensor_parallel_size), fewer tokens at a time (max_model_len, "
+    "max_num_batched_tokens) or less of a KV cache (kv_cache_memory_bytes, gpu_memory_utilization)"
+)
+
+
+class EngineFailure(RuntimeError):
+    """vLLM could not load or score a checkpoint; the message carries its reason."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # the names of tensors may be in it
+
+
+class LostDevice(EngineFailure):
+    """The device failed under an engine; nothing that this process asks of it will come back."""
+
+
+_lost = ""
+
+
+def require_device() -> None:
+    """Raise `LostDevice` where an earlier engine of this process left the device unusable."""
+    if _lost:
+        raise LostDevice(_lost)
+
+
+@contextmanager
+def explained(said: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what vLLM raises meanwhile, `but` for some, into an `EngineFailure` of one sentence.
+
+    `said` begins it, e.g. "build/x: vLLM 0.32.0 cannot load it in float32". The error's frames are
+    emptied: they hold tensors, and would keep them for as long as a report keeps the error.
+    """
+    passed_on: tuple[type[Exception], ...] = (BadInput, EngineFailure, *but)
+    try:
+        yield
+    except passed_on:
+        raise
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        raise _failure(said, error) from error
+
+
+def _failure(said: str, error: Exception) -> EngineFailure:
+    said = f"{said} ({type(error).__name__}: {first_line(error)})"
+    text = f"{type(error).__name__} {error}".lower()
+    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+        return EngineFailure(f"{said}: out of memory; {_LESS_MEMORY}.")
+    if any(words in text for words in _DRIVER):
+        if not _device_answers():
+            _lose(said)
+        return EngineFailure(
+            f"{said}: the driver reports a fault; CUDA_LAUNCH_BLOCKING=1 names the kernel, "
+            "`nvidia-smi` and `dmesg` say how the GPU is."
+        )
+    if any(words in text for words in _ENDED):
+        return EngineFailure(
+            f"{said}: a process of vLLM's has ended; what it said is in the output, and `dmesg` "
+            "says whether it was killed for want of memory."
+        )
+    return EngineFailure(f"{said}.")
+
+
+def _device_answers() -> bool:
+    """Whether this process can still use its GPUs: an illegal access ends that for good."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def _lose(said: str) -> None:
+    global _lost
+    _lost = (
+        f"not served, because the GPU was lost to this process when {said}; gate the others in a "
+        "run of their own."
+    )
+
+
+def end_waiting_when_it_dies(client: Any) -> None:
+    """Let whoever waits for an engine in a process of its own wait no longer when that is killed.
+
+    vLLM 0.32.0 sees it die, says so to whoever asks next, and leaves those who wait waiting.
+    """
+    if not hasattr(client, "outputs_queue"):
+        return  # it runs in this process
+    reference = weakref.ref(client)
+
+    def watch() -> None:
+        while (client := reference()) is not None:
+            if client.resources.engine_dead:
+                error = RuntimeError("the engine's process has ended")
+                client.outputs_queue.put_nowait(error)
+                for waiting in list(client.utility_results.values()):
+                    with suppress(InvalidStateError):
+                        waiting.set_exception(error)
+                return
+            del client
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True, name="quantgate: is the engine alive?").start()
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; empty where it has none.
+
+    A pydantic error's first line only counts its parts, so that is the first part's.
+    """
+    if callable(parts := getattr(error, "errors", None)):
+        return str(parts()[0].get("msg", ""))
+    return (str(error).strip().splitlines() or [""])[0]

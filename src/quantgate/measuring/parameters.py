@@ -1,0 +1,210 @@
+"""Give an HF model's modules their parameters from a checkpoint, and its linears their rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantgate.errors import BadInput
+from quantgate.formats.groups import Group, group_of
+from quantgate.formats.kernels import LinearRules
+from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
+from quantgate.formats.stored import LoadedTensors
+from quantgate.formats.weights import dequantize_weight
+
+if TYPE_CHECKING:
+    import torch
+
+DequantizerName = Literal["own", "library"]
+Product = Callable[["torch.Tensor"], "torch.Tensor"]
+# Called for every linear of a layer with its name, its input [rows, in] and the product as a
+# function of an input; returns the output [rows, out] that the model goes on with.
+Watch = Callable[[str, "torch.Tensor", Product], "torch.Tensor"]
+
+
+def dequantizer(name: DequantizerName) -> Dequantizer:
+    """Return our dequantizer, or the compressed-tensors library's."""
+    if name == "own":
+        return lambda tensors, group: dequantize_weight(tensors, group["weights"])
+    from quantgate.formats.library_weights import library_dequantize
+
+    return library_dequantize
+
+
+class Parameters:
+    """Fills the modules of one model, on the device that its tensors come on, and empties them."""
+
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        quantization: Mapping[str, Any] | None,
+        dequantize: Dequantizer,
+        rules: LinearRules,
+    ) -> None:
+        import torch
+
+        self.model = model
+        self.dtype = dtype
+        self.exact = torch.promote_types(dtype, torch.float32)
+        """What products are computed in: float32, or float64 where activations are that."""
+        self.names: dict[torch.nn.Module, str] = {m: name for name, m in model.named_modules()}
+        in_body = {id(module) for module in model.base_model.modules()}
+        self.head: list[torch.nn.Module] = [
+            m for m in model.modules() if id(m) not in in_body and m is not model
+        ]
+        self._quantization = quantization
+        self._dequantize = dequantize
+        self._rules = rules
+
+    def fill(
+        self, modules: Iterable[torch.nn.Module], stored: LoadedTensors, watch: Watch | None
+    ) -> None:
+        """Give modules their parameters, and quantized linears what they compute.
+
+        Raises `BadInput` where a tensor is missing or does not fit the config.
+        """
+        for module in modules:
+            name = self.names[module]
+            group = self._group_of(module, name, stored)
+            if group is None:
+                self._fill_whole(module, name, stored, watch)
+            else:
+                linear = read_linear(stored, name, group, self._dequantize, self._rules)
+                self._fill_linear(module, name, linear, stored, watch)
+
+    def promote_head(self) -> None:
+        """Give the head parameters in the dtype of exact products."""
+        for module in self.head:
+            for part, parameter in module.named_parameters(recurse=False):
+                _set(module, part, parameter.to(self.exact))
+
+    def _fill_whole(
+        self, module: torch.nn.Module, name: str, stored: LoadedTensors, watch: Watch | None
+    ) -> None:
+        """Fill a module whose parameters are stored as they are."""
+        for part, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                values = self._parameter(name, part, stored)
+                _require_shape(stored, f"{name}.{part}", values, parameter)
+                _set(module, part, values.to(self.dtype).reshape(parameter.shape))
+        if type(module).__name__ == "Linear" and module not in self.head:
+            _set(module, "weight", module.get_parameter("weight").to(self.exact))
+            if watch is not None or self.dtype != self.exact:
+                _compute_by_rule(module, name, watch, None)
+
+    def _group_of(self, module: torch.nn.Module, name: str, stored: LoadedTensors) -> Group | None:
+        import torch
+
+        if not isinstance(module, torch.nn.Linear):
+            return None
+        try:
+            group = group_of(name, "Linear", self._quantization)
+        except ValueError as error:
+            raise BadInput(f"{stored.directory / 'config.json'}: {error}.") from None
+        if group is not None and module in self.head:
+            raise BadInput(
+                f"{stored.directory}: its head, '{name}', is quantized, and scores are exact "
+                "for a head in floating point only; leave it out with `ignore`."
+            )
+        return group
+
+    def _fill_linear(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        linear: QuantizedLinear,
+        stored: LoadedTensors,
+        watch: Watch | None,
+    ) -> None:
+        quantize = linear.quantize_input
+        # Kernels that quantize inputs multiply codes, which float32 holds exactly; the others read
+        # weights that were rounded to the dtype they are served in.
+        _require_shape(stored, f"{name}.weight", linear.weight, module.get_parameter("weight"))
+        weight = linear.weight.to(self.dtype) if quantize is None else linear.weight
+        _set(module, "weight", weight.to(self.exact))
+        if module.bias is not None:
+            _set(module, "bias", self._parameter(name, "bias", stored).to(self.dtype))
+        if quantize is not None or watch is not None or self.dtype != self.exact:
+            _compute_by_rule(module, name, watch, quantize)
+
+    def _parameter(self, name: str, part: str, stored: LoadedTensors) -> torch.Tensor:
+        full = f"{name}.{part}"
+        if full in stored:
+            return stored.read(full)
+        if name.endswith(".experts") and part in ("gate_up_proj", "down_proj"):
+            return _stacked_experts(stored, name, part)
+        head = self.model.get_output_embeddings()
+        if self.names.get(head) == name and part == "weight":
+            embedding = self.model.get_input_embeddings()
+            return stored.read(f"{self.names[embedding]}.weight")  # a tied head
+        return stored.read(full)
+
+
+def empty(layer: torch.nn.Module) -> None:
+    """Free a layer's parameters, and forget how its linears were told to compute."""
+    for module in layer.modules():
+        module.__dict__.pop("forward", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            _set(module, name, parameter.to("meta"))
+
+
+def _require_shape(
+    stored: LoadedTensors, name: str, values: torch.Tensor, expected: torch.Tensor
+) -> None:
+    """Refuse a tensor of another shape than the config's, but for dimensions of 1."""
+    found, implied = ([n for n in tensor.shape if n != 1] for tensor in (values, expected))
+    if found != implied:
+        raise BadInput(
+            f"{stored.directory}: '{name}' is {list(values.shape)} in the weights, but "
+            f"config.json implies {list(expected.shape)}; correct its sizes (hidden_size, "
+            "head_dim, vocab_size …), or export the checkpoint again."
+        )
+
+
+def _compute_by_rule(
+    module: torch.nn.Module, name: str, watch: Watch | None, quantize: Quantizer | None
+) -> None:
+    """Replace a linear's forward by one that quantizes its input, and lets it be watched.
+
+    Sums are in float32, or float64, and rounded once, whatever the processor has for products of
+    16-bit numbers.
+    """
+    import torch
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        weight = module.get_parameter("weight")
+        values = (x if quantize is None else quantize(x)).to(weight.dtype)
+        bias = None if module.bias is None else module.get_parameter("bias").to(weight.dtype)
+        return torch.nn.functional.linear(values, weight, bias).to(x.dtype)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        output = product(rows) if watch is None else watch(name, rows, product)
+        return output.reshape(*x.shape[:-1], -1)
+
+    module.forward = forward
+
+
+def _set(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    import torch
+
+    setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+
+
+def _stacked_experts(stored: LoadedTensors, name: str, part: str) -> torch.Tensor:
+    """Return the experts' weights [experts, out, in], which checkpoints store one by one."""
+    import torch
+
+    def experts() -> Iterator[torch.Tensor]:
+        index = 0
+        sources = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        while f"{name}.{index}.{sources[0]}.weight" in stored:
+            own = [stored.read(f"{name}.{index}.{source}.weight") for source in sources]
+            yield torch.cat(own)
+            index += 1
+
+    found = list(experts())
+    if not found:
+        raise BadInput(f"{stored.directory}: there are no weights for '{name}.{part}'.")
+    return torch.stack(found)

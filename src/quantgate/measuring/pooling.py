@@ -1,0 +1,156 @@
+"""Pooling models in vLLM: how an engine is told what a checkpoint does, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.subject.checkpoint import read_config
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import EMBED, GENERATE, POOLING, SEQUENCE_REWARD, Task, task_of
+
+if TYPE_CHECKING:
+    from vllm import LLM, PoolingParams
+
+Rows = NDArray[np.float32]
+
+
+def pooling_arguments(
+    directory: Path, task: Task, *, step_tag_id: int | None = None
+) -> dict[str, Any]:
+    """Return what `vllm.LLM` is given besides, for a task; {} for one that generates.
+
+    With `step_tag_id` a token classifier gives the rows of that token only (vLLM's STEP pooling),
+    otherwise every row.
+    """
+    if task == GENERATE:
+        return {}
+    pooler: dict[str, Any] = {"task": POOLING[task].task}
+    if task != SEQUENCE_REWARD:
+        pooler["tok_pooling_type"] = "ALL" if step_tag_id is None else "STEP"
+    if step_tag_id is not None:
+        pooler["step_tag_id"] = step_tag_id
+    # vLLM's scoring of pairs, which it prepares for embeddings and rewards, takes texts.
+    arguments: dict[str, Any] = {
+        "runner": "pooling",
+        "pooler_config": pooler,
+        "skip_tokenizer_init": False,
+    }
+    if task == EMBED and task_of(read_config(directory)) == GENERATE:
+        arguments["convert"] = "embed"
+    return arguments
+
+
+def outputs(llm: LLM, probe: Probe) -> tuple[Rows, Rows]:
+    """Return raw and activated outputs [n, D] of a probe's rows.
+
+    All requests of both kinds are in one batch, in turns, so that a parameter which leaks from one
+    request to another shows in both.
+    """
+    from vllm import PoolingParams
+
+    ids = [window.ids for window in probe.windows]
+    raw, activated = PoolingParams(use_activation=False), PoolingParams()
+    found = encode(
+        llm, probe.task, _in_turns(ids, ids), _in_turns(*([p] * len(ids) for p in (raw, activated)))
+    )
+    return rows_of(probe, found[::2]), rows_of(probe, found[1::2])
+
+
+def raw_outputs(llm: LLM, probe: Probe) -> Rows:
+    """Return raw outputs [n, D] of a probe's rows."""
+    from vllm import PoolingParams
+
+    ids = [window.ids for window in probe.windows]
+    return rows_of(probe, encode(llm, probe.task, ids, PoolingParams(use_activation=False)))
+
+
+def late_interaction_scores(llm: LLM, probe: Probe) -> NDArray[np.float64]:
+    """Return what `LLM.score` gives for a probe's queries and documents [queries, documents]."""
+    texts = {
+        kind: [window.text for window in probe.windows if window.stratum == kind]
+        for kind in ("query", "document")
+    }
+    found = [llm.score(query, texts["document"], use_tqdm=False) for query in texts["query"]]
+    return np.array([[output.outputs.score for output in row] for row in found])
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What an engine with STEP pooling gives: raw rows of one request of each kind a window."""
+
+    tagged: tuple[Rows, ...]
+    """With the engine's own step tag [steps, D]."""
+    first: tuple[Rows, ...]
+    """With the window's first token as the request's own tag [>= 1, D]."""
+    column: tuple[Rows, ...] | None
+    """With `returned_token_ids=[1]` [steps, 1]; None where vLLM cannot: see `takes_columns`."""
+
+
+def steps(llm: LLM, probe: Probe) -> Steps:
+    """Serve every window with each kind of parameters, all in one batch."""
+    from vllm import PoolingParams
+
+    kinds: list[dict[str, Any]] = [{}, {"first": True}]
+    if takes_columns(llm):
+        kinds.append({"returned_token_ids": [1]})
+    prompts, params = [], []
+    for window in probe.windows:
+        for kind in kinds:
+            own = {"step_tag_id": window.ids[0]} if "first" in kind else kind
+            prompts.append(window.ids)
+            params.append(PoolingParams(use_activation=False, **own))
+    found = encode(llm, probe.task, prompts, params)
+    by_kind = [tuple(found[start :: len(kinds)]) for start in range(len(kinds))]
+    return Steps(by_kind[0], by_kind[1], by_kind[2] if len(kinds) > 2 else None)
+
+
+def takes_columns(llm: LLM) -> bool:
+    """Whether the engine's model takes `returned_token_ids`.
+
+    vLLM 0.32.0 takes those columns before a converted token classifier's head, of its hidden state,
+    and crashes; a reward model's head comes before the pooling.
+    """
+    architectures = llm.llm_engine.model_config.hf_config.architectures
+    return any("RewardModel" in architecture for architecture in architectures)
+
+
+def _in_turns(*columns: Sequence[Any]) -> list[Any]:
+    return [value for row in zip(*columns, strict=True) for value in row]
+
+
+def encode(
+    llm: LLM,
+    task: Task,
+    prompts: Iterable[Sequence[int]],
+    params: PoolingParams | Sequence[PoolingParams],
+) -> list[Rows]:
+    """Return what vLLM gives for each prompt of token ids: [tokens, D], or [1, D] for a text."""
+    from vllm.inputs import TokensPrompt
+
+    found = llm.encode(
+        [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
+        params,
+        pooling_task=POOLING[task].task,
+        use_tqdm=False,
+    )
+    return [np.atleast_2d(output.outputs.data.float().numpy()) for output in found]
+
+
+def rows_of(probe: Probe, found: Sequence[Rows]) -> Rows:
+    """Return the probe's rows [n, D] of what came back for its windows."""
+    from quantgate.measuring.engine_failure import EngineFailure
+
+    for window, rows in zip(probe.windows, found, strict=True):
+        expected = 1 if probe.task == SEQUENCE_REWARD else len(window.ids)
+        if len(rows) != expected:
+            raise EngineFailure(
+                f"{window.document}: {len(window.ids)} tokens went in, {len(rows)} rows came back, "
+                f"not {expected}."
+            )
+    return np.concatenate([rows[-w.scored :] for w, rows in zip(probe.windows, found, strict=True)])

@@ -1,0 +1,88 @@
+"""The reference source: HF modules over dequantized weights, a decoder layer in memory at a time.
+
+Inputs are quantized as vLLM quantizes them, and scales fused as vLLM fuses them
+(formats/linear.py), so that engine and reference compute the same function of the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantgate.formats.builds import Narrowing
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules
+from quantgate.measuring.engine import Announce, library_versions
+from quantgate.measuring.measurement import Measurement, Provenance, pooled
+from quantgate.measuring.parameters import DequantizerName
+from quantgate.measuring.reference_device import CPU, exactly, platform_of, room_on
+from quantgate.measuring.streamed_model import StreamedModel
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    import torch
+
+# What makes float32 logits [rows, V] of hidden states [rows, H], and V.
+Head = tuple[Callable[["torch.Tensor"], "torch.Tensor"], int]
+
+
+def measure(
+    directory: Path,
+    probe: Probe,
+    *,
+    dtype: str,
+    announce: Announce,
+    dequantizer: DequantizerName = "own",
+    narrowing: Narrowing = "rounds",
+    rules: LinearRules = FORMATS_RULES,
+    device: str = CPU,
+) -> Measurement:
+    """Score `probe` with HF modules in `dtype` over the checkpoint's dequantized weights.
+
+    The head's product and the log-softmax are in float32, or in float64 where `dtype` is that.
+    `narrowing` is how rotations and attention come by bfloat16 (`builds.narrowing`), `rules` what
+    the engine's kernels make of linears, `device` where all of it is computed ("cpu", "cuda").
+    """
+
+    def score() -> Measurement:
+        model = StreamedModel(directory, dtype, dequantizer, probe.task, narrowing, rules, device)
+        return _measured(model, probe, dtype, announce)
+
+    # In a function of its own: a name for the model here would keep its memory from what follows.
+    with room_on(device):
+        return score()
+
+
+def _measured(model: StreamedModel, probe: Probe, dtype: str, announce: Announce) -> Measurement:
+    import torch
+
+    hidden = model.last_hidden(probe.windows, announce)
+    announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
+    device = model.device.type
+    provenance = Provenance(
+        "reference", device, platform_of(device), dtype, versions=library_versions()
+    )
+    if probe.task != GENERATE:
+        return pooled(model.outputs(probe.windows, hidden), provenance)
+    logprob, top1 = model.scores(probe.windows, hidden)
+    kept = None
+    if dtype != "float64":
+        scored = zip(probe.windows, hidden, strict=True)
+        with torch.inference_mode():
+            states = torch.cat([rows[w.score_from - 1 :] for w, rows in scored])
+            kept = states.float().cpu().numpy()
+    return Measurement(logprob, top1, provenance, kept)
+
+
+def read_head(directory: Path, device: str = CPU) -> Head:
+    """Return a checkpoint's head, on `device`."""
+    model = StreamedModel(directory, "float32", device=device)
+    model.fill_outside()
+    model.parameters.promote_head()
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        with exactly(model.device):
+            return model.logits(hidden)
+
+    return logits, int(model.model.get_output_embeddings().weight.shape[0])

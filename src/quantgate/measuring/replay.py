@@ -1,0 +1,162 @@
+"""Replay: every linear of the reference is given what the engine's was, and gives what it should.
+
+A difference of 1e-7 in an input flips a code where inputs are quantized, and flips cascade, so no
+free-running comparison of such a format can be tight. On the engine's own inputs every module must
+agree to rounding, in every format; one that does not is named, with its kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules
+from quantgate.measuring.capture import Capture
+from quantgate.measuring.engine import Announce
+from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.parameters import Product
+from quantgate.measuring.reference_device import CPU, room_on
+from quantgate.measuring.streamed_model import StreamedModel
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """How far one linear of the engine is off, relative to the rms of what it should be."""
+
+    name: str
+    """As in the checkpoint."""
+    module: str
+    """vLLM's module that holds it."""
+    output: float
+    """Of its output, on the input that it was given."""
+    input: float
+    """Of that input, on what the modules before it gave."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A few windows, replayed."""
+
+    modules: tuple[ModuleError, ...]
+    """In the order of the model."""
+    values: NDArray[np.floating[Any]]
+    """What a measurement holds, of the replayed windows' scored tokens [m] or [m, D]."""
+    tokens: NDArray[np.int64]
+    """Which of the probe's n scored tokens these are [m]."""
+
+
+def replay(
+    directory: Path,
+    probe: Probe,
+    capture: Capture,
+    *,
+    announce: Announce,
+    dtype: str = "float32",
+    rules: LinearRules = FORMATS_RULES,
+    device: str = CPU,
+) -> Replay:
+    """Run the reference on a capture's windows, each linear on the engine's input.
+
+    `rules` are those of the kernels that served it; `device` is where the reference computes.
+    """
+
+    def run() -> Replay:
+        model = StreamedModel(directory, dtype, task=probe.task, rules=rules, device=device)
+        return _replayed(model, probe, capture, announce)
+
+    # In a function of its own: a name for the model here would keep its memory from what follows.
+    with room_on(device):
+        return run()
+
+
+def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: Announce) -> Replay:
+    windows = tuple(probe.windows[index] for index in capture.windows)
+    errors: dict[str, _Errors] = {}
+
+    def observe(window: int, name: str, own: torch.Tensor, product: Product) -> torch.Tensor:
+        if name not in capture:
+            return product(own)
+        seen = capture.seen(name, capture.windows[window])
+        if seen.input.shape != own.shape:
+            raise EngineFailure(
+                f"{name}: the engine's input is {list(seen.input.shape)}, the reference's "
+                f"{list(own.shape)}: they do not serve the same tokens or layers."
+            )
+        given = seen.input.to(own.device, own.dtype)
+        output = product(given)
+        served = seen.output.to(own.device)
+        errors.setdefault(name, _Errors()).add(own, given, output, served)
+        return output
+
+    hidden = model.last_hidden(windows, announce, observe)
+    _require_all(model.linears, errors)
+    values = (
+        model.scores(windows, hidden)[0]
+        if probe.task == GENERATE
+        else model.outputs(windows, hidden)
+    )
+    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
+    tokens = [np.arange(starts[i], starts[i + 1]) for i in capture.windows]
+    return Replay(
+        tuple(
+            ModuleError(name, capture.module_of(name), *found.relative())
+            for name, found in errors.items()
+        ),
+        values,
+        np.concatenate(tokens),
+    )
+
+
+def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
+    """Raise where a linear was not captured: it would pass for one that is right."""
+    missing = [name for name in linears if name not in replayed]
+    if missing:
+        raise EngineFailure(
+            f"{missing[0]} and {len(missing) - 1} other linears of {len(linears)} were not seen in "
+            "the engine: vLLM calls its modules otherwise than the checkpoint."
+        )
+
+
+@dataclass
+class _Errors:
+    """Sums of squares over all windows of one module."""
+
+    sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("input", "input_error", "output", "output_error"), 0)
+    )
+
+    def add(
+        self,
+        own: torch.Tensor,
+        given: torch.Tensor,
+        output: torch.Tensor,
+        engine_output: torch.Tensor,
+    ) -> None:
+        parts: Mapping[str, torch.Tensor] = {
+            "input": own,
+            "input_error": given.double() - own.double(),
+            "output": output,
+            "output_error": engine_output.double() - output.double(),
+        }
+        for name, tensor in parts.items():
+            self.sums[name] += tensor.double().square().sum().item()
+
+    def relative(self) -> tuple[float, float]:
+        """Return the errors of output and input; infinite where something should be nothing."""
+        return self._ratio("output"), self._ratio("input")
+
+    def _ratio(self, kind: str) -> float:
+        error, size = self.sums[f"{kind}_error"], self.sums[kind]
+        if size > 0 or np.isnan(size):
+            return float((error / size) ** 0.5)
+        return 0.0 if error == 0 else float("inf")

@@ -1,0 +1,163 @@
+"""Ways of serving the same windows, none of which may matter: chunks, order, batches, the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.measuring import engine
+from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.subject.probe import Probe
+from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# How many tokens an engine takes at a time that cuts prompts into chunks.
+CHUNK = 64
+# How many windows show whether a way of serving matters, and of how many tokens together: they are
+# served three and a half times in each dtype, and one request or chunk that gets another's rows or
+# blocks is off by orders of magnitude at each of them.
+MIXED, MIXED_TOKENS = 16, 1600
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reruns:
+    """One probe, served again by one engine in several ways."""
+
+    how: str
+    """What all of them have in common, e.g. "in chunks of 64 tokens"."""
+    found: Mapping[str, Measurement]
+    """By the way: in order, shuffled, one by one."""
+    cached: tuple[Rows, NDArray[np.float32]] | None = None
+    """Rows [m] whose windows' beginnings came from the prefix cache, and their log-probabilities;
+    None where nothing was cached, or where a model pools."""
+
+
+def can_cut(llm: LLM) -> bool:
+    """Whether a running engine can be told to cut prompts: it is in this process, and cuts."""
+    return _cutting_scheduler(llm) is not None
+
+
+def chunking(*, chunked: bool) -> dict[str, Any]:
+    """Return what `vllm.LLM` is given to cut prompts into chunks; {} leaves them whole."""
+    if chunked:
+        return {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
+    return {}
+
+
+def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
+    """Serve a probe in order, shuffled and one by one, and what is cached of it from the cache.
+
+    `chunked` cuts prompts into chunks, in any engine that `can_cut`, or that `chunking` started.
+    """
+    windows = range(len(probe.windows))
+    shuffled: list[int] = np.random.default_rng(0).permutation(len(windows)).tolist()
+    ways: dict[str, Sequence[Sequence[int]]] = {
+        "in order": [windows],
+        "shuffled": [shuffled],
+        "one by one": [[window] for window in windows],
+    }
+    provenance = engine.provenance_of(llm, dtype)
+    found = {}
+    with _in_chunks(llm) if chunked else nullcontext():
+        for way, batches in ways.items():
+            llm.reset_prefix_cache()  # nothing comes from what was served before
+            found[way] = in_batches(llm, probe, batches, provenance)
+        cached = _from_the_cache(llm, probe) if probe.task == GENERATE else None
+    return Reruns(f"in chunks of {CHUNK} tokens" if chunked else "prompts whole", found, cached)
+
+
+@contextmanager
+def _in_chunks(llm: LLM) -> Iterator[None]:
+    """Let the scheduler take `CHUNK` tokens a step, so that longer prompts are cut.
+
+    The kernels and their buffers stay: it is the same as an engine that was started with as many.
+    """
+    scheduler = _cutting_scheduler(llm)
+    if scheduler is None:
+        yield
+        return
+    whole = scheduler.max_num_scheduled_tokens
+    try:
+        scheduler.max_num_scheduled_tokens = min(whole, CHUNK)
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = whole
+
+
+def _cutting_scheduler(llm: LLM) -> Any:
+    """Return the scheduler of an engine that cuts prompts; None where it cannot be reached."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)  # None in another process
+    scheduler = getattr(core, "scheduler", None)
+    cuts = llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill
+    return scheduler if cuts and hasattr(scheduler, "max_num_scheduled_tokens") else None
+
+
+def mixed(probe: Probe) -> tuple[Probe, Rows]:
+    """Return a few of a probe's windows, of evenly spaced ranks by length, and their rows [m].
+
+    The two longest are among them: each fills blocks of the prefix cache, and could get those of
+    the other.
+    """
+    sizes = [len(window.ids) for window in probe.windows]
+    by_length = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    others, longest = by_length[:-2], by_length[-2:]
+    chosen = longest
+    for count in range(min(MIXED - 2, len(others)), 0, -1):
+        ranks = np.linspace(0, len(others) - 1, count).astype(int)
+        chosen = [*(others[rank] for rank in ranks), *longest]
+        if sum(sizes[i] for i in chosen) <= MIXED_TOKENS:
+            break
+    return _part(probe, sorted(chosen)), _rows(probe, sorted(chosen))
+
+
+def _part(probe: Probe, windows: Sequence[int]) -> Probe:
+    return dataclasses.replace(probe, windows=tuple(probe.windows[i] for i in windows))
+
+
+def _rows(probe: Probe, windows: Sequence[int]) -> Rows:
+    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in windows])
+
+
+def in_batches(
+    llm: LLM, probe: Probe, batches: Sequence[Sequence[int]], provenance: Provenance
+) -> Measurement:
+    """Serve batches of windows one after another; the rows are in the probe's order again."""
+    parts = [engine.serve(llm, _part(probe, batch), provenance) for batch in batches]
+    order = np.argsort(np.concatenate([_rows(probe, batch) for batch in batches]))
+    hidden = [part.hidden for part in parts if part.hidden is not None]
+    return Measurement(
+        np.concatenate([part.values for part in parts])[order],
+        np.concatenate([part.top1 for part in parts])[order],
+        provenance,
+        np.concatenate(hidden)[order] if hidden else None,
+    )
+
+
+def _from_the_cache(llm: LLM, probe: Probe) -> tuple[Rows, NDArray[np.float32]] | None:
+    """Score the second half of each window, whose first half the engine has in its prefix cache."""
+    starts = [max(w.score_from - 1, len(w.ids) // 2) for w in probe.windows]
+    found = engine.generate_scores(
+        llm,
+        [window.ids for window in probe.windows],
+        [{"score_start": start} for start in starts],
+    )
+    if not any(output.num_cached_tokens for output in found):
+        return None
+    # Row i of a window is of its token score_from + i; the first one here is of start + 1.
+    rows = [
+        _rows(probe, [index])[start + 1 - window.score_from :]
+        for index, (window, start) in enumerate(zip(probe.windows, starts, strict=True))
+    ]
+    values = [output.prompt_logprobs.logprobs for output in found]
+    return np.concatenate(rows), np.concatenate(values)

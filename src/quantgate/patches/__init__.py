@@ -1,0 +1,1 @@
+"""All that alters vLLM: score mode, emulated kernels, pooling."""

@@ -1,0 +1,95 @@
+"""`gate.json`: the run as a release script reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from quantgate.judging.results import CheckResult, overall
+from quantgate.judging.verdict import Verdict, worst
+from quantgate.measuring.engine import EngineLife
+from quantgate.reporting.run import Run
+
+SCHEMA = 1
+
+
+def gate_json(run: Run) -> str:
+    """Return the report, as `gate.schema.json` describes it."""
+    results = list(run.results)
+    ids = list(dict.fromkeys(result.checkpoint for result in results))
+    content = {
+        "schema": SCHEMA,
+        "verdict": overall(results),
+        "started": run.started,
+        "duration_s": round(run.duration_s, 3),
+        "environment": dict(run.environment),
+        "engines": [_engine(life) for life in run.engines],
+        "checkpoints": [
+            _checkpoint([result for result in results if result.checkpoint == name]) for name in ids
+        ],
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _engine(life: EngineLife) -> dict[str, Any]:
+    return {
+        "checkpoint": Path(life.directory).name,
+        "dtype": life.dtype,
+        "start_s": round(life.start_s, 3),
+        "served_s": round(life.served_s, 3),
+    }
+
+
+def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
+    return {
+        "id": results[0].checkpoint,
+        "scheme": results[0].scheme,
+        "task": results[0].task,
+        "verdict": worst([result.verdict.counted for result in results]),
+        "emulated": sorted({name for result in results for name in result.verdict.emulated}),
+        "checks": [
+            {"name": result.check, **check_of_verdict(result.verdict)} for result in results
+        ],
+    }
+
+
+def check_of_verdict(verdict: Verdict) -> dict[str, Any]:
+    """Return what a check says of itself, without its name."""
+    headline = verdict.deviations[0] if verdict.deviations else None
+    return {
+        "verdict": verdict.outcome,
+        "measured": _number(headline.measured) if headline else None,
+        "allowed": headline.allowed if headline else None,
+        "unit": headline.unit if headline else None,
+        "noise_floor": _number(headline.floor) if headline and headline.floor is not None else None,
+        "n": verdict.n,
+        "mde": verdict.mde,
+        "unpaired_mde": verdict.unpaired_mde,
+        "p_value": verdict.p_value,
+        "detail": verdict.detail,
+        "figures": {name: _number(value) for name, value in verdict.figures.items()},
+        "kernels": dict(verdict.kernels),
+        "emulated": list(verdict.emulated),
+        "deviations": [
+            {
+                "what": d.what,
+                "measured": _number(d.measured),
+                "allowed": d.allowed,
+                "unit": d.unit,
+                "two_sided": d.two_sided,
+                "noise_floor": None if d.floor is None else _number(d.floor),
+            }
+            for d in verdict.deviations
+        ],
+        "since_golden": verdict.since_golden or None,
+        "next_step": verdict.next_step or None,
+        "attribution": verdict.attribution or None,
+        "known_failure": verdict.known_failure or None,
+    }
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN and no infinity; a reader must not take either for a missing value."""
+    return value if math.isfinite(value) else str(value)

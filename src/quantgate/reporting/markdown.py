@@ -1,0 +1,85 @@
+"""`gate.md`: the run as a comment on a pull request, or as GitHub's step summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from quantgate.judging.results import CheckResult, overall
+from quantgate.judging.verdict import SEVERITY, worst
+from quantgate.reporting.run import Run
+
+SIGN = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "not-run": "⏸️"}
+# A comment holds 65,536 characters; a message has its full text in the other reports.
+MOST_MESSAGES, LONGEST_MESSAGE = 20, 2000
+
+
+def gate_md(run: Run) -> str:
+    """Return the verdict, a row for each checkpoint, and the messages of what is no pass."""
+    results = list(run.results)
+    outcome = overall(results)
+    lines = [
+        f"## {SIGN[outcome]} Quantgate: {outcome.upper()}",
+        "",
+        ", ".join(f"{name} {value}" for name, value in map(_row_of, run.environment.items())),
+        "",
+        "| checkpoint | scheme | verdict | checks | not passed |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(result.checkpoint for result in results):
+        own = [result for result in results if result.checkpoint == name]
+        lines.append(_row(own))
+    failed = sorted(
+        (result for result in results if result.verdict.outcome != "pass"),
+        key=lambda result: SEVERITY.index(result.verdict.counted),
+    )
+    for result in failed[:MOST_MESSAGES]:
+        lines += ["", *_message(result)]
+    if len(failed) > MOST_MESSAGES:
+        lines += ["", f"… and {len(failed) - MOST_MESSAGES} more: see index.html."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(results: list[CheckResult]) -> str:
+    outcome = worst([result.verdict.counted for result in results])
+    missed = [
+        f"{r.check} {r.verdict.outcome.upper()}{' (known)' if r.verdict.known_failure else ''}"
+        for r in results
+        if r.verdict.outcome != "pass"
+    ]
+    emulated = " (emulated)" if any(r.verdict.emulated for r in results) else ""
+    cells = [
+        escaped(results[0].checkpoint),
+        escaped(results[0].scheme) + emulated,
+        f"{SIGN[outcome]} {outcome}",
+        str(len(results)),
+        ", ".join(map(escaped, missed)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _message(result: CheckResult) -> list[str]:
+    text = result.verdict.message(f"{result.checkpoint} {result.check}")
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE]}…"
+    # An indented block: no run of backticks in it can end it.
+    block = [f"    {line}" for line in text.splitlines()]
+    summary = escaped(f"{result.checkpoint} {result.check}: {result.verdict.outcome.upper()}")
+    return [f"<details><summary>{summary}</summary>", "", *block, "", "</details>"]
+
+
+def _row_of(item: tuple[str, str]) -> tuple[str, str]:
+    return escaped(item[0]), escaped(item[1])
+
+
+def escaped(text: str) -> str:
+    """Return text in which neither Markdown nor HTML sees anything but text."""
+    found = "".join(c if c.isprintable() else "?" for c in text[:LONGEST_MESSAGE])
+    for character in "\\`*_{}[]()#|~!@":
+        found = found.replace(character, f"\\{character}")
+    return found.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def markdown_table(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; its cells are Markdown."""
+    lines = [headings, ["---"] * len(headings), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

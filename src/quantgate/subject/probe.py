@@ -1,0 +1,247 @@
+"""Probes: the frozen token ids that every source scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.errors import BadInput
+from quantgate.subject.task import GENERATE, SEQUENCE_REWARD, Task
+
+
+@dataclass(frozen=True)
+class Window:
+    """One prompt: tokens `score_from` … end are scored, each from all tokens before it.
+
+    Of a pooling model these are the tokens whose outputs are taken, its last one where a whole text
+    has one output.
+    """
+
+    document: str
+    stratum: str
+    score_from: int
+    ids: tuple[int, ...]
+    text: str
+    labels: tuple[int | None, ...] = ()
+    """Of each scored token: an index into the probe's labels, or a grade; None where there is none.
+    () where the probe says nothing of what is right."""
+
+    @property
+    def scored(self) -> int:
+        """How many of its tokens are scored."""
+        return len(self.ids) - self.score_from
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Windows of frozen token ids. Per-token arrays are over scored tokens, window by window."""
+
+    name: str
+    vocab_size: int
+    windows: tuple[Window, ...]
+    task: Task = GENERATE
+    labels: tuple[str, ...] = ()
+    """The names of its labels."""
+    tokenizer: Path | None = field(default=None, compare=False)
+    """The checkpoint whose tokenizer turns its ids into text again, for messages."""
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of what is scored: ids, scored regions, documents, strata and labels."""
+        content = [
+            [w.document, w.stratum, w.score_from, list(w.ids), *([w.labels] if w.labels else [])]
+            for w in self.windows
+        ]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored in all."""
+        return sum(window.scored for window in self.windows)
+
+    @functools.cached_property
+    def documents(self) -> NDArray[np.str_]:
+        """Document id of each scored token [n]: the clusters of the statistics."""
+        return self._per_token([window.document for window in self.windows])
+
+    @functools.cached_property
+    def strata(self) -> NDArray[np.str_]:
+        """Stratum of each scored token [n]."""
+        return self._per_token([window.stratum for window in self.windows])
+
+    @functools.cached_property
+    def positions(self) -> NDArray[np.int64]:
+        """Position in its window of each scored token [n]."""
+        return np.concatenate([np.arange(w.score_from, len(w.ids)) for w in self.windows])
+
+    @functools.cached_property
+    def expected(self) -> NDArray[np.float64]:
+        """The label or grade of each scored token [n], NaN where there is none."""
+        labels = [w.labels or (None,) * w.scored for w in self.windows]
+        return np.array([np.nan if x is None else x for row in labels for x in row], np.float64)
+
+    def _per_token(self, labels: Sequence[str]) -> NDArray[np.str_]:
+        return np.repeat(np.array(labels), [window.scored for window in self.windows])
+
+
+def read_probe(path: Path) -> Probe:
+    """Read a probe file: a JSON header line, then one JSON object per window."""
+    try:
+        header, *lines = [
+            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        windows = tuple(
+            Window(
+                w["document"],
+                w["stratum"],
+                w["score_from"],
+                tuple(w["ids"]),
+                w["text"],
+                tuple(w.get("labels", ())),
+            )
+            for w in lines
+        )
+        probe = Probe(
+            header["probe"],
+            header["vocab_size"],
+            windows,
+            header.get("task", GENERATE),
+            tuple(header.get("labels", ())),
+        )
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such probe.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not a probe file ({type(error).__name__}: {error}).") from None
+    first = 1 if probe.task == GENERATE else 0
+    for number, window in enumerate(windows, start=2):
+        if not first <= window.score_from < len(window.ids):
+            raise BadInput(
+                f"{path}:{number}: score_from must be in {first} … {len(window.ids) - 1}."
+            )
+        if window.labels and len(window.labels) != window.scored:
+            raise BadInput(
+                f"{path}:{number}: {len(window.labels)} labels for {window.scored} scored tokens."
+            )
+        if not 0 <= min(window.ids) <= max(window.ids) < probe.vocab_size:
+            raise BadInput(f"{path}:{number}: a token id is outside 0 … {probe.vocab_size - 1}.")
+    if not windows:
+        raise BadInput(f"{path}: a probe without windows.")
+    return probe
+
+
+def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
+    """Return the probe in a checkpoint's own token ids, and a note where that is another one.
+
+    Where the checkpoint's tokenizer gives the frozen ids, that is `probe` itself. Where it has
+    another vocabulary, the probe's texts are tokenized once, here, and frozen for every source of
+    this run.
+    """
+    try:
+        tokenizer = _tokenizer(directory)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{directory}: its tokenizer cannot be loaded ({reason}).") from None
+    encoded = [tuple(tokenizer(window.text)["input_ids"]) for window in probe.windows]
+    if encoded == [window.ids for window in probe.windows]:
+        return dataclasses.replace(probe, tokenizer=directory), None
+    if (bos := tokenizer.bos_token_id) is not None and any(
+        ids[:2] == (bos, bos) for ids in encoded
+    ):
+        raise BadInput(
+            f"{directory}: its tokenizer puts two '{tokenizer.bos_token}' in front of a text, and "
+            "a model expects one; correct tokenizer.json or its template."
+        )
+    first = 1 if probe.task == GENERATE else 0
+    windows = tuple(
+        _retokenized(window, ids, probe.task)
+        for window, ids in zip(probe.windows, encoded, strict=True)
+        if len(ids) > first
+    )
+    note = (
+        f"probe '{probe.name}' tokenized with {directory.name}'s own tokenizer: "
+        f"{sum(w.scored for w in windows)} scored tokens"
+    )
+    name = f"{probe.name}-retokenized"
+    return Probe(name, len(tokenizer), windows, probe.task, probe.labels, directory), note
+
+
+CONTEXT_TOKENS = 16
+LONGEST_TEXT = 200
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A scored token in its text."""
+
+    before: str
+    token: str
+    after: str
+
+    def __str__(self) -> str:
+        if not self.before and not self.after:
+            return self.token
+        return f"…{self.before}»{self.token}«{self.after}…"
+
+
+def passage(probe: Probe, row: int) -> Passage:
+    """Return a scored token in its text, escaped; its id where no tokenizer is known."""
+    ends = np.cumsum([window.scored for window in probe.windows])
+    index = int(np.searchsorted(ends, row, side="right"))
+    window, place = probe.windows[index], int(probe.positions[row])
+    if probe.tokenizer is None:
+        return Passage("", f"token {window.ids[place]}", "")
+    tokenizer = _tokenizer(probe.tokenizer)
+    parts = (
+        window.ids[max(0, place - CONTEXT_TOKENS) : place],
+        window.ids[place : place + 1],
+        window.ids[place + 1 : place + 1 + CONTEXT_TOKENS // 2],
+    )
+    return Passage(*(_printable(tokenizer.decode(list(ids))) for ids in parts))
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def _printable(text: str) -> str:
+    """Escape what is no character of a line, such as its end; cut what is no token's length."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:LONGEST_TEXT])
+
+
+def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:
+    """Return a window in other ids; labels of tokens are lost, a whole text's grade is not."""
+    if task == SEQUENCE_REWARD:
+        return dataclasses.replace(window, ids=ids, score_from=len(ids) - 1)
+    first = 1 if task == GENERATE else 0
+    return dataclasses.replace(window, ids=ids, score_from=first, labels=())
+
+
+# The embedded probe of each task.
+EMBEDDED_PROBES: Mapping[Task, str] = {
+    GENERATE: "tiny",
+    "token_classify": "entities",
+    "token_reward": "steps",
+    "sequence_reward": "graded",
+    "token_embed": "retrieval",
+}
+
+
+def embedded_probe(root: Path, task: Task, *, quality: bool = False) -> Probe:
+    """Return the probe in a project's `fixtures/probes` for a task.
+
+    With `quality`, the one of more documents that a task's own metric is taken of.
+    """
+    name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}"
+    return read_probe(root / "fixtures" / "probes" / f"{name}.jsonl")

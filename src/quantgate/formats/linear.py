@@ -17,12 +17,13 @@ from quantgate.formats import activations
 from quantgate.formats.builds import int8_rule
 from quantgate.formats.groups import Group, fused_with
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, family_of
-from quantgate.formats.stored import TensorsByName
 from quantgate.formats.weights import Tensors
 from quantgate.subject.scheme import is_mx
 
 if TYPE_CHECKING:
     import torch
+
+    from quantgate.formats.stored import TensorsByName
 
 Dequantizer = Callable[[Tensors, Group], "torch.Tensor"]
 Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]

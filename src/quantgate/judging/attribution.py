@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quantgate.judging.compare import mean_absolute_difference, modules_beyond
-from quantgate.judging.verdict import Verdict
-from quantgate.measuring.measurement import Measurement
-from quantgate.measuring.replay import Replay
+
+if TYPE_CHECKING:
+    from quantgate.judging.verdict import Verdict
+    from quantgate.measuring.measurement import Measurement
+    from quantgate.measuring.replay import Replay
 
 # How far a weight of the library's may be from ours, relative to it: compressed-tensors rounds
 # NVFP4's scale and then its value to bfloat16, by half a unit in the last place (2^-9) each, which

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quantgate.errors import BadInput
-from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.task import GENERATE, Task
+
+if TYPE_CHECKING:
+    from quantgate.subject.checkpoint import Checkpoint
 
 # The largest |Δ log-probability| between vLLM in float32 and HF in float32 over the same weights.
 # float32 sums of a few thousand terms carry relative errors of 1e-7 to 1e-6 (Higham, "Accuracy and

@@ -15,13 +15,14 @@ from quantgate.errors import BadInput
 from quantgate.judging import fidelity, invariance, pooled
 from quantgate.judging.drift import drift
 from quantgate.judging.quality import divergence_from_base, quality
-from quantgate.judging.verdict import Verdict
-from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.task import EMBED, GENERATE, SEQUENCE_REWARD, Task
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
+
+    from quantgate.judging.verdict import Verdict
+    from quantgate.measuring.sources import Sources
+    from quantgate.subject.checkpoint import Checkpoint
 
 Precision = Literal["float32", "serving"]
 BOTH: tuple[Precision, ...] = ("float32", "serving")

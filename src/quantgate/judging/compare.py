@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +38,12 @@ from quantgate.judging.stats import (
 )
 from quantgate.judging.verdict import Deviation, Outcome, Statistic, Verdict, one_sided
 from quantgate.measuring.divergence import Divergence, llama_cpp_statistics
-from quantgate.measuring.measurement import Measurement
-from quantgate.measuring.replay import ModuleError, Replay
-from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE, is_classifier, quantity_of
+
+if TYPE_CHECKING:
+    from quantgate.measuring.measurement import Measurement
+    from quantgate.measuring.replay import ModuleError, Replay
+    from quantgate.subject.probe import Probe
 
 WORST_MODULES = 5
 

@@ -13,15 +13,16 @@ from quantgate.formats import builds
 from quantgate.judging import compare, fidelity
 from quantgate.judging.budget import drift_margin
 from quantgate.judging.golden import as_stored, judge_golden
-from quantgate.judging.verdict import Verdict
-from quantgate.measuring.measurement import Measurement
-from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint
-from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
+
+    from quantgate.judging.verdict import Verdict
+    from quantgate.measuring.measurement import Measurement
+    from quantgate.measuring.sources import Sources
+    from quantgate.subject.checkpoint import Checkpoint
+    from quantgate.subject.probe import Probe
 
 
 def drift(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.formats.kernels import explained
 from quantgate.judging.verdict import KLD_DECADES, Profile, WorstToken
-from quantgate.measuring.divergence import Divergence
-from quantgate.measuring.measurement import Measurement
 from quantgate.subject.probe import Probe, passage
 from quantgate.subject.task import is_classifier
+
+if TYPE_CHECKING:
+    from quantgate.measuring.divergence import Divergence
+    from quantgate.measuring.measurement import Measurement
 
 WORST_TOKENS, WORST_LINES = 10, 5
 POSITION_BINS = 32

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,12 @@ from quantgate.judging.budget import INVARIANCE_MAX, ROUNDING_FACTOR, fp32_max
 from quantgate.judging.evidence import kernels_line, profile_of, worst_lines
 from quantgate.judging.stats import rounding_allowance
 from quantgate.judging.verdict import Deviation, Profile, Verdict
-from quantgate.measuring.measurement import Measurement
 from quantgate.measuring.serving import mixed
-from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from quantgate.measuring.measurement import Measurement
+    from quantgate.measuring.sources import Sources
+    from quantgate.subject.checkpoint import Checkpoint
 
 Values = NDArray[np.floating[Any]]
 Derive = Callable[[Values], Values]

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.judging.stats import ALPHA, POWER
-from quantgate.subject.probe import Probe
+
+if TYPE_CHECKING:
+    from quantgate.subject.probe import Probe
 
 OUTSIDE = "O"  # the label of what is no entity
 RESAMPLES = 1000

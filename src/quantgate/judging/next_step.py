@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from typing import TYPE_CHECKING
 
 from quantgate.judging.checks import Remedy, named
-from quantgate.judging.verdict import Verdict
-from quantgate.subject.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from quantgate.judging.verdict import Verdict
+    from quantgate.subject.checkpoint import Checkpoint
 
 _WHICH_MODULE = "which module it is: {pytest} -k replay"
 _OTHERWISE = (

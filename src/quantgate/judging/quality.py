@@ -5,12 +5,16 @@ Takes what a check needs from the sources and hands it to the comparison.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from quantgate.judging import compare, task_quality
 from quantgate.judging.budget import quality_margin
-from quantgate.judging.verdict import Verdict
-from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import Checkpoint, actual_scheme
 from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    from quantgate.judging.verdict import Verdict
+    from quantgate.measuring.sources import Sources
 
 
 def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:

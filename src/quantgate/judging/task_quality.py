@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,13 @@ from quantgate.judging.budget import METRIC_LOSS
 from quantgate.judging.metrics import Metric
 from quantgate.judging.stats import ALPHA, FEWEST_CLUSTERS
 from quantgate.judging.verdict import Deviation, Verdict, one_sided
-from quantgate.measuring.measurement import Measurement
-from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import Checkpoint, read_config
-from quantgate.subject.probe import Probe
 from quantgate.subject.task import EMBED, SEQUENCE_REWARD, label_names, quantity_of
+
+if TYPE_CHECKING:
+    from quantgate.measuring.measurement import Measurement
+    from quantgate.measuring.sources import Sources
+    from quantgate.subject.probe import Probe
 
 Values = NDArray[np.floating[Any]]
 # The metric of a checkpoint and of its base, and what else a reader wants to know.

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantgate.errors import BadInput
-from quantgate.formats.stored import StoredTensors
 from quantgate.measuring.engine_failure import first_line
 from quantgate.measuring.heads import COLBERT, head_classes
-from quantgate.subject.task import Task
 
 if TYPE_CHECKING:
     import torch
+
+    from quantgate.formats.stored import StoredTensors
+    from quantgate.subject.task import Task
 
 
 def require_understood(directory: Path, quantization: Mapping[str, Any]) -> None:

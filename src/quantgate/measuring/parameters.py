@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantgate.errors import BadInput
 from quantgate.formats.groups import Group, group_of
-from quantgate.formats.kernels import LinearRules
 from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
-from quantgate.formats.stored import LoadedTensors
 from quantgate.formats.weights import dequantize_weight
 
 if TYPE_CHECKING:
     import torch
+
+    from quantgate.formats.kernels import LinearRules
+    from quantgate.formats.stored import LoadedTensors
 
 DequantizerName = Literal["own", "library"]
 Product = Callable[["torch.Tensor"], "torch.Tensor"]

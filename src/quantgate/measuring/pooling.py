@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.subject.checkpoint import read_config
-from quantgate.subject.probe import Probe
 from quantgate.subject.task import EMBED, GENERATE, POOLING, SEQUENCE_REWARD, Task, task_of
 
 if TYPE_CHECKING:
     from vllm import LLM, PoolingParams
+
+    from quantgate.subject.probe import Probe
 
 Rows = NDArray[np.float32]
 

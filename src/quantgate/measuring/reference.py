@@ -10,18 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantgate.formats.builds import Narrowing
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
 from quantgate.measuring.engine import Announce, library_versions
 from quantgate.measuring.measurement import Measurement, Provenance, pooled
-from quantgate.measuring.parameters import DequantizerName
 from quantgate.measuring.reference_device import CPU, exactly, platform_of, room_on
 from quantgate.measuring.streamed_model import StreamedModel
-from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
 
 if TYPE_CHECKING:
     import torch
+
+    from quantgate.formats.builds import Narrowing
+    from quantgate.measuring.parameters import DequantizerName
+    from quantgate.subject.probe import Probe
 
 # What makes float32 logits [rows, V] of hidden states [rows, H], and V.
 Head = tuple[Callable[["torch.Tensor"], "torch.Tensor"], int]

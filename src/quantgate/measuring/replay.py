@@ -16,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
-from quantgate.measuring.capture import Capture
-from quantgate.measuring.engine import Announce
 from quantgate.measuring.engine_failure import EngineFailure
-from quantgate.measuring.parameters import Product
 from quantgate.measuring.reference_device import CPU, room_on
 from quantgate.measuring.streamed_model import StreamedModel
-from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
 
 if TYPE_CHECKING:
     import torch
+
+    from quantgate.measuring.capture import Capture
+    from quantgate.measuring.engine import Announce
+    from quantgate.measuring.parameters import Product
+    from quantgate.subject.probe import Probe
 
 
 @dataclass(frozen=True)

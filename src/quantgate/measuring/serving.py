@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from quantgate.measuring import engine
 from quantgate.measuring.measurement import Measurement, Provenance
-from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+    from quantgate.subject.probe import Probe
 
 # How many tokens an engine takes at a time that cuts prompts into chunks.
 CHUNK = 64

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantgate.formats.builds import Narrowing
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
 from quantgate.formats.stored import LoadedTensors, StoredTensors
 from quantgate.measuring.attention_rules import Fp8KVCache, in_float32, truncating_attention_name
 from quantgate.measuring.empty_model import empty_model, require_understood
-from quantgate.measuring.engine import Announce
 from quantgate.measuring.parameters import (
     DequantizerName,
     Parameters,
@@ -28,11 +26,14 @@ from quantgate.measuring.parameters import (
 from quantgate.measuring.read_ahead import read_ahead
 from quantgate.measuring.reference_device import CPU, CUDA, exactly, together
 from quantgate.subject.checkpoint import read_config
-from quantgate.subject.probe import Window
 from quantgate.subject.task import EMBED, GENERATE, SEQUENCE_REWARD, Task
 
 if TYPE_CHECKING:
     import torch
+
+    from quantgate.formats.builds import Narrowing
+    from quantgate.measuring.engine import Announce
+    from quantgate.subject.probe import Window
 
 # Rows of full-vocabulary float32 logits held at once: 128 MiB at a vocabulary of 128k.
 LOGIT_ROWS = 256

@@ -20,15 +20,13 @@ from quantgate.measuring.engine import lacking
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.measuring.serving import mixed
 from quantgate.measuring.sources import SERVING, Sources
-from quantgate.plugin.gate_run import PENDING, RUN, GateRun, params_of
+from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory, params_of
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import Probe, embedded_probe
 from quantgate.subject.task import Task
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
-
-DEFAULT_CACHE = Path(".gate-cache")
 
 
 @dataclass(frozen=True)
@@ -151,12 +149,6 @@ def record(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
 def _printable_lines(text: str) -> str:
     """Return a traceback without what a terminal would obey: a checkpoint's words may be in it."""
     return "\n".join(printable(line.expandtabs()) for line in text.splitlines())
-
-
-def cache_directory(config: pytest.Config) -> Path:
-    """Return where a run keeps measurements of references and bases."""
-    found: Path = config.getoption("gate_cache") or config.rootpath / DEFAULT_CACHE
-    return found
 
 
 def _probes(root: Path) -> Callable[[Task, bool], Probe]:

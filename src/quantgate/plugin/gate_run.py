@@ -18,6 +18,7 @@ from quantgate.plugin.scheduling import check_of
 from quantgate.subject.checkpoint import Checkpoint
 
 PENDING = not_run("the run ended before its test")
+DEFAULT_CACHE = Path(".gate-cache")
 
 
 @dataclass
@@ -77,3 +78,9 @@ def subject_of(item: pytest.Item) -> str:
     """Return what a check judges, for a person: "tiny-llama drift-float32 on cpu"."""
     params = params_of(item)
     return f"{params['checkpoint'].id} {check_of(item.nodeid)} on {params['device']}"
+
+
+def cache_directory(config: pytest.Config) -> Path:
+    """Return where a run keeps measurements of references and bases."""
+    found: Path = config.getoption("gate_cache") or config.rootpath / DEFAULT_CACHE
+    return found

@@ -17,8 +17,7 @@ from quantgate.judging.results import CheckResult, overall, upheld
 from quantgate.judging.verdict import not_run
 from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.engine import available_devices, library_versions
-from quantgate.plugin.gate import cache_directory
-from quantgate.plugin.gate_run import PENDING, RUN, GateRun
+from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory
 from quantgate.plugin.scheduling import check_of, group_of
 from quantgate.plugin.selection import selected_checkpoints
 from quantgate.plugin.workers import send

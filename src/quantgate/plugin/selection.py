@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from quantgate.errors import BadInput
 from quantgate.judging import checks
-from quantgate.judging.checks import Need
 from quantgate.judging.golden import unclaimed
 from quantgate.judging.invariance import other_parallel_size
 from quantgate.judging.results import CheckResult
@@ -29,6 +29,9 @@ from quantgate.subject.checkpoint import (
     with_own_task,
 )
 from quantgate.subject.task import GENERATE
+
+if TYPE_CHECKING:
+    from quantgate.judging.checks import Need
 
 DEVICES = ("cpu", "cuda")
 OTHER_ENGINES = ("tensor-parallel", "compiled")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,8 +13,10 @@ from quantgate.errors import BadInput, printable
 from quantgate.judging.results import CheckResult
 from quantgate.measuring.engine import EngineLife
 from quantgate.plugin import devices
-from quantgate.plugin.gate_run import GateRun
 from quantgate.plugin.scheduling import CheckpointScheduling, check_of
+
+if TYPE_CHECKING:
+    from quantgate.plugin.gate_run import GateRun
 
 WORKER = "quantgate"
 PLACE = "quantgate_place"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import Verdict, worst
-from quantgate.measuring.engine import EngineLife
-from quantgate.reporting.run import Run
+
+if TYPE_CHECKING:
+    from quantgate.measuring.engine import EngineLife
+    from quantgate.reporting.run import Run
 
 SCHEMA = 1
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantgate.judging.checks import place_of
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import KLD_DECADES, Profile, worst
-from quantgate.reporting.run import Run
+
+if TYPE_CHECKING:
+    from quantgate.reporting.run import Run
 
 # Of a chart, in the units of its SVG.
 WIDTH, HEIGHT = 320, 72

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from quantgate.judging.results import CheckResult
+if TYPE_CHECKING:
+    from quantgate.judging.results import CheckResult
 
 # What JUnit calls each outcome that is not a pass. A check that did not happen is an error, never
 # a skip: CI pages show skips as green. Only a known failure is one, as pytest's expected ones are.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import SEVERITY, worst
-from quantgate.reporting.run import Run
+
+if TYPE_CHECKING:
+    from quantgate.reporting.run import Run
 
 SIGN = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "not-run": "⏸️"}
 # A comment holds 65,536 characters; a message has its full text in the other reports.

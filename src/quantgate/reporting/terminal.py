@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -14,8 +15,10 @@ from quantgate.errors import printable
 from quantgate.formats.kernels import explained
 from quantgate.judging.golden import UNCHANGED
 from quantgate.judging.results import CheckResult, overall
-from quantgate.judging.verdict import Outcome, Verdict
-from quantgate.measuring.engine import EngineLife
+
+if TYPE_CHECKING:
+    from quantgate.judging.verdict import Outcome, Verdict
+    from quantgate.measuring.engine import EngineLife
 
 STYLE: dict[Outcome, str] = {
     "pass": "green",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantgate.atomic import write_atomically
 from quantgate.reporting.gate_json import gate_json
 from quantgate.reporting.html import index_html
 from quantgate.reporting.junit import junit_xml
 from quantgate.reporting.markdown import gate_md
-from quantgate.reporting.run import Run
+
+if TYPE_CHECKING:
+    from quantgate.reporting.run import Run
 
 FILES = ("gate.json", "junit.xml", "gate.md", "index.html")
 

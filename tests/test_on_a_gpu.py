@@ -14,8 +14,8 @@ from preloaded import run_python
 from quantgate.subject.processor import is_x86_without_vnni
 
 MADE_UP = """
-import quantgate.measuring.engine
-quantgate.measuring.engine.available_devices = lambda: {"cuda": "sm90"}
+import quantgate.measuring.environment
+quantgate.measuring.environment.available_devices = lambda: {"cuda": "sm90"}
 """
 FEW_STEPS = 17
 QUANTIZED, WHOLE, REWARDS = "tiny-llama-w8a8", "tiny-llama", "tiny-prm-qwen2-w8a8"

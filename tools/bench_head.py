@@ -31,7 +31,7 @@ from rich.table import Table
 
 from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
-from quantgate.measuring.engine import library_versions
+from quantgate.measuring.environment import library_versions
 
 if TYPE_CHECKING:
     from torch import Tensor

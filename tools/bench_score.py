@@ -42,7 +42,8 @@ from rich.table import Table
 
 from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
-from quantgate.measuring.engine import kernel_fingerprint, library_versions, running_engine
+from quantgate.measuring.engine import kernel_fingerprint, running_engine
+from quantgate.measuring.environment import library_versions
 from quantgate.patches.scoremode import logprob
 from quantgate.patches.scoremode.hooks import HOOKS
 from quantgate.subject.checkpoint import EngineSettings

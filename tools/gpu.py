@@ -33,8 +33,8 @@ from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
 from quantgate.errors import BadInput
 from quantgate.measuring.cache import code_version
-from quantgate.measuring.engine import available_devices, library_versions
 from quantgate.measuring.engine_failure import EngineFailure, LostDevice, first_line
+from quantgate.measuring.environment import available_devices, library_versions
 from quantgate.subject.checkpoint import read_checkpoint_files
 
 # The scripts that say how figures are taken: with others they are measured again.

@@ -22,8 +22,9 @@ from quantgate.measuring import reference
 from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.engine import lacking
 from quantgate.measuring.measurement import Measurement
+from quantgate.measuring.precision import SERVING, resolve_dtype
 from quantgate.measuring.reference_device import CPU, choose_device
-from quantgate.measuring.sources import SERVING, Sources, resolve_dtype
+from quantgate.measuring.sources import Sources
 from quantgate.reporting.gate_json import check_of_verdict
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import embedded_probe, probe_for

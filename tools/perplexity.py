@@ -31,8 +31,9 @@ from quantgate.commands.perplexity import (
     result_of,
 )
 from quantgate.errors import BadInput
-from quantgate.measuring.engine import kernel_fingerprint, library_versions, running_engine
+from quantgate.measuring.engine import kernel_fingerprint, running_engine
 from quantgate.measuring.engine_failure import EngineFailure, first_line
+from quantgate.measuring.environment import library_versions
 from quantgate.subject.checkpoint import EngineSettings
 
 # A text is tokenized in pieces of this many characters, cut at a line's end: what fits into one

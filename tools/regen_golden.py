@@ -18,7 +18,8 @@ from quantgate.judging import approval, noise
 from quantgate.judging.golden import DTYPES, unclaimed
 from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.engine_failure import EngineFailure
-from quantgate.measuring.sources import Sources, has_float32
+from quantgate.measuring.precision import has_float32
+from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files, verify
 from quantgate.subject.probe import embedded_probe
 

@@ -26,9 +26,11 @@ from quantgate.judging.results import CheckResult, upheld
 from quantgate.judging.verdict import Verdict
 from quantgate.measuring import pooling, serving
 from quantgate.measuring.cache import DiskCache
-from quantgate.measuring.engine import available_devices, provenance_of, running_engine
+from quantgate.measuring.engine import provenance_of, running_engine
+from quantgate.measuring.environment import available_devices
 from quantgate.measuring.measurement import Measurement
-from quantgate.measuring.sources import SERVING, Sources, resolve_dtype
+from quantgate.measuring.precision import SERVING, resolve_dtype
+from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import (
     Checkpoint,
     actual_scheme,

@@ -19,7 +19,8 @@ from typing import Any
 from quantgate.judging import compare, fidelity
 from quantgate.judging.budget import ROUNDING_FACTOR
 from quantgate.measuring.engine import set_environment
-from quantgate.measuring.sources import SERVING, Sources
+from quantgate.measuring.precision import SERVING
+from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files
 from quantgate.subject.probe import embedded_probe
 

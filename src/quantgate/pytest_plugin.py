@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quantgate.measuring.engine import library_versions
+from quantgate.measuring.environment import library_versions
 from quantgate.measuring.reference_device import REFERENCE_DEVICES
 from quantgate.plugin import reporting, selection
 from quantgate.plugin.gate import Gate, gate, record

@@ -68,7 +68,7 @@ def machine() -> dict[str, str]:
     """Return what verdicts depend on: versions, processor, GPUs."""
     import torch
 
-    from quantgate.measuring.engine import library_versions
+    from quantgate.measuring.environment import library_versions
 
     found = dict(library_versions())
     found["GPUs"] = gpu_names() or "none: no CUDA kernel can be certified here"

@@ -19,7 +19,8 @@ from quantgate.errors import BadInput
 from quantgate.judging.stats import confidence_sequence
 from quantgate.judging.verdict import Outcome, one_sided
 from quantgate.measuring import engine
-from quantgate.measuring.sources import SERVING, Sources, resolve_dtype
+from quantgate.measuring.precision import SERVING, resolve_dtype
+from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import Probe, Window
 

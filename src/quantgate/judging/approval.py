@@ -10,7 +10,7 @@ import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantgate.atomic import write_atomically
 from quantgate.judging import drift, fidelity, noise
@@ -23,10 +23,12 @@ from quantgate.judging.golden import (
     golden_path,
     to_json,
 )
-from quantgate.judging.verdict import Verdict
-from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint
-from quantgate.subject.probe import Probe
+
+if TYPE_CHECKING:
+    from quantgate.judging.verdict import Verdict
+    from quantgate.measuring.sources import Sources
+    from quantgate.subject.checkpoint import Checkpoint
+    from quantgate.subject.probe import Probe
 
 
 @dataclass(frozen=True)

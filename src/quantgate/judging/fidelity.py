@@ -5,17 +5,22 @@ Takes what a check needs from the sources and hands it to the comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from quantgate.formats.library_weights import largest_disagreement
 from quantgate.judging import compare
 from quantgate.judging.attribution import Suspects, attribute
-from quantgate.judging.verdict import Verdict
-from quantgate.measuring.sources import SERVING, Sources
-from quantgate.subject.checkpoint import Checkpoint
+from quantgate.measuring.precision import SERVING
 
-Check = Callable[[Sources, Checkpoint], Verdict]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quantgate.judging.verdict import Verdict
+    from quantgate.measuring.sources import Sources
+    from quantgate.subject.checkpoint import Checkpoint
+
+    Check = Callable[[Sources, Checkpoint], Verdict]
 
 
 def free_running(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:

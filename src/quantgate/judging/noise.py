@@ -21,7 +21,7 @@ from quantgate.errors import BadInput
 from quantgate.judging import task_quality
 from quantgate.judging.golden import GoldenKey, golden_key, golden_path, stored_dtype
 from quantgate.judging.verdict import Deviation, Statistic, Verdict
-from quantgate.measuring.engine import available_devices
+from quantgate.measuring import environment
 from quantgate.measuring.measurement import Measurement, Provenance, rows_of
 from quantgate.measuring.serving import mixed
 from quantgate.subject.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ def served_again(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[P
 
     A stored one may turn out to be of something else: it is measured then all the same.
     """
-    (platform,) = available_devices().values()
+    (platform,) = environment.available_devices().values()
     if checkpoint.golden and noise_path(checkpoint, dtype, platform).exists():
         return []
     part, _ = mixed(sources.probe_of(checkpoint))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,10 +17,13 @@ from quantgate.judging.budget import ACTIVATION_MAX, INVARIANCE_MAX, fp32_max
 from quantgate.judging.evidence import profile_of
 from quantgate.judging.invariance import Derive, Values, largest, same, verdict_on
 from quantgate.judging.verdict import Deviation, Verdict, not_run
+from quantgate.measuring.precision import sharpest_dtype
 from quantgate.measuring.serving import mixed
-from quantgate.measuring.sources import Sources, sharpest_dtype
 from quantgate.subject.checkpoint import Checkpoint, read_config
 from quantgate.subject.task import EMBED, HEADS, activation_of, head_tensors, label_names
+
+if TYPE_CHECKING:
+    from quantgate.measuring.sources import Sources
 
 # Activations -------------------------------------------------------------------------------------
 

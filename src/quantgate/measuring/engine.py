@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from quantgate.formats import builds
+from quantgate.measuring import environment
 from quantgate.measuring.capture import EXTENSION, Capture, take_capture
 from quantgate.measuring.engine_failure import (
     MISTAKES,
@@ -26,6 +26,7 @@ from quantgate.measuring.engine_failure import (
     explained,
     require_device,
 )
+from quantgate.measuring.environment import library_versions
 from quantgate.measuring.measurement import Measurement, Provenance, pooled
 from quantgate.measuring.pooling import encode, outputs, pooling_arguments, raw_outputs
 from quantgate.patches.emulation import engine_arguments
@@ -193,7 +194,7 @@ def running_engine(
     from vllm.distributed import cleanup_dist_env_and_memory
 
     logging.getLogger(DUMP).setLevel(logging.CRITICAL)
-    on_cpu = "cpu" in available_devices()
+    on_cpu = "cpu" in environment.available_devices()
     optional = {
         "max_model_len": settings.max_model_len,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
@@ -417,20 +418,10 @@ def lacking() -> list[str]:
     return [f"vLLM {vllm_version()} lacks {what}" for what in found]
 
 
-def available_devices() -> dict[str, str]:
-    """Return the devices that the installed vLLM can use here, each with its golden platform."""
-    import torch
-
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return {"cuda": f"sm{major}{minor}"}
-    return {"cpu": "cpu"}
-
-
 def provenance_of(llm: LLM, dtype: str) -> Provenance:
     """Return where a measurement of a running engine comes from."""
     kernels, emulated = kernel_fingerprint(llm)
-    ((device, platform),) = available_devices().items()
+    ((device, platform),) = environment.available_devices().items()
     return Provenance(
         "engine",
         device,
@@ -441,19 +432,3 @@ def provenance_of(llm: LLM, dtype: str) -> Provenance:
         library_versions(),
         builds.arithmetic(),
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of what a score depends on."""
-    return dict(_library_versions())
-
-
-@functools.cache  # every search goes through all that is installed
-def _library_versions() -> tuple[tuple[str, str], ...]:
-    versions = {"vllm": vllm_version()}
-    for name in ("torch", "transformers", "compressed-tensors", "quantgate"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return tuple(versions.items())

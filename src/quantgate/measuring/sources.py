@@ -21,21 +21,22 @@ from quantgate.measuring import engine, pooling, reference, serving
 from quantgate.measuring.cache import DamagedEntry, DiskCache, code_version
 from quantgate.measuring.capture import Capture
 from quantgate.measuring.divergence import Divergence, Side, divergence
-from quantgate.measuring.engine import Announce, library_versions
+from quantgate.measuring.engine import Announce
+from quantgate.measuring.environment import library_versions
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.measuring.parameters import DequantizerName
 from quantgate.measuring.pooling import Steps, steps
+from quantgate.measuring.precision import SERVING, resolve_dtype, sharpest_dtype
 from quantgate.measuring.reference import Head
 from quantgate.measuring.reference_device import CPU, choose_device, free_memory
 from quantgate.measuring.replay import Replay, replay
 from quantgate.measuring.scratch import scratch_directory
 from quantgate.measuring.serving import Reruns
-from quantgate.subject.checkpoint import Checkpoint, actual_scheme, identity, read_config
+from quantgate.subject.checkpoint import Checkpoint, actual_scheme, identity
 from quantgate.subject.probe import Probe, probe_for
 from quantgate.subject.scheme import UNQUANTIZED
 from quantgate.subject.task import EMBED, Task
 
-SERVING = "serving"
 Derived = TypeVar("Derived")
 
 
@@ -506,23 +507,3 @@ def _from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Measurement:
     if "hidden" in found:
         found["hidden"] = _unpacked(found["hidden"])
     return Measurement(**found)
-
-
-def has_float32(checkpoint: Checkpoint) -> bool:
-    """Whether vLLM serves a checkpoint in float32: its CUDA kernels of quantized linears do not."""
-    on_cpu = "cpu" in engine.available_devices()
-    return on_cpu or actual_scheme(checkpoint.directory) == UNQUANTIZED
-
-
-def sharpest_dtype(checkpoint: Checkpoint) -> str:
-    """Return what shows the smallest difference in a checkpoint: float32, or what is served."""
-    return "float32" if has_float32(checkpoint) else resolve_dtype(checkpoint, SERVING)
-
-
-def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:
-    """Return the torch name of a dtype; "serving" is what the checkpoint is served in."""
-    if dtype != SERVING:
-        return dtype
-    config = read_config(checkpoint.directory)
-    stored = config.get("dtype") or config.get("torch_dtype")
-    return "float16" if stored == "float16" else "bfloat16"

@@ -18,8 +18,9 @@ from quantgate.judging.verdict import Verdict, not_run
 from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.engine import lacking
 from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.precision import SERVING
 from quantgate.measuring.serving import mixed
-from quantgate.measuring.sources import SERVING, Sources
+from quantgate.measuring.sources import Sources
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory, params_of
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import Probe, embedded_probe

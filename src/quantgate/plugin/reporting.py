@@ -15,8 +15,9 @@ from quantgate.judging import checks
 from quantgate.judging.golden import history_of
 from quantgate.judging.results import CheckResult, overall, upheld
 from quantgate.judging.verdict import not_run
+from quantgate.measuring import environment
 from quantgate.measuring.cache import DiskCache
-from quantgate.measuring.engine import available_devices, library_versions
+from quantgate.measuring.environment import library_versions
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory
 from quantgate.plugin.scheduling import check_of, group_of
 from quantgate.plugin.selection import selected_checkpoints
@@ -99,12 +100,13 @@ def _finished(run: GateRun, results: list[CheckResult]) -> Run:
             **library_versions(),
             "python": platform.python_version(),
             "machine": platform.machine(),
-            "devices": ", ".join(available_devices().values()),
+            "devices": ", ".join(environment.available_devices().values()),
         },
         left_out=run.left_out,
         notes=run.all_notes,
         engines=run.all_engines,
         histories=_histories(run),
+        check_order=[name for check in checks.CHECKS for name in check.names],
     )
 
 

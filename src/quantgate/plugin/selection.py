@@ -14,9 +14,9 @@ from quantgate.judging import checks
 from quantgate.judging.golden import unclaimed
 from quantgate.judging.invariance import other_parallel_size
 from quantgate.judging.results import CheckResult
-from quantgate.measuring.engine import available_devices
+from quantgate.measuring import environment
+from quantgate.measuring.precision import has_float32
 from quantgate.measuring.reference_device import choose_device
-from quantgate.measuring.sources import has_float32
 from quantgate.plugin import devices
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of, subject_of
 from quantgate.plugin.scheduling import check_of
@@ -136,7 +136,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
                 f"'{config.option.markexpr}' leave none; `pytest --co` lists them."
             )
         return
-    available = available_devices()
+    available = environment.available_devices()
     quick = config.getoption("quick")
     reasons = {
         item: _why_left_out(item, available) or (_why_not_quick(item) if quick else None)

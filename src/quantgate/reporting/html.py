@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantgate.judging.checks import place_of
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import KLD_DECADES, Profile, worst
 
@@ -35,7 +34,7 @@ def index_html(run: Run) -> str:
     return template.render(
         run=run,
         verdict=overall(results),
-        groups=[_group(results, task) for task in dict.fromkeys(r.task for r in results)],
+        groups=[_group(results, task, run) for task in dict.fromkeys(r.task for r in results)],
         checkpoints=[
             _checkpoint([r for r in results if r.checkpoint == name], run)
             for name in dict.fromkeys(r.checkpoint for r in results)
@@ -49,10 +48,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
-def _group(results: Sequence[CheckResult], task: str) -> dict[str, Any]:
+def _group(results: Sequence[CheckResult], task: str, run: Run) -> dict[str, Any]:
     """Return the matrix of one task's checkpoints and checks."""
     own = [result for result in results if result.task == task]
-    checks = sorted(dict.fromkeys(result.check for result in own), key=place_of)
+    checks = sorted(dict.fromkeys(result.check for result in own), key=run.place_of)
     rows = []
     for name in dict.fromkeys(result.checkpoint for result in own):
         found = {result.check: result for result in own if result.checkpoint == name}

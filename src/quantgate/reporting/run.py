@@ -26,3 +26,10 @@ class Run:
     """Those that were started for it."""
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """By checkpoint: the history of its golden in the served dtype, oldest first."""
+    check_order: Sequence[str] = ()
+    """The names of checks, as a person reads them."""
+
+    def place_of(self, check: str) -> int:
+        """Return where a check stands among a checkpoint's; a project's own come last."""
+        known = check in self.check_order
+        return self.check_order.index(check) if known else len(self.check_order)

@@ -1,0 +1,34 @@
+"""What a measurement depends on besides the checkpoint: devices and versions of libraries."""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import PackageNotFoundError, version
+
+from quantgate.patches.scoremode.hooks import vllm_version
+
+
+def available_devices() -> dict[str, str]:
+    """Return the devices that the installed vLLM can use here, each with its golden platform."""
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return {"cuda": f"sm{major}{minor}"}
+    return {"cpu": "cpu"}
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what a score depends on."""
+    return dict(_library_versions())
+
+
+@functools.cache  # every search goes through all that is installed
+def _library_versions() -> tuple[tuple[str, str], ...]:
+    versions = {"vllm": vllm_version()}
+    for name in ("torch", "transformers", "compressed-tensors", "quantgate"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return tuple(versions.items())

@@ -1,0 +1,29 @@
+"""Which dtype a checkpoint is measured in; "serving" is the one that it is served in."""
+
+from __future__ import annotations
+
+from quantgate.measuring import environment
+from quantgate.subject.checkpoint import Checkpoint, actual_scheme, read_config
+from quantgate.subject.scheme import UNQUANTIZED
+
+SERVING = "serving"
+
+
+def has_float32(checkpoint: Checkpoint) -> bool:
+    """Whether vLLM serves a checkpoint in float32: its CUDA kernels of quantized linears do not."""
+    on_cpu = "cpu" in environment.available_devices()
+    return on_cpu or actual_scheme(checkpoint.directory) == UNQUANTIZED
+
+
+def sharpest_dtype(checkpoint: Checkpoint) -> str:
+    """Return what shows the smallest difference in a checkpoint: float32, or what is served."""
+    return "float32" if has_float32(checkpoint) else resolve_dtype(checkpoint, SERVING)
+
+
+def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:
+    """Return the torch name of a dtype; "serving" is what the checkpoint is served in."""
+    if dtype != SERVING:
+        return dtype
+    config = read_config(checkpoint.directory)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return "float16" if stored == "float16" else "bfloat16"

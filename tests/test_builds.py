@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quantgate.formats import activations, builds
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import read_checkpoint_file
+from quantgate.subject.checkpoint_file import read_checkpoint_file
 from quantgate.subject.probe import embedded_probe
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from quantgate.errors import BadInput
 from quantgate.subject import checkpoint as ck
+from quantgate.subject import checkpoint_file, files
 from quantgate.subject.checkpoint import Checkpoint, KnownFailure
 from quantgate.subject.processor import CONDITIONS
 
@@ -27,7 +28,7 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
         '[engine]\nmax_model_len = 512\nkernels = "portable"\n'
         '[budget.quality]\nmargin = 0.05\nreason = "small model"\n'
     )
-    found = ck.read_checkpoint_file(write(tmp_path, text), tmp_path)
+    found = checkpoint_file.read_checkpoint_file(write(tmp_path, text), tmp_path)
     assert found.id == "x"
     assert found.engine == ck.EngineSettings(max_model_len=512, kernels="portable")
     assert found.budget["quality"] == ck.BudgetOverride(0.05, "small model")
@@ -63,7 +64,7 @@ def test_a_wrong_file_is_named_with_its_key_and_the_remedy(
 ) -> None:
     path = write(tmp_path, text)
     with pytest.raises(BadInput) as error:
-        ck.read_checkpoint_file(path, tmp_path)
+        checkpoint_file.read_checkpoint_file(path, tmp_path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -71,27 +72,27 @@ def test_a_wrong_file_is_named_with_its_key_and_the_remedy(
 
 def test_a_file_name_that_is_no_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="the name must match"):
-        ck.read_checkpoint_file(write(tmp_path, GOOD, "Llama_W4"), tmp_path)
+        checkpoint_file.read_checkpoint_file(write(tmp_path, GOOD, "Llama_W4"), tmp_path)
 
 
 def test_a_checkpoint_that_is_neither_id_nor_path_names_the_nearest(tmp_path: Path) -> None:
     known = {"tiny-llama": ck.Checkpoint("tiny-llama", "./x")}
     with pytest.raises(BadInput, match="nearest: tiny-llama"):
-        ck.find_checkpoint("tiny-lama", known, tmp_path, None)
+        checkpoint_file.find_checkpoint("tiny-lama", known, tmp_path, None)
 
 
 def test_a_directory_is_a_checkpoint_without_a_golden(tmp_path: Path) -> None:
     (tmp_path / "My Model").mkdir()
-    found = ck.find_checkpoint(str(tmp_path / "My Model"), {}, tmp_path, str(tmp_path))
+    found = checkpoint_file.find_checkpoint(str(tmp_path / "My Model"), {}, tmp_path, str(tmp_path))
     assert (found.id, found.golden) == ("my-model", False)
     assert found.base == str(tmp_path)
     assert found.directory == tmp_path / "My Model"
 
 
 def test_the_embedded_checkpoint_is_whole_and_pinned(root: Path) -> None:
-    for checkpoint in ck.read_checkpoint_files(root).values():
-        ck.verify(checkpoint)
-        assert checkpoint.revision == f"sha256:{ck.identity(checkpoint.directory)}"
+    for checkpoint in checkpoint_file.read_checkpoint_files(root).values():
+        checkpoint_file.verify(checkpoint)
+        assert checkpoint.revision == f"sha256:{files.identity(checkpoint.directory)}"
 
 
 def gated(directory: Path, scheme: str | None = "W4A16") -> ck.Checkpoint:
@@ -100,7 +101,7 @@ def gated(directory: Path, scheme: str | None = "W4A16") -> ck.Checkpoint:
 
 def refused(checkpoint: ck.Checkpoint) -> str:
     with pytest.raises(BadInput) as error:
-        ck.verify(checkpoint)
+        checkpoint_file.verify(checkpoint)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -156,14 +157,14 @@ def test_a_broken_config_is_refused(quantized_copy: Path, text: str | None, mess
 
 
 def test_one_changed_byte_is_another_identity(quantized_copy: Path, quantized: Path) -> None:
-    assert ck.identity(quantized_copy) == ck.identity(quantized)
+    assert files.identity(quantized_copy) == files.identity(quantized)
     path = quantized_copy / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert ck.identity(quantized_copy) != ck.identity(quantized)
+    assert files.identity(quantized_copy) != files.identity(quantized)
     pinned = ck.Checkpoint(
-        "x", str(quantized_copy), scheme="W4A16", revision=f"sha256:{ck.identity(quantized)}"
+        "x", str(quantized_copy), scheme="W4A16", revision=f"sha256:{files.identity(quantized)}"
     )
     assert "its identity is sha256:" in refused(pinned)
 
@@ -176,7 +177,7 @@ def test_the_same_recipe_gives_the_same_bytes(
     quantize.build(
         root / "fixtures" / "tiny" / "llama", target, quantize.RECIPES["tiny-llama-w4a16"]
     )
-    assert ck.identity(target) == ck.identity(quantized)
+    assert files.identity(target) == files.identity(quantized)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
 
 
@@ -190,7 +191,7 @@ def test_the_same_recipe_gives_the_same_bytes(
 )
 def test_a_task_that_is_none_is_refused(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        ck.read_checkpoint_file(write(tmp_path, f"{GOOD}{line}\n"), tmp_path)
+        checkpoint_file.read_checkpoint_file(write(tmp_path, f"{GOOD}{line}\n"), tmp_path)
 
 
 def test_a_classifier_of_texts_is_not_a_reward(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_classifier_of_texts_is_not_a_reward(tmp_path: Path) -> None:
         '{"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}'
     )
     with pytest.raises(BadInput, match="a classifier of whole texts with 2 labels; only rewards"):
-        ck.refuse_another_task(tmp_path, "sequence_reward")
+        files.refuse_another_task(tmp_path, "sequence_reward")
 
 
 def test_what_a_processor_cannot_do_excuses_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

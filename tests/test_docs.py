@@ -74,7 +74,7 @@ def test_ci_calls_what_the_readme_calls(readme: str, root: Path) -> None:
 
 
 def test_its_checkpoint_file_is_one(readme: str, tmp_path: Path) -> None:
-    from quantgate.subject.checkpoint import read_checkpoint_file
+    from quantgate.subject.checkpoint_file import read_checkpoint_file
 
     block = "\n".join(re.findall(r"```toml\n(.*?)```", readme, re.DOTALL))
     path = tmp_path / "fixtures" / "checkpoints" / "example.toml"
@@ -85,7 +85,7 @@ def test_its_checkpoint_file_is_one(readme: str, tmp_path: Path) -> None:
 
 
 def test_the_reward_models_file_is_one(root: Path, tmp_path: Path) -> None:
-    from quantgate.subject.checkpoint import read_checkpoint_file
+    from quantgate.subject.checkpoint_file import read_checkpoint_file
 
     text = (root / "docs" / "pooling.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
@@ -269,7 +269,7 @@ def test_the_doctor_says_what_is_certified_and_what_is_missing(tmp_path: Path) -
 def test_the_doctor_names_the_kernel_of_a_format(root: Path) -> None:
     """By loading it; one format, of which every build says something."""
     from quantgate.commands import doctor
-    from quantgate.subject.checkpoint import read_checkpoint_files
+    from quantgate.subject.checkpoint_file import read_checkpoint_files
 
     known = read_checkpoint_files(root)
     text = doctor.report(root, {"tiny-llama": known["tiny-llama"]}, lambda _: None)
@@ -308,7 +308,8 @@ def test_the_commands_for_a_real_checkpoint_are_accepted(root: Path, project: Pa
 
 
 def test_the_file_of_a_real_checkpoint_is_one(root: Path, tmp_path: Path) -> None:
-    from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_file
+    from quantgate.subject.checkpoint import Checkpoint
+    from quantgate.subject.checkpoint_file import read_checkpoint_file
 
     text = (root / "docs" / "adding-a-checkpoint.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)

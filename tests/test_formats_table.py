@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 
 from quantgate.subject import processor
-from quantgate.subject.checkpoint import EngineSettings, read_checkpoint_files
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.task import GENERATE
 
 Rows = dict[str, dict[str, str]]

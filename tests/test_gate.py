@@ -19,7 +19,8 @@ from quantgate.judging.verdict import Deviation, Verdict
 from quantgate.measuring import engine, reference
 from quantgate.measuring.measurement import Measurement
 from quantgate.patches.scoremode import logprob
-from quantgate.subject.checkpoint import EngineSettings, read_checkpoint_files
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import Probe, passage, probe_for
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable")

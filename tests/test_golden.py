@@ -32,7 +32,7 @@ from quantgate.judging.golden import (
 from quantgate.measuring.measurement import Measurement, Provenance, pooled
 from quantgate.measuring.sources import Sources
 from quantgate.patches.scoremode import logprob
-from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import Probe, Window
 
 PROVENANCE = Provenance("engine", "cpu", "cpu", "float32", {"lm_head": "X"}, ("X",), {"torch": "2"})

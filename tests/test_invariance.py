@@ -15,7 +15,8 @@ from quantgate.measuring import engine, serving
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.measuring.serving import MIXED, mixed
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_file
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint_file import read_checkpoint_file
 from quantgate.subject.probe import Probe, Window, embedded_probe
 from quantgate.subject.task import Task
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from harness import LLMCOMPRESSOR, RunGate
 
-from quantgate.subject.checkpoint import actual_scheme
+from quantgate.subject.files import actual_scheme
 
 pytestmark = pytest.mark.slow(reason="the whole gate on seven checkpoints")
 

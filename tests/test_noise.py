@@ -17,7 +17,7 @@ from quantgate.judging.golden import GoldenKey
 from quantgate.judging.noise import NoiseFloor, Rerun
 from quantgate.judging.verdict import Deviation, Outcome, Verdict
 from quantgate.measuring.measurement import Provenance
-from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 KEY = GoldenKey("0" * 64, "1" * 64, "cpu", "bfloat16", "auto", "portable")
 PROVENANCE = Provenance("engine", "cpu", "cpu", "bfloat16", {"lm_head": "X"}, ("X",))

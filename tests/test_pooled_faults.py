@@ -17,13 +17,9 @@ from quantgate.judging import compare, drift, fidelity, invariance, pooled, task
 from quantgate.judging.golden import from_json, golden_path
 from quantgate.judging.verdict import Verdict
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import (
-    Checkpoint,
-    EngineSettings,
-    identity,
-    read_checkpoint_file,
-    verify,
-)
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
+from quantgate.subject.checkpoint_file import read_checkpoint_file, verify
+from quantgate.subject.files import identity
 from quantgate.subject.probe import Probe, embedded_probe, probe_for
 from quantgate.subject.task import Task
 

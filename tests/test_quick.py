@@ -4,7 +4,8 @@ from pathlib import Path
 
 from harness import RunGate
 
-from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 
 def parts(checkpoints: list[Checkpoint]) -> set[str]:

@@ -33,7 +33,8 @@ from quantgate.measuring.reference_device import TOKENS_PER_STEP, choose_device,
 from quantgate.measuring.replay import replay
 from quantgate.measuring.sources import Sources
 from quantgate.measuring.streamed_model import StreamedModel
-from quantgate.subject.checkpoint import Checkpoint, EngineSettings, read_checkpoint_files
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import Probe, embedded_probe, probe_for
 from quantgate.subject.task import GENERATE, Task
 

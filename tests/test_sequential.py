@@ -10,7 +10,7 @@ from preloaded import run_python
 from quantgate.commands.sequential import CHARACTERS, Progress, probe_of_text, quality_until_clear
 from quantgate.errors import BadInput
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import Probe
 
 

@@ -22,12 +22,9 @@ from quantgate.errors import BadInput
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.reporting.markdown import markdown_table
 from quantgate.subject import processor
-from quantgate.subject.checkpoint import (
-    Checkpoint,
-    EngineSettings,
-    actual_scheme,
-    read_checkpoint_files,
-)
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
+from quantgate.subject.checkpoint_file import read_checkpoint_files
+from quantgate.subject.files import actual_scheme
 from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent

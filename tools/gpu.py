@@ -35,7 +35,7 @@ from quantgate.errors import BadInput
 from quantgate.measuring.cache import code_version
 from quantgate.measuring.engine_failure import EngineFailure, LostDevice, first_line
 from quantgate.measuring.environment import available_devices, library_versions
-from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 # The scripts that say how figures are taken: with others they are measured again.
 MEASURING = ("gpu_parts.py", "bench_score.py", "bench_head.py", "head_candidates.py")

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from quantgate.atomic import write_atomically
 from quantgate.errors import BadInput
 from quantgate.formats.groups import fused_with, group_of
-from quantgate.subject.checkpoint import identity, read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_checkpoint_files
+from quantgate.subject.files import identity
 
 if TYPE_CHECKING:
     import torch

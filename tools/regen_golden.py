@@ -20,7 +20,8 @@ from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.measuring.precision import has_float32
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files, verify
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint_file import read_checkpoint_files, verify
 from quantgate.subject.probe import embedded_probe
 
 ROOT = Path(__file__).resolve().parent.parent

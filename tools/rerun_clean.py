@@ -31,12 +31,9 @@ from quantgate.measuring.environment import available_devices
 from quantgate.measuring.measurement import Measurement
 from quantgate.measuring.precision import SERVING, resolve_dtype
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import (
-    Checkpoint,
-    actual_scheme,
-    read_checkpoint_files,
-    read_config,
-)
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint_file import read_checkpoint_files
+from quantgate.subject.files import actual_scheme, read_config
 from quantgate.subject.probe import embedded_probe
 from quantgate.subject.task import GENERATE
 

@@ -18,12 +18,8 @@ from quantgate.judging.stats import FEWEST_CLUSTERS
 from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import (
-    actual_scheme,
-    find_checkpoint,
-    read_checkpoint_files,
-    verify,
-)
+from quantgate.subject.checkpoint_file import find_checkpoint, read_checkpoint_files, verify
+from quantgate.subject.files import actual_scheme
 from quantgate.subject.probe import embedded_probe, probe_for
 from quantgate.subject.task import GENERATE
 

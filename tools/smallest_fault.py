@@ -21,7 +21,8 @@ from quantgate.judging.budget import ROUNDING_FACTOR
 from quantgate.measuring.engine import set_environment
 from quantgate.measuring.precision import SERVING
 from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint, read_checkpoint_files
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import embedded_probe
 
 ROOT = Path(__file__).resolve().parent.parent

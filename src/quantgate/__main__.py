@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from quantgate.errors import BadInput
-from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 BAD_INPUT = 4  # pytest's own status for it
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from quantgate.formats.groups import Group, group_of
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import Tensors, dequantize_weight
-from quantgate.subject.checkpoint import read_config
+from quantgate.subject.files import read_config
 
 if TYPE_CHECKING:
     import torch

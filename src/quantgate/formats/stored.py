@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from quantgate.errors import BadInput
-from quantgate.subject.checkpoint import weight_files
+from quantgate.subject.files import weight_files
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ from quantgate.errors import BadInput
 from quantgate.judging.verdict import Outcome, Verdict, not_run
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.patches.wanted import NATIVE
-from quantgate.subject.checkpoint import Checkpoint, identity
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.files import identity
 from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
 

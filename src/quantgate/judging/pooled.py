@@ -19,7 +19,8 @@ from quantgate.judging.invariance import Derive, Values, largest, same, verdict_
 from quantgate.judging.verdict import Deviation, Verdict, not_run
 from quantgate.measuring.precision import sharpest_dtype
 from quantgate.measuring.serving import mixed
-from quantgate.subject.checkpoint import Checkpoint, read_config
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.files import read_config
 from quantgate.subject.task import EMBED, HEADS, activation_of, head_tensors, label_names
 
 if TYPE_CHECKING:

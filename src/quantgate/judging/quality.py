@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from quantgate.judging import compare, task_quality
 from quantgate.judging.budget import quality_margin
-from quantgate.subject.checkpoint import Checkpoint, actual_scheme
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.files import actual_scheme
 from quantgate.subject.task import GENERATE
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from quantgate.judging.budget import METRIC_LOSS
 from quantgate.judging.metrics import Metric
 from quantgate.judging.stats import ALPHA, FEWEST_CLUSTERS
 from quantgate.judging.verdict import Deviation, Verdict, one_sided
-from quantgate.subject.checkpoint import Checkpoint, read_config
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.files import read_config
 from quantgate.subject.task import EMBED, SEQUENCE_REWARD, label_names, quantity_of
 
 if TYPE_CHECKING:

@@ -38,7 +38,8 @@ from quantgate.patches.scoremode.hooks import (
     vllm_version,
 )
 from quantgate.patches.wanted import NATIVE
-from quantgate.subject.checkpoint import EngineSettings, read_config
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.files import read_config
 from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantgate.subject.checkpoint import read_config
+from quantgate.subject.files import read_config
 from quantgate.subject.task import EMBED, GENERATE, POOLING, SEQUENCE_REWARD, Task, task_of
 
 if TYPE_CHECKING:

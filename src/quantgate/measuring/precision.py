@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from quantgate.measuring import environment
-from quantgate.subject.checkpoint import Checkpoint, actual_scheme, read_config
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.files import actual_scheme, read_config
 from quantgate.subject.scheme import UNQUANTIZED
 
 SERVING = "serving"

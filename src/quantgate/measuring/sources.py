@@ -32,7 +32,8 @@ from quantgate.measuring.reference_device import CPU, choose_device, free_memory
 from quantgate.measuring.replay import Replay, replay
 from quantgate.measuring.scratch import scratch_directory
 from quantgate.measuring.serving import Reruns
-from quantgate.subject.checkpoint import Checkpoint, actual_scheme, identity
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.files import actual_scheme, identity
 from quantgate.subject.probe import Probe, probe_for
 from quantgate.subject.scheme import UNQUANTIZED
 from quantgate.subject.task import EMBED, Task

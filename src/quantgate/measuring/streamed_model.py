@@ -25,7 +25,7 @@ from quantgate.measuring.parameters import (
 )
 from quantgate.measuring.read_ahead import read_ahead
 from quantgate.measuring.reference_device import CPU, CUDA, exactly, together
-from quantgate.subject.checkpoint import read_config
+from quantgate.subject.files import read_config
 from quantgate.subject.task import EMBED, GENERATE, SEQUENCE_REWARD, Task
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from quantgate.plugin.workers import send
 from quantgate.reporting.run import Run
 from quantgate.reporting.terminal import engines_line, table
 from quantgate.reporting.write import FILES, write_reports
-from quantgate.subject.checkpoint import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
 # What the widest table needs; a narrower terminal wraps its lines, which loses nothing.

@@ -20,14 +20,14 @@ from quantgate.measuring.reference_device import choose_device
 from quantgate.plugin import devices
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of, subject_of
 from quantgate.plugin.scheduling import check_of
-from quantgate.subject.checkpoint import (
-    Checkpoint,
-    actual_scheme,
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint_file import (
     find_checkpoint,
     read_checkpoint_files,
     verify,
     with_own_task,
 )
+from quantgate.subject.files import actual_scheme
 from quantgate.subject.task import GENERATE
 
 if TYPE_CHECKING:

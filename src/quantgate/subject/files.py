@@ -1,0 +1,187 @@
+"""A checkpoint's files: where they are, what they say, and whether they are whole."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from quantgate.errors import BadInput, printable
+from quantgate.subject.scheme import scheme_name
+from quantgate.subject.task import (
+    EMBED,
+    GENERATE,
+    SEQUENCE_REWARD,
+    Task,
+    head_tensors,
+    num_labels,
+    task_of,
+)
+
+# Of what a table's first columns hold that a checkpoint says of itself.
+LONGEST_ID = 64
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@functools.lru_cache(maxsize=64)
+def locate(source: str, revision: str | None, root: Path) -> Path:
+    """Return the directory that holds a source's files, downloading a hub id if need be."""
+    if source.startswith((".", "/")):
+        path = Path(source) if source.startswith("/") else root / source
+        if not path.is_dir():
+            raise BadInput(
+                f"{path}: no such directory; correct the path, or run `make checkpoints` if it is "
+                "one of the embedded checkpoints."
+            )
+        return path
+    return _download(source, revision)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights in safetensors, text files, tokenizers: nothing that could run code.
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(
+            f"{source}: neither in the local hub cache nor to be downloaded ({reason}); "
+            "give a local directory instead."
+        ) from None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return a checkpoint's `config.json`."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: missing; a checkpoint is a directory that has it.") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not a JSON file ({error}).") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"{path}: holds a {type(config).__name__}, not an object.")
+    return config
+
+
+def actual_scheme(directory: Path) -> str:
+    """Return the scheme that a checkpoint's `config.json` says, in one short line."""
+    said = read_config(directory).get("quantization_config")
+    try:
+        return printable(scheme_name(said))[:LONGEST_ID]
+    except (AttributeError, TypeError) as error:
+        raise BadInput(
+            f"{directory / 'config.json'}: its quantization_config is malformed ({error}); "
+            "compare it with one that llm-compressor writes."
+        ) from None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return a checkpoint's safetensors files; pickled weights, which can run code, are refused."""
+    shards = sorted(directory.glob("*.safetensors"))
+    if shards:
+        return shards
+    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
+    if pickled:
+        raise BadInput(
+            f"{directory / pickled[0]}: pickled weights can run code and are never loaded; "
+            "convert them to safetensors."
+        )
+    raise BadInput(f"{directory}: no *.safetensors file in it, so there are no weights to judge.")
+
+
+def refuse_another_task(directory: Path, task: Task) -> None:
+    """Raise `BadInput` where a checkpoint cannot do a task: it has no head for it, or another."""
+    config = read_config(directory)
+    does = task_of(config)
+    # Hidden states can be had of any model; a token classifier may be a process reward model as
+    # TRL saves it.
+    if does == task == SEQUENCE_REWARD and (labels := num_labels(config)) != 1:
+        raise BadInput(
+            f"{directory / 'config.json'}: a classifier of whole texts with {labels} labels; only "
+            "rewards, which have one, are judged."
+        )
+    if does == task or task == EMBED or (does, task) == ("token_classify", "token_reward"):
+        return
+    architectures = ", ".join(config.get("architectures") or ["model of unknown architecture"])
+    raise BadInput(
+        f"{directory / 'config.json'}: a {architectures} does '{does}', not '{task}'"
+        + ("; it has no head for labels." if does == GENERATE else "; correct task in its file.")
+    )
+
+
+def refuse_quantized_head(directory: Path, tensors: Collection[str], task: Task) -> None:
+    """Raise `BadInput` where the head of a model that pools is quantized on disk."""
+    if task == GENERATE:
+        return
+    for name in head_tensors(tensors):
+        head, _, part = name.rpartition(".")
+        if part in ("weight_scale", "weight_packed"):
+            raise BadInput(
+                f"{directory}: its head, '{head}', is quantized, which vLLM cannot serve with a "
+                "bias; quantize the model again with its head in `ignore`."
+            )
+
+
+def verify_weights(directory: Path) -> set[str]:
+    """Check that every shard is whole and that the index names nothing that is missing.
+
+    Returns the names of all tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    present: set[str] = set()
+    for shard in weight_files(directory):
+        try:
+            with safe_open(shard, framework="numpy") as tensors:
+                present.update(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise BadInput(
+                f"{shard}: truncated or corrupt ({error}); fetch or build it again."
+            ) from None
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        missing = sorted(set(json.loads(index.read_text())["weight_map"]) - present)
+        if missing:
+            raise BadInput(
+                f"{index}: names {len(missing)} tensors that no shard holds, the first of them "
+                f"{missing[0]}; fetch or build the checkpoint again."
+            )
+    return present
+
+
+# What makes a checkpoint that checkpoint, besides its weights.
+_IDENTITY_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def identity(directory: Path) -> str:
+    """Return the sha256 over a checkpoint's weights, config and tokenizer, in 64 hex digits."""
+    files = [*weight_files(directory)]
+    files += [directory / name for name in _IDENTITY_FILES if (directory / name).exists()]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        stat = path.stat()
+        digest.update(
+            f"{path.name} {_file_sha256(path, stat.st_mtime_ns, stat.st_size)}\n".encode()
+        )
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_sha256(path: Path, _mtime_ns: int, _size: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -97,14 +97,11 @@ def test_the_reward_models_file_is_one(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "answer"),
     [
-        pytest.param(
-            "README.md",
-            r"^\d+\.\d+ nat per token$",
-            marks=pytest.mark.slow(reason="an engine that vLLM compiles, as by default"),
-        ),
+        ("README.md", r"^\d+\.\d+ nat per token$"),
         ("docs/pooling.md", r"^\(20, 6\)$"),
     ],
 )
+@pytest.mark.slow(reason="an engine that vLLM compiles, as by default")
 def test_the_python_runs(root: Path, document: str, answer: str) -> None:
     text = (root / document).read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

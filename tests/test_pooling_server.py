@@ -22,7 +22,11 @@ SAME = 1e-5
     ("name", "task"),
     [
         ("tiny-prm-native-w4a16", "token_reward"),
-        ("tiny-colbert-bert-w4a16", "token_embed"),
+        pytest.param(
+            "tiny-colbert-bert-w4a16",
+            "token_embed",
+            marks=pytest.mark.slow(reason="another server; one task is asked in every run"),
+        ),
     ],
 )
 def test_the_server_gives_what_encode_gives(

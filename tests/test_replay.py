@@ -20,7 +20,7 @@ from quantgate.formats.weights import dequantize_weight
 from quantgate.judging import compare, fidelity
 from quantgate.judging.attribution import Suspects, attribute
 from quantgate.judging.verdict import Deviation, Verdict
-from quantgate.measuring import engine, reference
+from quantgate.measuring import engine, parameters
 from quantgate.measuring.capture import Capture
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.measuring.replay import ModuleError, Replay, replay
@@ -297,7 +297,7 @@ def test_a_wrong_dequantizer_is_the_references_fault(
     def wrong(tensors: Any, weights: Any) -> torch.Tensor:
         return dequantize_weight(tensors, weights) + 1e-3
 
-    monkeypatch.setattr(reference, "dequantize_weight", wrong)
+    monkeypatch.setattr(parameters, "dequantize_weight", wrong)
     monkeypatch.setattr(library_weights, "dequantize_weight", wrong)
     verdict = fidelity_of(quantized, probe)
     assert verdict.outcome == "fail"

@@ -8,6 +8,7 @@ import pytest
 
 from quantgate.judging.results import CheckResult, upheld
 from quantgate.judging.verdict import Deviation, Outcome, Verdict, not_run
+from quantgate.measuring.engine import EngineLife
 from quantgate.reporting.gate_json import gate_json
 from quantgate.reporting.junit import junit_xml
 from quantgate.reporting.run import Run
@@ -26,11 +27,16 @@ RESULTS = [result("pass"), result("fail", "drift"), result("not-run", "quality",
 
 
 def test_gate_json_keeps_its_contract() -> None:
-    text = gate_json(Run(RESULTS, "now", 1.23456, {"vllm": "1"}))
+    engines = [EngineLife("/models/x", "bfloat16", 1.23456, 2.0)]
+    text = gate_json(Run(RESULTS, "now", 1.23456, {"vllm": "1"}, engines=engines))
     content = json.loads(text, parse_constant=pytest.fail)
     assert list(content) == [
-        "schema", "verdict", "started", "duration_s", "environment", "checkpoints",
+        "schema", "verdict", "started", "duration_s", "environment", "engines", "checkpoints",
     ]  # fmt: skip
+    (engine,) = content["engines"]
+    assert engine == {
+        "checkpoint": "x", "dtype": "bfloat16", "start_s": 1.235, "served_s": 2.0,
+    }  # fmt: skip
     x, y = content["checkpoints"]
     assert (content["verdict"], x["verdict"], y["verdict"]) == ("fail", "fail", "not-run")
     assert (x["id"], x["scheme"], x["task"], x["emulated"]) == ("x", "W4A16", "generate", ["K"])

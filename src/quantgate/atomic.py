@@ -12,7 +12,7 @@ HOUR = 3600
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` in one step: whoever is killed on the way damages nothing."""
+    """Atomically replace `path`; an interrupted write leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     with tempfile.NamedTemporaryFile(

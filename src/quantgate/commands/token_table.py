@@ -135,7 +135,7 @@ def show(found: Labelled) -> None:
 
 
 def run(task: str, description: str) -> int:
-    """Be the script for a task: read the command line, label, print; 2 for what can be mended."""
+    """Command-line entry point of a task; returns 2 on a user error."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID")
     parser.add_argument("--num-labels", type=int, metavar="N", help="must be the checkpoint's")

@@ -277,7 +277,7 @@ def judge_golden(
 
     golden = Golden(key, kept, history=())
     verdict = _judge_stored(snapshot, path, golden, probe, judge)
-    return verdict or not_run(f"{path} does not exist: nobody approved this yet", regenerate)
+    return verdict or not_run(f"{path} does not exist: it has no approved golden yet", regenerate)
 
 
 def as_stored(measured: Measurement) -> Measurement:

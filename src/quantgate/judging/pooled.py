@@ -57,9 +57,9 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
         deviations.append(Deviation("max |norm - 1|", off, ACTIVATION_MAX, ""))
     return verdict_on(
         deviations,
-        f"the config says {kind}; so are the outputs",
+        f"the outputs match {kind} of the raw outputs, as config.json says",
         engine,
-        wrong=(f"the config says {kind}, which the outputs are not of the raw ones"),
+        wrong=f"config.json says {kind}, but the outputs do not match {kind} of the raw outputs",
         profile=profile_of(
             dataclasses.replace(engine, values=given),
             dataclasses.replace(engine, values=expected),

@@ -69,7 +69,7 @@ class DiskCache:
 
     @contextmanager
     def alone(self, key: Mapping[str, Any], waiting: Callable[[], None]) -> Iterator[None]:
-        """Let no other process that asks for this be here meanwhile: it computes the same entry.
+        """Hold an exclusive lock on this entry, so that only one process computes it.
 
         `waiting` is called where one is. The lock of a process that was killed is gone with it.
         """

@@ -92,7 +92,7 @@ class Checkpoint:
     not_quick: tuple[str, ...] = ()
     """The checks that `--quick` leaves out all the same, e.g. "invariance-float32"."""
     golden: bool = True
-    """False for a checkpoint given by path, of which nobody approved anything yet, and where a file
+    """False for a checkpoint given by path, which has no approved golden, and where a file
     says so: native CPU kernels differ from machine to machine, and are judged by fidelity."""
     is_base: bool = False
     """Whether this is the unquantized base of the checkpoint whose engine settings it has."""

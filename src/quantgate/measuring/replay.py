@@ -123,8 +123,8 @@ def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
     missing = [name for name in linears if name not in replayed]
     if missing:
         raise EngineFailure(
-            f"{missing[0]} and {len(missing) - 1} other linears of {len(linears)} were not found in "
-            "the engine: vLLM's module names do not match the checkpoint's."
+            f"{missing[0]} and {len(missing) - 1} other linears of {len(linears)} were not found "
+            "in the engine: vLLM's module names do not match the checkpoint's."
         )
 
 

@@ -91,19 +91,38 @@ def large_probe(root: Path) -> "Probe":
 
 @pytest.fixture(scope="session")
 def hf_scores(root: Path, large_probe: "Probe") -> "list[NDArray[np.float64]]":
-    """HF's float64 scores of each window of the larger probe by the tiny model.
+    """HF's float32 scores of each window of the larger probe by the tiny model.
 
-    A prefix of a window has a prefix of its scores. In float64, so that what is within a limit of
-    float32's rounding is rounded once: in float32 these are up to 5e-6 off themselves.
+    A prefix of a window has a prefix of its scores.
     """
+    import numpy as np
+
+    ends = np.cumsum([window.scored for window in large_probe.windows])
+    return np.split(_hf(root, large_probe, "float32"), ends[:-1])
+
+
+@pytest.fixture(scope="session")
+def hf_limit(root: Path, large_probe: "Probe", hf_scores: "list[NDArray[np.float64]]") -> float:
+    """How far scores in float32 may be from `hf_scores`: as the gate allows it.
+
+    1e-5, or what float32's rounding costs HF itself, twice.
+    """
+    import numpy as np
+
+    from quantgate.judging.budget import FP32_MAX, ROUNDING_FACTOR
+
+    moved = np.abs(np.concatenate(hf_scores) - _hf(root, large_probe, "float64")).max()
+    return max(FP32_MAX, ROUNDING_FACTOR * float(moved))
+
+
+def _hf(root: Path, probe: "Probe", dtype: str) -> "NDArray[np.float64]":
     import numpy as np
 
     from quantgate.measuring import reference
 
     model = root / "fixtures" / "tiny" / "llama"
-    measured = reference.measure(model, large_probe, dtype="float64", announce=lambda _: None)
-    ends = np.cumsum([window.scored for window in large_probe.windows])
-    return np.split(measured.logprob.astype(np.float64), ends[:-1])
+    measured = reference.measure(model, probe, dtype=dtype, announce=lambda _: None)
+    return measured.logprob.astype(np.float64)
 
 
 @pytest.fixture

@@ -33,6 +33,9 @@ ARRAYS = {
     "top1": np.arange(50, dtype=np.int32),
 }
 
+# A checkpoint's reference depends on the kernels that serve it, so its engine is started first.
+EAGER = EngineSettings(enforce_eager=True, kv_cache_memory_bytes=1 << 27)
+
 
 def quiet(_: str) -> None:
     pass
@@ -47,7 +50,7 @@ def two(probe: Probe) -> Probe:
 def test_a_warm_cache_does_no_forward_pass(
     quantized: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint(id="x", source=str(quantized))
+    checkpoint = Checkpoint(id="x", source=str(quantized), engine=EAGER)
     cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     monkeypatch.setattr(StreamedModel, "__init__", None)
     warm = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
@@ -64,7 +67,7 @@ def test_a_warm_cache_does_no_forward_pass(
 def test_a_damaged_entry_is_said_to_be_and_computed_anew(
     quantized: Path, two: Probe, tmp_path: Path
 ) -> None:
-    checkpoint = Checkpoint(id="x", source=str(quantized))
+    checkpoint = Checkpoint(id="x", source=str(quantized), engine=EAGER)
     cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     (entry,) = tmp_path.glob("*.safetensors")
     content = bytearray(entry.read_bytes())
@@ -202,7 +205,7 @@ def test_who_waits_says_so_and_a_killed_process_holds_nothing(tmp_path: Path) ->
 def test_what_another_process_measured_meanwhile_is_not_measured_again(
     quantized: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint(id="x", source=str(quantized))
+    checkpoint = Checkpoint(id="x", source=str(quantized), engine=EAGER)
     first = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
     (entry,) = tmp_path.glob("*.safetensors")
     hidden = entry.rename(tmp_path / "elsewhere")

@@ -420,7 +420,9 @@ def test_each_device_has_its_own_entry_in_the_cache(
 def test_an_engine_finds_no_head_on_the_gpu(
     quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint(id="x", source=str(quantized))
+    checkpoint = Checkpoint(
+        id="x", source=str(quantized), engine=EngineSettings(enforce_eager=True)
+    )
     for device, kept in (("cpu", 1), ("cuda", 0)):
         monkeypatch.setattr(sources, "choose_device", lambda _, device=device: device)
         own = Sources(lambda *_: SHORT, quiet)

@@ -16,7 +16,6 @@ from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe
 
 # What the gate allows float32 scores (budget.FP32_MAX).
-LIMIT = 1e-5
 
 ENGINES: dict[str, dict[str, Any]] = {
     "one-step": {"max_num_batched_tokens": 4096, "max_num_seqs": 64},
@@ -57,6 +56,7 @@ def test_scores_do_not_depend_on_how_the_engine_runs(
     llm: Any,
     large_probe: Probe,
     hf_scores: list[NDArray[np.float64]],
+    hf_limit: float,
     chosen: list[tuple[int, int, bool]],
     start: int,
 ) -> None:
@@ -85,11 +85,11 @@ def test_scores_do_not_depend_on_how_the_engine_runs(
         scores = output.prompt_logprobs.logprobs.astype(np.float64)
         assert len(scores) == rows - asked.score_start
         hf = hf_scores[index][asked.score_start : rows]
-        assert np.abs(scores - hf).max(initial=0.0) <= LIMIT
+        assert np.abs(scores - hf).max(initial=0.0) <= hf_limit
 
 
 def test_an_aborted_request_leaves_the_others_alone(
-    llm: Any, large_probe: Probe, hf_scores: list[NDArray[np.float64]]
+    llm: Any, large_probe: Probe, hf_scores: list[NDArray[np.float64]], hf_limit: float
 ) -> None:
     from vllm import SamplingParams
 
@@ -104,13 +104,14 @@ def test_an_aborted_request_leaves_the_others_alone(
         outputs += engine.step()
     (kept,) = [output for output in outputs if output.request_id == "kept" and output.finished]
     scores = kept.prompt_logprobs.logprobs
-    assert np.abs(scores - hf_scores[0]).max() <= LIMIT
+    assert np.abs(scores - hf_scores[0]).max() <= hf_limit
 
 
 def test_a_preempted_request_is_scored_whole(
     root: Path,
     large_probe: Probe,
     hf_scores: list[NDArray[np.float64]],
+    hf_limit: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Generating requests that grow take the blocks of prompts that are being prefilled."""
@@ -139,7 +140,7 @@ def test_a_preempted_request_is_scored_whole(
         )
     assert preempted
     for output, hf in zip(outputs[8:], hf_scores, strict=True):
-        assert np.abs(output.prompt_logprobs.logprobs - hf).max() <= LIMIT
+        assert np.abs(output.prompt_logprobs.logprobs - hf).max() <= hf_limit
 
 
 def test_a_scoring_request_searches_and_reads_nothing(llm: Any, probe: Probe) -> None:

@@ -128,7 +128,7 @@ def test_a_softmax_that_is_none_is_found(sources: Sources, monkeypatch: pytest.M
 
     monkeypatch.setattr(activations.PoolerClassify, "forward_chunk", lambda _, data: data)
     verdict = pooled.activation(sources, embedded("tiny-ner-bert-w4a16"))
-    assert_fails(verdict, "the config says softmax", "sum of probabilities")
+    assert_fails(verdict, "config.json says softmax", "sum of probabilities")
 
 
 def test_another_activation_than_the_configs_is_found(
@@ -142,7 +142,7 @@ def test_another_activation_than_the_configs_is_found(
     checkpoint = embedded("tiny-reward-qwen2-w4a16", directory)
     assert pooled.activation(Sources(few, quiet), checkpoint).outcome == "pass"
     monkeypatch.setattr(activations.PoolerIdentity, "forward_chunk", lambda _, data: data.sigmoid())
-    assert_fails(pooled.activation(sources, checkpoint), "the config says none")
+    assert_fails(pooled.activation(sources, checkpoint), "config.json says none")
 
 
 def test_an_embedding_that_is_not_normalized_is_found(

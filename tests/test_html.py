@@ -11,6 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from quantgate.judging.checks import place_of
 from quantgate.judging.evidence import POSITION_BINS, WORST_TOKENS
 from quantgate.judging.results import CheckResult
 from quantgate.judging.verdict import Deviation, Outcome, Profile, Verdict, WorstToken
@@ -141,8 +142,7 @@ def test_what_is_equal_has_no_chart_and_checks_stand_as_they_are_read() -> None:
     assert "<svg" not in index_html(Run([same], "", 1.0, {}))
     several = ["mine", "drift-float32", "quality", "replay-serving", "fidelity-float32"]
     run = run_of([replace(same, check=check) for check in several])
-    order = ["fidelity-float32", "replay-serving", "quality", "drift-float32"]
-    page = index_html(replace(run, check_order=order))
+    page = index_html(replace(run, place_of=place_of))
     places = [page.index(f"<span>{check}</span>") for check in several]
     assert places == sorted(places, reverse=True)
 

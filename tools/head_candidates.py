@@ -19,7 +19,7 @@ import triton.language as tl
 from quantgate.patches.scoremode import head_plan
 from quantgate.patches.scoremode import logprob_triton as fused
 from quantgate.patches.scoremode.head_plan import Plan, Tile
-from quantgate.patches.scoremode.reduction import Head, Reduction, Scores
+from quantgate.patches.scoremode.reduction import Head, Reduction, Scores, scores_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,10 +121,7 @@ def reduce_in_blocks(
 
 def score_by(reduce: Reduce, head: Head, hidden: Tensor, targets: Tensor) -> Scores:
     """Score rows as `score_rows` does, by another reduction."""
-    reduced = reduce(head, hidden, targets)
-    log_total = reduced.total.log()
-    logprob = (reduced.target - reduced.maximum.unsqueeze(1)) - log_total.unsqueeze(1)
-    return Scores(logprob, reduced.top1, -log_total)
+    return scores_of(reduce(head, hidden, targets))
 
 
 def reductions(hidden: Tensor, vocab: int) -> Iterator[tuple[str, Reduce]]:

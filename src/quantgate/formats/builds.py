@@ -126,16 +126,25 @@ def int8_rule_name() -> str:
     _operators()
     from vllm._custom_ops import scaled_int8_quant
 
-    generator = torch.Generator().manual_seed(0)
-    # Products of 8-bit significands fall near ties often: the rules part in 1 of 11,000.
-    x = torch.randn(2048, 256, generator=generator).bfloat16()
-    x = x.cuda() if torch.cuda.is_available() else x
+    x = _inputs_near_ties()
     codes, scale, zero_point = scaled_int8_quant(x, None, None, symmetric=False)
     for name, rule in INT8_RULES.items():
         own = rule(x.float(), scale, zero_point.float()).clamp(-128, 127)
         if torch.equal(own, codes.float()):
             return name
     return UNKNOWN
+
+
+def _inputs_near_ties() -> torch.Tensor:
+    """Return inputs that tell rules apart, on the device that vLLM serves on.
+
+    Products of 8-bit significands fall near ties often: the asymmetric rules part in 1 of 11,000.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 256, generator=generator).bfloat16()
+    return x.cuda() if torch.cuda.is_available() else x
 
 
 def int8_rule() -> Int8Rule:
@@ -177,13 +186,10 @@ def symmetric_rule_name() -> str:
     _operators()
     from vllm._custom_ops import scaled_int8_quant
 
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2048, 256, generator=generator).bfloat16()
+    x = _inputs_near_ties()
     # Many inputs are in the middle of two codes of this scale, and 1.5 times it, multiplied by its
     # rounded reciprocal, is less than 1.5.
-    scale = torch.tensor([7 / 256])
-    if torch.cuda.is_available():
-        x, scale = x.cuda(), scale.cuda()
+    scale = torch.tensor([7 / 256], device=x.device)
     dynamic, _, _ = scaled_int8_quant(x, None, None, symmetric=True)
     static, _, _ = scaled_int8_quant(x, scale, None, symmetric=True)
     wide = x.float()

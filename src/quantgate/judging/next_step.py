@@ -39,15 +39,16 @@ _STEPS: dict[Remedy, str] = {
 
 def next_step(check: str, verdict: Verdict, checkpoint: Checkpoint) -> str:
     """Return what to do about a check that did not pass."""
-    known = named(check)
-    step = "" if known is None else _STEPS[known.remedy]
+    if (known := named(check)) is None:
+        return ""
+    step = _STEPS[known.remedy]
     if step == _COST and verdict.outcome == "inconclusive":
         step = _MORE
     elif step == _COST and _far_beyond(verdict):
         step = _FAULT
     return step.format(
         pytest=f"pytest suites {_selection(checkpoint)}",
-        family="" if known is None else known.family.replace("-", "_"),
+        family=known.family.replace("-", "_"),
         file=f"fixtures/checkpoints/{checkpoint.id}.toml",
         times=FAR_BEYOND,
     )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quantgate.errors import BadInput
+from quantgate.measuring import environment
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +40,7 @@ def choose_device(asked: str | None = None) -> str:
 
 def platform_of(device: str) -> str:
     """Return what a golden's platform would be called: "cpu", "sm90" …"""
-    import torch
-
-    if device != CUDA:
-        return device
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"
+    return environment.available_devices()[CUDA] if device == CUDA else device
 
 
 def together(lengths: Sequence[int], device: torch.device) -> list[list[int]]:

@@ -163,12 +163,12 @@ def _served_again(run: GateRun) -> Callable[[Sources, Checkpoint, str], list[Pro
         selected.setdefault(result.checkpoint, set()).add(result.check)
 
     def probes(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[Probe]:
-        checks = selected[checkpoint.id]
-        if any(not check.startswith("replay") for check in checks) and (
+        asked = selected[checkpoint.id]
+        if any(not check.startswith("replay") for check in asked) and (
             found := noise.served_again(sources, checkpoint, dtype)
         ):
             return found
-        if f"invariance-{stored_dtype(dtype)}" in checks:
+        if f"invariance-{stored_dtype(dtype)}" in asked:
             return [mixed(sources.probe_of(checkpoint))[0]]
         return []
 

@@ -106,7 +106,7 @@ def _finished(run: GateRun, results: list[CheckResult]) -> Run:
         notes=run.all_notes,
         engines=run.all_engines,
         histories=_histories(run),
-        check_order=[name for check in checks.CHECKS for name in check.names],
+        place_of=checks.place_of,
     )
 
 

@@ -201,23 +201,18 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
 
 def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
     """Return why a checkpoint does not have what a check needs on a device; None where it has."""
-    asked_for = need not in OTHER_ENGINES or need in checkpoint.invariance
-    reasons: dict[Need, tuple[bool, str]] = {
-        "base": (checkpoint.base is None, "no base is named; give --base, or base in its file"),
-        "golden": (
-            not checkpoint.golden,
-            "it has no golden: given by path, or golden = false in its file",
-        ),
-        "step_tag": (checkpoint.step_tag_id is None, "no step_tag_id is in its file"),
-        "metric": (
-            checkpoint.task != GENERATE and not checkpoint.has_own_metric,
-            "it generates, and is judged by its perplexity: its embeddings have no task",
-        ),
-    }
-    lacks, reason = reasons.get(
-        need, (not asked_for, f"its file does not ask for it: invariance = ['{need}']")
-    )
-    if lacks or need != "tensor-parallel" or device != "cuda":
-        return reason if lacks else None
-    needed, there = other_parallel_size(checkpoint), len(devices.gpus())
-    return None if there >= needed else f"it needs {needed} GPUs, and {there} can be used here"
+    if need == "base" and checkpoint.base is None:
+        return "no base is named; give --base, or base in its file"
+    if need == "golden" and not checkpoint.golden:
+        return "it has no golden: given by path, or golden = false in its file"
+    if need == "step_tag" and checkpoint.step_tag_id is None:
+        return "no step_tag_id is in its file"
+    if need == "metric" and checkpoint.task != GENERATE and not checkpoint.has_own_metric:
+        return "it generates, and is judged by its perplexity: its embeddings have no task"
+    if need in OTHER_ENGINES and need not in checkpoint.invariance:
+        return f"its file does not ask for it: invariance = ['{need}']"
+    if need == "tensor-parallel" and device == "cuda":
+        needed, there = other_parallel_size(checkpoint), len(devices.gpus())
+        if there < needed:
+            return f"it needs {needed} GPUs, and {there} can be used here"
+    return None

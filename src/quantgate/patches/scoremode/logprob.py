@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from quantgate.patches.scoremode.reduction import Head, Reduction, Scores, merge_parts
+from quantgate.patches.scoremode.reduction import Head, Reduction, Scores, merge_parts, scores_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,7 @@ def score_rows(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Score
     reduced = _reduction_for(hidden)(head, hidden, targets)
     if head.all_gather is not None:
         reduced = _merge_ranks(reduced, head.all_gather)
-    log_total = reduced.total.log()
-    # In this order: the maximum, which may be large, leaves before a small number is rounded to it.
-    logprob = (reduced.target - reduced.maximum.unsqueeze(1)) - log_total.unsqueeze(1)
-    return Scores(logprob, reduced.top1, -log_total)
+    return scores_of(reduced)
 
 
 def _reduction_for(

@@ -61,3 +61,11 @@ def merge_parts(maximum: torch.Tensor, total: torch.Tensor, top1: torch.Tensor) 
     scaled = total * (maximum - whole.unsqueeze(1)).exp()
     best = top1.gather(1, winner.unsqueeze(1)).squeeze(1)
     return Reduction(whole, scaled.sum(dim=1), maximum.new_empty(len(whole), 0), best.long())
+
+
+def scores_of(whole: Reduction) -> Scores:
+    """Return the scores of a reduction over the whole vocabulary."""
+    log_total = whole.total.log()
+    # In this order: the maximum, which may be large, leaves before a small number is rounded to it.
+    logprob = (whole.target - whole.maximum.unsqueeze(1)) - log_total.unsqueeze(1)
+    return Scores(logprob, whole.top1, -log_total)

@@ -11,9 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantgate.errors import BadInput
 from quantgate.formats import activations, builds
+from quantgate.formats.groups import group_of
+from quantgate.formats.linear import read_linear
+from quantgate.formats.stored import StoredTensors
+from quantgate.measuring.parameters import dequantizer
 from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint_file import read_checkpoint_file
+from quantgate.subject.files import read_config
 from quantgate.subject.probe import embedded_probe
 
 
@@ -96,6 +102,21 @@ def test_a_rule_that_is_not_known_is_no_reference(monkeypatch: pytest.MonkeyPatc
     assert builds.symmetric_rule_name() == "unknown"
     with pytest.raises(ValueError, match=r"none of the rules .* without a zero point"):
         activations.int8_per_token(torch.randn(2, 8), symmetric=True)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama-w8a8", "tiny-llama-w8a8-asym"])
+def test_what_has_no_known_rule_is_refused_with_its_layer(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for question in ("int8_rule_name", "symmetric_rule_name"):
+        monkeypatch.setattr(builds, question, lambda: builds.UNKNOWN)
+    directory = root / "build" / name
+    quantization = read_config(directory)["quantization_config"]
+    layer = "model.layers.0.mlp.down_proj"
+    group = group_of(layer, "Linear", quantization)
+    assert group is not None
+    with pytest.raises(BadInput, match=rf"{name}: {layer}: .* follows none of the rules"):
+        read_linear(StoredTensors(directory), layer, group, dequantizer("own"))
 
 
 def symmetric_operator(rule: builds.SymmetricRule) -> Callable[..., Any]:

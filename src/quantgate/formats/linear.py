@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantgate.errors import BadInput
 from quantgate.formats import activations
-from quantgate.formats.builds import int8_rule
+from quantgate.formats.builds import int8_rule, symmetric_rule
 from quantgate.formats.groups import Group, fused_with
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, family_of
 from quantgate.formats.weights import Tensors
@@ -129,8 +129,8 @@ def _input_quantizer(stored: TensorsByName, name: str, group: Group) -> Quantize
 
 def _int8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) -> Quantizer:
     symmetric = bool(inputs.get("symmetric", True))
-    if not symmetric:
-        int8_rule()  # refused here, where the checkpoint and its layer can be named
+    # A rule that is not known is refused here, where the checkpoint and its layer can be named.
+    (symmetric_rule if symmetric else int8_rule)()
     if inputs.get("dynamic"):
         return lambda x: activations.int8_per_token(x, symmetric=symmetric)
     scale = _the_one(stored, name, "input_scale")

@@ -338,6 +338,7 @@ class MadeUpCapture:
     """An engine that did in float32 what the reference does, on its own windows."""
 
     windows = (0, 1)
+    values = np.zeros(0, np.float32)
 
     def __init__(self, directory: Path) -> None:
         self._seen: dict[tuple[str, int], Seen] = {}

@@ -191,7 +191,7 @@ def measurement(value: float, dtype: str = "float32") -> Measurement:
 REPLAY = Replay(
     (ModuleError("layers.0.mlp.down_proj", "layers.0.mlp.down_proj", 0.5, 0.0),),
     np.zeros(6, np.float32),
-    np.arange(6),
+    np.full(6, -1.0, np.float32),
 )
 SIX = Probe("p", 9, (Window("d", "prose", 1, tuple(range(7)), ""),))
 FAILED = Verdict("fail", "off")
@@ -238,7 +238,7 @@ OFF = {"layers.0.q": (0.5, 0.0), "layers.0.k": (1e-7, 0.2), "layers.0.v": (1e-7,
 
 def replay_of(modules: dict[str, tuple[float, float]], values: float = -1.0) -> Replay:
     errors = tuple(ModuleError(name, name, *off) for name, off in modules.items())
-    return Replay(errors, np.full(6, values, np.float32), np.arange(6))
+    return Replay(errors, np.full(6, values, np.float32), np.full(6, -1.0, np.float32))
 
 
 def lines_of_modules(dtype: str, found: Replay) -> list[str]:
@@ -351,7 +351,7 @@ def test_the_ranks_of_a_capture_are_put_together(
         }
         path = directory / f"3.{rank}.safetensors"
         save_file(seen, path, {"layouts": json.dumps(layouts)})
-    capture = Capture(directory, (3,))
+    capture = Capture(directory, (3,), np.zeros(4, np.float32))
     for name, given_in, given_out in (("q", x, q), ("k", x, k), ("o", o_in, o_out)):
         found = capture.seen(name, 3)
         assert torch.equal(found.input, given_in)

@@ -29,7 +29,7 @@ measured, capture = measure(
     model, read_probe(probe), settings=settings, dtype="float32", announce=print,
     capture_into=captured,
 )
-np.savez(out, logprob=measured.logprob, windows=capture.windows)
+np.savez(out, logprob=measured.logprob, windows=capture.windows, captured=capture.values)
 print(measured.provenance.kernels)
 """
 
@@ -60,7 +60,7 @@ def test_two_ranks_give_the_references_scores_and_modules(
     difference = np.abs(found["logprob"].astype(np.float64) - expected.logprob)
     assert difference.max() <= 1e-5
 
-    capture = Capture(captured, tuple(found["windows"].tolist()))
+    capture = Capture(captured, tuple(found["windows"].tolist()), found["captured"])
     assert len(list(captured.iterdir())) == 2 * len(capture.windows)
     replayed = replay(quantized, small_probe, capture, announce=lambda _: None)
     assert len(replayed.modules) == 4 * 7

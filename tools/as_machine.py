@@ -13,6 +13,7 @@ import argparse
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +98,14 @@ def environment_of(name: str, threads: int | None, has: frozenset[str]) -> dict[
     if not any(flag.startswith(machine.hides) for flag in has):
         return settings  # it is that machine
     path = os.pathsep.join(filter(None, (str(PATCH), os.environ.get("PYTHONPATH"))))
+    compiled = Path(tempfile.gettempdir()) / f"compiled-as-{name}-{os.getuid()}"
     numpy = " ".join(_numpy_features(NUMPY_FEATURES[name]))
     return {
         **settings,
         **machine.settings,
+        # Neither cache's keys know the processor: its own code would come back, and not compile.
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        "VLLM_CACHE_ROOT": str(compiled / "vllm"),
         **({"NPY_DISABLE_CPU_FEATURES": numpy} if numpy else {}),
         HIDDEN: " ".join(machine.hides),
         "PYTHONPATH": path,

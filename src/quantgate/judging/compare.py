@@ -105,7 +105,7 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
     dtype = engine.provenance.dtype
     output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
     entry = max(replay.modules, key=lambda module: _nan_is_largest(module.input))
-    delta = np.abs(engine.values[replay.tokens].astype(np.float64) - replay.values)
+    delta = np.abs(replay.served.astype(np.float64) - replay.values)
     if dtype == "float32":
         deviations = [
             Deviation("largest module error", output.output, REPLAY_MODULE, "of its rms"),
@@ -130,7 +130,7 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
         detail,
         tuple(deviations),
         figures=_figures(delta, probe),
-        n=len(replay.tokens),
+        n=len(replay.values),
         dtype=dtype,
         kernels=engine.provenance.kernels,
         emulated=engine.provenance.emulated,

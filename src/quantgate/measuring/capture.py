@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quantgate.patches.emulation import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
 
@@ -149,6 +152,11 @@ class Capture:
     directory: Path
     windows: tuple[int, ...]
     """Indices into the probe's windows."""
+    values: NDArray[np.floating[Any]]
+    """What a measurement holds, of these windows' scored tokens, served one by one [m] or [m, D].
+
+    Where inputs are quantized, a window in a batch gets other last bits, so other codes and values.
+    """
 
     def seen(self, name: str, window: int) -> Seen:
         """Return what the engine's linear `name` saw in a window."""
@@ -211,17 +219,18 @@ def _read(path: Path, name: str) -> torch.Tensor:
 def take_capture(
     llm: Any,
     directory: Path,
-    windows: Mapping[int, tuple[int, ...]],
-    serve: Callable[[tuple[int, ...]], object],
+    windows: Sequence[int],
+    serve_alone: Callable[[int], NDArray[np.floating[Any]]],
 ) -> Capture:
-    """Serve each window by itself through `serve`, and return what every linear saw.
+    """Serve each window by itself, and return what every linear saw and what came of it.
 
-    `windows` are token ids by their index in the probe. The engine must be eager: nothing calls a
-    module's hooks under CUDA graphs or `torch.compile`.
+    `serve_alone` gives the values of the probe's window with an index. The engine must be eager:
+    nothing calls a module's hooks under CUDA graphs or `torch.compile`.
     """
+    values = []
     llm.collective_rpc("quantgate_start_capture")
-    for index, ids in windows.items():
-        serve(ids)
+    for index in windows:
+        values.append(serve_alone(index))
         llm.collective_rpc("quantgate_save_capture", args=(str(directory), index))
     llm.collective_rpc("quantgate_stop_capture")
-    return Capture(directory, tuple(windows))
+    return Capture(directory, tuple(windows), np.concatenate(values))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantgate.formats import builds
 from quantgate.measuring import environment
@@ -28,7 +29,7 @@ from quantgate.measuring.engine_failure import (
 )
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.measurement import Measurement, Provenance, pooled
-from quantgate.measuring.pooling import encode, outputs, pooling_arguments, raw_outputs
+from quantgate.measuring.pooling import outputs, pooling_arguments, raw_outputs
 from quantgate.patches.emulation import engine_arguments
 from quantgate.patches.scoremode.hooks import (
     EMULATION,
@@ -148,17 +149,14 @@ def serve(llm: LLM, probe: Probe, provenance: Provenance) -> Measurement:
 
 def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
     """Serve the probe's replay windows one by one, and keep what every linear saw of them."""
-    from vllm import PoolingParams
 
-    def serve(ids: tuple[int, ...]) -> object:
+    def serve_alone(window: int) -> NDArray[np.floating[Any]]:
         # What is read from the cache runs through no linear: vLLM 0.26 reads it for whole texts.
         llm.reset_prefix_cache()
-        if probe.task == GENERATE:
-            return _score(llm, [ids])
-        return encode(llm, probe.task, [ids], PoolingParams())
+        alone = replace(probe, windows=(probe.windows[window],))
+        return score(llm, alone)[0] if probe.task == GENERATE else raw_outputs(llm, alone)
 
-    windows = {index: probe.windows[index].ids for index in replay_windows(probe)}
-    return take_capture(llm, directory, windows, serve)
+    return take_capture(llm, directory, replay_windows(probe), serve_alone)
 
 
 def replay_windows(probe: Probe) -> list[int]:

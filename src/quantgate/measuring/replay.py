@@ -51,9 +51,9 @@ class Replay:
     modules: tuple[ModuleError, ...]
     """In the order of the model."""
     values: NDArray[np.floating[Any]]
-    """What a measurement holds, of the replayed windows' scored tokens [m] or [m, D]."""
-    tokens: NDArray[np.int64]
-    """Which of the probe's n scored tokens these are [m]."""
+    """What the reference makes of the engine's inputs, of the scored tokens [m] or [m, D]."""
+    served: NDArray[np.floating[Any]]
+    """What the engine made of them, like `values`."""
 
 
 def replay(
@@ -106,15 +106,13 @@ def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: An
         if probe.task == GENERATE
         else model.outputs(windows, hidden)
     )
-    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
-    tokens = [np.arange(starts[i], starts[i + 1]) for i in capture.windows]
     return Replay(
         tuple(
             ModuleError(name, capture.module_of(name), *found.relative())
             for name, found in errors.items()
         ),
         values,
-        np.concatenate(tokens),
+        capture.values,
     )
 
 

@@ -16,8 +16,10 @@ from quantgate.formats import activations, builds
 from quantgate.formats.groups import group_of
 from quantgate.formats.linear import read_linear
 from quantgate.formats.stored import StoredTensors
+from quantgate.measuring.case import Case
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.parameters import dequantizer
-from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint_file import read_checkpoint_file
 from quantgate.subject.files import read_config
 from quantgate.subject.probe import embedded_probe
@@ -161,13 +163,15 @@ def test_the_reference_rounds_as_the_build_does(root: Path) -> None:
     checkpoint = read_checkpoint_file(
         root / "fixtures" / "checkpoints" / "tiny-reward-qwen2-w4a16.toml", root
     )
-    sources = Sources(lambda task, q: embedded_probe(root, task, quality=q), lambda _: None)
-    exact = sources.reference(checkpoint, "float32").values
-    engine = sources.engine(checkpoint, "serving").values - exact
+    lab = Lab(lambda task, q: embedded_probe(root, task, quality=q), Ledger(lambda _: None))
+    case = Case.of(checkpoint, "serving", lab)
+    exact = case.exact.values
+    engine = case.engine.values - exact
     own = builds.narrowing()
     found: dict[str, float] = {}
-    for narrowing in ("rounds", "truncates"):
-        error = sources.reference(checkpoint, "serving", narrowing=narrowing).values - exact
+    narrowings: tuple[builds.Narrowing, ...] = ("rounds", "truncates")
+    for narrowing in narrowings:
+        error = case.rounded(narrowing).values - exact
         found[narrowing] = float(np.corrcoef(engine.ravel(), error.ravel())[0, 1])
     assert max(found, key=lambda name: found[name]) == own, found
     if own == "truncates":  # a bias that both have, where two roundings have little in common

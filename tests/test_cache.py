@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantgate.atomic import write_atomically
-from quantgate.measuring import cache, engine
+from quantgate.measuring import cache, session
 from quantgate.measuring.cache import DAYS_KEPT, DamagedEntry, DiskCache
+from quantgate.measuring.case import Case
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.measuring.scratch import remove_leftovers, scratch_directory
-from quantgate.measuring.sources import Sources
 from quantgate.measuring.streamed_model import StreamedModel
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.probe import Probe
@@ -41,6 +43,12 @@ def quiet(_: str) -> None:
     pass
 
 
+def case(checkpoint: Checkpoint, dtype: str, directory: Path, probe: Probe) -> Case:
+    """A checkpoint's case in a run of its own, whose cache is in a directory."""
+    lab = Lab(lambda *_: probe, Ledger(quiet, DiskCache(directory)))
+    return Case.of(checkpoint, dtype, lab)
+
+
 @pytest.fixture(scope="module")
 def two(probe: Probe) -> Probe:
     """Two windows in the embedded checkpoint's own token ids."""
@@ -51,9 +59,9 @@ def test_a_warm_cache_does_no_forward_pass(
     quantized: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(id="x", source=str(quantized), engine=EAGER)
-    cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    cold = case(checkpoint, "float32", tmp_path, two).exact
     monkeypatch.setattr(StreamedModel, "__init__", None)
-    warm = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    warm = case(checkpoint, "float32", tmp_path, two).exact
     assert warm.logprob.tobytes() == cold.logprob.tobytes()
     assert warm.top1.tobytes() == cold.top1.tobytes()
     assert warm.hidden is not None
@@ -61,21 +69,21 @@ def test_a_warm_cache_does_no_forward_pass(
     assert warm.hidden.tobytes() == cold.hidden.tobytes()
     assert warm.provenance == cold.provenance
     with pytest.raises(TypeError):  # another dtype is another entry
-        Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float64")
+        case(checkpoint, "float64", tmp_path, two).reference("float64")
 
 
 def test_a_damaged_entry_is_said_to_be_and_computed_anew(
     quantized: Path, two: Probe, tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(id="x", source=str(quantized), engine=EAGER)
-    cold = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    cold = case(checkpoint, "float32", tmp_path, two).exact
     (entry,) = tmp_path.glob("*.safetensors")
     content = bytearray(entry.read_bytes())
     content[-5] ^= 1
     entry.write_bytes(content)
-    again = Sources(lambda *_: two, quiet, DiskCache(tmp_path))
-    assert again.reference(checkpoint, "float32").logprob.tobytes() == cold.logprob.tobytes()
-    assert again.notes == [f"{entry}: not what was written; it was computed anew"]
+    again = case(checkpoint, "float32", tmp_path, two)
+    assert again.exact.logprob.tobytes() == cold.logprob.tobytes()
+    assert again.lab.ledger.notes == [f"{entry}: not what was written; it was computed anew"]
     assert DiskCache(tmp_path).read(json.loads(_key_of(entry))) is not None
 
 
@@ -150,7 +158,7 @@ def test_a_base_is_served_once_for_all_runs(
         scores = np.linspace(-3, -1, probe.scored, dtype=np.float32)
         return Measurement(scores, np.zeros(probe.scored, np.int32), provenance), None
 
-    monkeypatch.setattr(engine, "measure", measure)
+    monkeypatch.setattr(session, "measure", measure)
     checkpoint = Checkpoint(
         id="x",
         source=str(root / "build" / "tiny-llama-w4a16"),
@@ -160,15 +168,15 @@ def test_a_base_is_served_once_for_all_runs(
     assert base is not None
     taken = []
     for _ in range(2):
-        sources = Sources(lambda *_: two, quiet, DiskCache(tmp_path))
-        sources.engine(checkpoint, "float32")
-        taken.append(sources.engine(base, "float32"))
+        ours = case(checkpoint, "float32", tmp_path, two)
+        assert ours.engine.provenance
+        taken.append(replace(ours, checkpoint=base).engine)
     assert served == ["tiny-llama-w4a16", "llama", "tiny-llama-w4a16"]
     assert taken[0].provenance == taken[1].provenance
     assert taken[0].logprob.tobytes() == taken[1].logprob.tobytes()
     # Under other settings it is another measurement.
     other = replace(base, engine=EngineSettings(max_num_batched_tokens=64))
-    Sources(lambda *_: two, quiet, DiskCache(tmp_path)).engine(other, "float32")
+    _ = case(other, "float32", tmp_path, two).engine
     assert served[-1] == "llama"
 
 
@@ -206,7 +214,7 @@ def test_what_another_process_measured_meanwhile_is_not_measured_again(
     quantized: Path, two: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(id="x", source=str(quantized), engine=EAGER)
-    first = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    first = case(checkpoint, "float32", tmp_path, two).exact
     (entry,) = tmp_path.glob("*.safetensors")
     hidden = entry.rename(tmp_path / "elsewhere")
     alone = DiskCache.alone
@@ -217,7 +225,7 @@ def test_what_another_process_measured_meanwhile_is_not_measured_again(
 
     monkeypatch.setattr(DiskCache, "alone", finished_meanwhile)
     monkeypatch.setattr(StreamedModel, "__init__", None)
-    second = Sources(lambda *_: two, quiet, DiskCache(tmp_path)).reference(checkpoint, "float32")
+    second = case(checkpoint, "float32", tmp_path, two).exact
     assert second.logprob.tobytes() == first.logprob.tobytes()
 
 

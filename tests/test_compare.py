@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from quantgate.judging import compare
+from quantgate.judging import compare, distributions
 from quantgate.judging.stats import paired_mean
 from quantgate.judging.verdict import Deviation, Verdict, worst
 from quantgate.measuring.divergence import Divergence
-from quantgate.measuring.measurement import Measurement, Provenance
+from quantgate.measuring.measurement import Measurement, Provenance, largest_difference
 from quantgate.subject.probe import Probe, Window
 
 PROBE = Probe("p", 99, tuple(Window(f"d{i}", "prose", 1, tuple(range(26)), "") for i in range(40)))
@@ -40,7 +40,7 @@ def test_divergence_from_the_base_is_shown_to_be_within_its_margin() -> None:
     engine, base = measured(SCORES), measured(SCORES)
 
     def judge(kld: np.ndarray, margin: float) -> Verdict:
-        return compare.divergence_from_base(engine, base, diverged(kld), PROBE, margin=margin)
+        return distributions.divergence_from_base(engine, base, diverged(kld), PROBE, margin=margin)
 
     passed = judge(kld, 0.012)
     assert passed.outcome == "pass"
@@ -61,7 +61,7 @@ def test_divergence_from_the_reference_may_be_the_square_of_twice_its_rounding()
     moved = diverged(np.full(PROBE.scored, 1e-4))
     for size, outcome in ((3.9e-4, "pass"), (4.1e-4, "fail"), (np.nan, "fail")):
         found = diverged(np.full(PROBE.scored, size))
-        verdict = compare.divergence_from_reference(engine, reference, found, moved, PROBE)
+        verdict = distributions.divergence_from_reference(engine, reference, found, moved, PROBE)
         assert verdict.outcome == outcome
 
 
@@ -100,7 +100,7 @@ def test_a_model_that_amplifies_rounding_is_allowed_twice_its_references_own() -
         measured(off),
         measured(SCORES, "reference"),
         PROBE,
-        rounding=lambda: compare.largest_difference(
+        rounding=lambda: largest_difference(
             measured(exact, "reference"), measured(SCORES, "reference")
         ),
     )

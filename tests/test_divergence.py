@@ -8,14 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantgate.judging.llama_cpp import Estimate, llama_cpp_statistics
 from quantgate.measuring import divergence as dv
-from quantgate.measuring.divergence import (
-    Divergence,
-    Side,
-    divergence,
-    kl_divergence,
-    llama_cpp_statistics,
-)
+from quantgate.measuring.divergence import Divergence, Side, divergence, kl_divergence
 
 
 def linear(weight: torch.Tensor) -> dv.Logits:
@@ -74,9 +69,9 @@ def test_a_model_and_itself_do_not_diverge_at_all() -> None:
     assert np.all(found.kld == 0.0)
     assert np.all(found.same_top)
     statistics = llama_cpp_statistics(found)
-    assert statistics["Mean KLD"] == dv.Estimate(0.0, 0.0)
+    assert statistics["Mean KLD"] == Estimate(0.0, 0.0)
     assert statistics["Mean ln(PPL(Q)/PPL(base))"].value == 0.0
-    assert statistics["Same top p"] == dv.Estimate(1.0, 0.0)
+    assert statistics["Same top p"] == Estimate(1.0, 0.0)
 
 
 def test_what_is_impossible_for_one_side_does_not_break_it() -> None:
@@ -220,7 +215,7 @@ def test_the_statistics_are_llama_cpps(moved: float) -> None:
 @settings(deadline=None)
 def test_hidden_states_are_stored_in_their_own_bits(dtype: str, rows: int, seed: int) -> None:
     """16-bit ones in half the bytes of float32, and not one bit is lost."""
-    from quantgate.measuring.sources import _packed, _unpacked
+    from quantgate.measuring.codec import _packed, _unpacked
 
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(rows, 33, generator=generator) * 100

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantgate.errors import BadInput
-from quantgate.measuring import engine_failure
+from quantgate.measuring import engine_failure, session
 from quantgate.measuring.engine_failure import EngineFailure, LostDevice, explained, require_device
 from quantgate.plugin.scheduling import check_of
 from quantgate.subject.probe import Probe
@@ -18,10 +18,9 @@ KILLS = pytest.mark.slow(reason="engines in processes of their own, one of which
 VICTIM, OTHER = "tiny-llama-w4a16", "tiny-llama-w8a16"
 FAULTS = f"""
 import multiprocessing, os, pathlib, signal
-import quantgate.measuring.engine as engine
-from quantgate.measuring import engine_failure
+from quantgate.measuring import engine_failure, session
 
-stock = engine.serve
+stock = session.serve
 
 def serve(llm, *arguments):
     fault = os.environ["FAULT"] if "{VICTIM}" in llm.llm_engine.model_config.model else ""
@@ -39,7 +38,7 @@ def serve(llm, *arguments):
         torch.empty(1 << 50)
     return stock(llm, *arguments)
 
-engine.serve = serve
+session.serve = serve
 
 def pytest_sessionstart():
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -216,7 +215,6 @@ def test_no_engine_is_alive_when_the_next_one_starts(
     from collections.abc import Iterator
     from contextlib import contextmanager
 
-    from quantgate.measuring import engine
     from quantgate.subject.checkpoint import EngineSettings
 
     class MadeUp:
@@ -232,11 +230,11 @@ def test_no_engine_is_alive_when_the_next_one_starts(
         started.append(weakref.ref(llm))
         yield llm
 
-    monkeypatch.setattr(engine, "running_engine", running_engine)
-    monkeypatch.setattr(engine, "_measured", lambda *_: "measured")
-    monkeypatch.setattr(engine, "capture", lambda *_: "captured")
+    monkeypatch.setattr(session, "running_engine", running_engine)
+    monkeypatch.setattr(session, "_measured", lambda *_: "measured")
+    monkeypatch.setattr(session, "capture", lambda *_: "captured")
     settings = EngineSettings(enforce_eager=False)
-    found: tuple[object, object] = engine.measure(
+    found: tuple[object, object] = session.measure(
         quantized, probe, settings=settings, dtype="bfloat16", announce=print, capture_into=tmp_path
     )
     assert found == ("measured", "captured")

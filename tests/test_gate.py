@@ -16,8 +16,8 @@ from quantgate.judging import checks, compare
 from quantgate.judging.golden import golden_path
 from quantgate.judging.next_step import next_step
 from quantgate.judging.verdict import Deviation, Verdict
-from quantgate.measuring import engine, reference
-from quantgate.measuring.measurement import Measurement
+from quantgate.measuring import reference, session
+from quantgate.measuring.measurement import Measurement, largest_difference
 from quantgate.patches.scoremode import logprob
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.checkpoint_file import read_checkpoint_files
@@ -49,7 +49,7 @@ def scale_one_group(directory: Path, factor: float) -> None:
 
 
 def measure_engine(directory: Path, probe: Probe, dtype: str = "float32") -> Measurement:
-    measured, _ = engine.measure(
+    measured, _ = session.measure(
         directory, probe, settings=SETTINGS, dtype=dtype, announce=lambda _: None
     )
     return measured
@@ -66,7 +66,7 @@ def fidelity_fp32(
         engine_side,
         reference_side,
         probe,
-        rounding=lambda: compare.largest_difference(exact, reference_side),
+        rounding=lambda: largest_difference(exact, reference_side),
     )
 
 
@@ -298,14 +298,18 @@ def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
     failed = Verdict("fail", "off", (Deviation("bound", 0.2, 0.1),))
     for check in checks.CHECKS:
         for name in check.names:
-            assert bool(next_step(name, failed, known)) is (check.family != "drift"), name
-    assert next_step("fidelity-float32", failed, known).endswith(
+            assert bool(next_step(checks.named(name), failed, known)) is (
+                check.family != "drift"
+            ), name
+    assert next_step(checks.named("fidelity-float32"), failed, known).endswith(
         "pytest suites --checkpoint tiny-llama-w4a16 -k replay"
     )
     assert "--checkpoint '/my models/x' --base org/base" in next_step(
-        "replay-serving", failed, by_path
+        checks.named("replay-serving"), failed, by_path
     )
-    assert "sequential_quality" in next_step("quality", Verdict("inconclusive", ""), known)
+    assert "sequential_quality" in next_step(
+        checks.named("quality"), Verdict("inconclusive", ""), known
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,7 @@ def test_a_loss_far_beyond_its_margin_is_no_reason_to_raise_it(
 ) -> None:
     known = read_checkpoint_files(root)["tiny-llama-w4a16"]
     verdict = Verdict("fail", "off", (Deviation("bound", measured, 0.1),))
-    step = next_step(check, verdict, known)
+    step = next_step(checks.named(check), verdict, known)
     assert ("do not raise the margin" in step) is fault
     assert ("give [budget.quality] a margin" in step) is not fault
     assert ('tiny-llama-w4a16 -k "fidelity or replay"' in step) is fault

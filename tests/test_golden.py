@@ -29,8 +29,10 @@ from quantgate.judging.golden import (
     from_json,
     to_json,
 )
+from quantgate.measuring.case import Case
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import Measurement, Provenance, pooled
-from quantgate.measuring.sources import Sources
 from quantgate.patches.scoremode import logprob
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import Probe, Window
@@ -276,15 +278,15 @@ def test_what_fails_fidelity_is_refused_or_recorded(
         return found._replace(logprob=found.logprob - 1e-3)
 
     monkeypatch.setattr(logprob, "score_rows", shifted)
-    sources = Sources(lambda _task, _quality: small_probe, lambda _: None)
-    known = read_checkpoint_files(project)["tiny-llama-w4a16"]
+    lab = Lab(lambda _task, _quality: small_probe, Ledger(lambda _: None))
+    case = Case.of(read_checkpoint_files(project)["tiny-llama-w4a16"], "float32", lab)
 
     def propose(*, accept: bool) -> Proposal:
-        return approval.propose(sources, known, "float32", "r", accept_failing=accept)
+        return approval.propose(case, "r", accept_failing=accept)
 
     refused = propose(accept=False)
     assert refused.refusals[0].startswith("fidelity-float32 is fail (")
-    assert approval.write(sources, known, "float32", refused) == []
+    assert approval.write(case, refused) == []
     accepted = propose(accept=True)
     assert accepted.refusals == ()
     assert not accepted.within_tolerance

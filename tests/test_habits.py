@@ -18,17 +18,17 @@ FEW = "float32 and (replay or drift)"
 
 WARNING = """
 import warnings
-import quantgate.measuring.engine as engine
+from quantgate.measuring import session
 
 library = {"__name__": "somelibrary"}
 exec("import warnings\\ndef warn(): warnings.warn('of its own insides')", library)
-stock = engine.serve
+stock = session.serve
 
 def serve(*arguments):
     WARN
     return stock(*arguments)
 
-engine.serve = serve
+session.serve = serve
 """
 
 

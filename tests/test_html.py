@@ -22,7 +22,7 @@ from quantgate.reporting.junit import junit_xml
 from quantgate.reporting.markdown import gate_md
 from quantgate.reporting.run import Run
 from quantgate.reporting.write import FILES, write_reports
-from quantgate.subject.probe import Passage
+from quantgate.subject.passage import Passage
 
 CHROMIUM = shutil.which("chromium")
 MEGABYTE = "<i>A</i>" * 130_000

@@ -11,14 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantgate.judging import invariance
-from quantgate.measuring import engine, serving
+from quantgate.measuring import reruns, session
+from quantgate.measuring.case import Case
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import Measurement, Provenance
-from quantgate.measuring.serving import MIXED, mixed
-from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.checkpoint_file import read_checkpoint_file
 from quantgate.subject.probe import Probe, Window, embedded_probe
 from quantgate.subject.task import Task
+from quantgate.subject.windows import MIXED, mixed
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVENANCE = Provenance("engine", "cpu", "cpu", "float32")
@@ -31,8 +33,8 @@ def few(task: Task, quality: bool) -> Probe:
 
 
 @pytest.fixture
-def sources() -> Sources:
-    return Sources(few, lambda _: None)
+def lab() -> Lab:
+    return Lab(few, Ledger(lambda _: None))
 
 
 @pytest.fixture
@@ -63,9 +65,9 @@ def test_rows_come_back_in_the_probes_order(
         return Measurement(ids.astype(np.float32), ids.astype(np.int32), provenance)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "serve", serve)
+        patch.setattr(session, "serve", serve)
         batches = [batch for batch in (order[:cut], order[cut:]) if batch]
-        found = serving.in_batches(None, probe, batches, PROVENANCE)
+        found = reruns.in_batches(None, probe, batches, PROVENANCE)
     expected = np.concatenate([window.ids[1:] for window in probe.windows])
     assert found.values.tolist() == found.top1.tolist() == expected.tolist()
 
@@ -81,10 +83,8 @@ def test_mixed_windows_are_of_all_lengths_and_know_their_rows(lengths: list[int]
     assert probe.positions[rows].tolist() == part.positions.tolist()
 
 
-def test_an_honest_engine_gives_the_same_and_from_its_cache(
-    sources: Sources, w4a16: Checkpoint
-) -> None:
-    verdict = invariance.served_otherwise(sources, w4a16, "float32")
+def test_an_honest_engine_gives_the_same_and_from_its_cache(lab: Lab, w4a16: Checkpoint) -> None:
+    verdict = invariance.served_otherwise(Case.of(w4a16, "float32", lab))
     assert verdict.outcome == "pass", verdict.message("it")
     assert {deviation.what for deviation in verdict.deviations} == {
         "in order: max |Δ|",
@@ -96,7 +96,7 @@ def test_an_honest_engine_gives_the_same_and_from_its_cache(
 
 
 def test_scores_that_depend_on_the_batch_are_found(
-    sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a ten-thousandth of how full the batch is."""
     from quantgate.patches.scoremode import logprob
@@ -108,7 +108,7 @@ def test_scores_that_depend_on_the_batch_are_found(
         return found._replace(logprob=found.logprob + 1e-4 * len(hidden) / 4096)
 
     monkeypatch.setattr(logprob, "score_rows", crowded)
-    verdict = invariance.served_otherwise(sources, w4a16, "float32")
+    verdict = invariance.served_otherwise(Case.of(w4a16, "float32", lab))
     assert verdict.outcome == "fail"
     assert "what is served depends on how it is served" in verdict.detail
     assert sum(line.startswith("worst      heldout-") for line in verdict.evidence) == 5
@@ -117,7 +117,7 @@ def test_scores_that_depend_on_the_batch_are_found(
 
 
 def test_a_prefix_cache_that_gives_another_prompts_blocks_is_found(
-    sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks are found by a hash of their tokens: here it knows only how many they are."""
     from vllm.v1.core import kv_cache_utils
@@ -128,50 +128,50 @@ def test_a_prefix_cache_that_gives_another_prompts_blocks_is_found(
         return kv_cache_utils.BlockHash(hash_function((parent, len(token_ids), extra_keys)))
 
     monkeypatch.setattr(kv_cache_utils, "hash_block_tokens", careless)
-    verdict = invariance.served_otherwise(sources, w4a16, "float32")
+    verdict = invariance.served_otherwise(Case.of(w4a16, "float32", lab))
     assert verdict.outcome == "fail", verdict.message("it")
     assert verdict.deviations[0].what == "from the prefix cache: max |Δ|"
 
 
 @pytest.mark.parametrize("check", [invariance.tensor_parallel, invariance.compiled])
 def test_an_engine_that_is_set_otherwise_is_compared(
-    check: Any, sources: Sources, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    check: Any, lab: Lab, w4a16: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`make gate` starts such engines; here only what is made of their answers."""
     settings = []
     shifts: list[float] = []
 
-    def again(other: Checkpoint, dtype: str, probe: Probe) -> Measurement:
-        settings.append(other.engine)
-        _, rows = mixed(sources.probe_of(w4a16))
-        found = sources.engine(w4a16, dtype)
+    case = Case.of(w4a16, "float32", lab)
+
+    def again(own: Case, changed: EngineSettings, probe: Probe) -> Measurement:
+        settings.append(changed)
+        _, rows = mixed(own.probe)
+        found = case.engine
         return dataclasses.replace(found, values=found.values[rows] + np.float32(shifts[-1]))
 
-    monkeypatch.setattr(sources, "engine_again", again)
+    monkeypatch.setattr(Case, "set_otherwise", again)
     for shift, outcome in ((0.0, "pass"), (5e-6, "pass"), (5e-5, "fail"), (np.nan, "fail")):
         shifts.append(shift)
-        assert check(sources, w4a16, "float32").outcome == outcome
+        assert check(case).outcome == outcome
     changed = [f.name for f in dataclasses.fields(settings[0])
                if getattr(settings[0], f.name) != getattr(w4a16.engine, f.name)]  # fmt: skip
     assert changed in (["tensor_parallel_size"], ["enforce_eager"])
 
 
-def test_what_was_measured_of_another_checkpoint_is_let_go(
-    sources: Sources, w4a16: Checkpoint
-) -> None:
+def test_what_was_measured_of_another_checkpoint_is_let_go(lab: Lab, w4a16: Checkpoint) -> None:
     """Memory and captures; a base that the next one shares is kept."""
     path = ROOT / "fixtures" / "checkpoints" / "tiny-llama-w8a16.toml"
     other = read_checkpoint_file(path, ROOT)
-    base = w4a16.base_checkpoint
-    assert base is not None
-    sources.replay(w4a16, "float32")
-    kept = sources.engine(base, "float32")
-    assert sources._scratch is not None
-    (captured,) = (path for path in sources._scratch.iterdir() if path.is_dir())
-    before = sources.engine(w4a16, "float32")
-    sources.forget_others(w4a16)
-    assert sources.engine(w4a16, "float32") is before
-    sources.forget_others(other)
+    case = Case.of(w4a16, "float32", lab)
+    assert case.base is not None
+    assert case.replay.modules
+    kept = case.base.engine
+    assert lab._scratch is not None
+    (captured,) = (path for path in lab._scratch.iterdir() if path.is_dir())
+    before = case.engine
+    lab.forget_others(w4a16)
+    assert case.engine is before
+    lab.forget_others(other)
     assert not captured.exists()
-    assert sources.engine(base, "float32") is kept
-    assert sources.engine(w4a16, "float32") is not before
+    assert case.base.engine is kept
+    assert case.engine is not before

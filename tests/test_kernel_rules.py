@@ -17,10 +17,10 @@ from harness import RunGate
 from quantgate.errors import BadInput
 from quantgate.formats import builds
 from quantgate.formats.kernels import FORMATS_RULES, RULES, LinearRules, explained, rules_of
-from quantgate.judging import compare
 from quantgate.judging.budget import REPLAY_MODULE_16_BIT
+from quantgate.judging.modules import replayed
 from quantgate.judging.verdict import Verdict
-from quantgate.measuring import engine
+from quantgate.measuring import session
 from quantgate.measuring.measurement import Measurement
 from quantgate.measuring.replay import replay
 from quantgate.subject.checkpoint import EngineSettings
@@ -96,7 +96,7 @@ def test_what_has_no_rule_is_refused_by_name(kernels: list[str], message: str) -
 
 def judged(directory: Path, probe: Probe, into: Path) -> tuple[Measurement, dict[str, Verdict]]:
     """Serve a checkpoint in bfloat16 and replay it by its kernels' rules and by its format's."""
-    measured, capture = engine.measure(
+    measured, capture = session.measure(
         directory, probe, settings=SETTINGS, dtype="bfloat16", announce=quiet, capture_into=into
     )
     assert capture is not None
@@ -105,7 +105,7 @@ def judged(directory: Path, probe: Probe, into: Path) -> tuple[Measurement, dict
         "its format's": FORMATS_RULES,
     }
     return measured, {
-        name: compare.replayed(
+        name: replayed(
             measured, replay(directory, probe, capture, announce=quiet, rules=rule), probe
         )
         for name, rule in rules.items()
@@ -202,7 +202,7 @@ def test_asymmetric_static_int8_under_cutlass_is_replayed_by_its_rounding(
         monkeypatch.setattr(kernel, name, getattr(Cutlass, name))
     directory = root / "build" / "tiny-llama-w8a8-static-asym"
     with called(kernel, "CutlassInt8ScaledMMLinearKernel"):
-        measured, capture = engine.measure(
+        measured, capture = session.measure(
             directory, small_probe, settings=SETTINGS, dtype="bfloat16", announce=quiet,
             capture_into=tmp_path,
         )  # fmt: skip

@@ -60,8 +60,8 @@ def test_the_first_spelling_gives_logits(root: Path, model: str, task: str, labe
     import numpy as np
 
     from quantgate.judging.budget import FP32_MAX_RAW, ROUNDING_FACTOR
-    from quantgate.judging.compare import largest_difference
     from quantgate.measuring import reference
+    from quantgate.measuring.measurement import largest_difference
     from quantgate.subject.probe import Probe, Window
 
     script = SCRIPT.replace("MODEL", str(root / model)).replace("TASK", task)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from quantgate.judging.budget import FP32_MAX_RAW
-from quantgate.measuring import engine, reference
+from quantgate.measuring import reference, session
 from quantgate.measuring.streamed_model import StreamedModel
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe, embedded_probe
@@ -58,7 +58,9 @@ def short(root: Path, task: Task) -> Probe:
 
 
 def largest_error(directory: Path, probe: Probe) -> float:
-    served, _ = engine.measure(directory, probe, settings=SETTINGS, dtype="float32", announce=quiet)
+    served, _ = session.measure(
+        directory, probe, settings=SETTINGS, dtype="float32", announce=quiet
+    )
     expected = reference.measure(directory, probe, dtype="float32", announce=quiet)
     assert served.values.shape == expected.values.shape
     assert np.abs(served.values).max() > 0.1
@@ -103,7 +105,9 @@ def test_last_hidden_states_are_normed(root: Path) -> None:
 
     directory, probe = root / "fixtures" / "tiny" / "llama", short(root, EMBED)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    served, _ = engine.measure(directory, probe, settings=SETTINGS, dtype="float32", announce=quiet)
+    served, _ = session.measure(
+        directory, probe, settings=SETTINGS, dtype="float32", announce=quiet
+    )
     rows = []
     with torch.inference_mode():
         for window in probe.windows:

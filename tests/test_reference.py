@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantgate.errors import BadInput
-from quantgate.measuring import engine, reference
+from quantgate.measuring import reference, session
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe, Window
 
@@ -117,7 +117,7 @@ def test_a_streamed_model_is_the_unstreamed_one(name: str, tmp_path: Path) -> No
 def test_a_moe_models_engine_agrees(tmp_path: Path) -> None:
     """vLLM fuses the experts too, from the same files, and computes the same."""
     save_random(small_models()["qwen3-moe"], tmp_path)
-    served, _ = engine.measure(
+    served, _ = session.measure(
         tmp_path,
         SHORT,
         settings=EngineSettings(enforce_eager=True),

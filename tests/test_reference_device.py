@@ -24,14 +24,18 @@ from quantgate.errors import BadInput
 from quantgate.formats import builds
 from quantgate.formats.builds import Narrowing
 from quantgate.formats.stored import LoadedTensors, StoredTensors
-from quantgate.measuring import empty_model, engine, reference, reference_device, sources
+from quantgate.measuring import case as measuring_case
+from quantgate.measuring import empty_model, engine, reference, reference_device, session
+from quantgate.measuring import lab as measuring_lab
 from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.case import Case
 from quantgate.measuring.divergence import Side, divergence
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.measuring.read_ahead import read_ahead
 from quantgate.measuring.reference_device import TOKENS_PER_STEP, choose_device, exactly, together
 from quantgate.measuring.replay import replay
-from quantgate.measuring.sources import Sources
 from quantgate.measuring.streamed_model import StreamedModel
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.checkpoint_file import read_checkpoint_files
@@ -407,13 +411,13 @@ def test_each_device_has_its_own_entry_in_the_cache(
         )
 
     monkeypatch.setattr(reference, "measure", measure)
-    monkeypatch.setattr(sources, "choose_device", lambda asked: asked or "cuda")
+    monkeypatch.setattr(measuring_lab, "choose_device", lambda asked: asked or "cuda")
     monkeypatch.setattr(builds, "arithmetic", lambda device=None: {"isa": str(device)})
     checkpoint = Checkpoint(id="x", source=str(root / "fixtures" / "tiny" / "llama"))
     for device, anew in (("cpu", True), ("cuda", True), ("cpu", False), (None, False)):
         measured.clear()
-        own = Sources(lambda *_: SHORT, quiet, DiskCache(tmp_path), reference_device=device)
-        found = own.reference(checkpoint, "float32")
+        own = Lab(lambda *_: SHORT, Ledger(quiet, DiskCache(tmp_path)), reference_device=device)
+        found = Case.of(checkpoint, "float32", own).exact
         assert found.provenance.device == (device or "cuda")
         assert measured == ([device] if anew else [])
 
@@ -425,21 +429,25 @@ def test_an_engine_finds_no_head_on_the_gpu(
         id="x", source=str(quantized), engine=EngineSettings(enforce_eager=True)
     )
     for device, kept in (("cpu", 1), ("cuda", 0)):
-        monkeypatch.setattr(sources, "choose_device", lambda _, device=device: device)
-        own = Sources(lambda *_: SHORT, quiet)
-        monkeypatch.setattr(reference, "read_head", lambda *_: (torch.relu, 1))
-        own._head(checkpoint)
+        monkeypatch.setattr(measuring_lab, "choose_device", lambda _, device=device: device)
+        own = Lab(lambda *_: SHORT, Ledger(quiet))
+        case = Case.of(checkpoint, "float32", own)
 
-        def started(*_: Any, own: Sources = own, **__: Any) -> Any:
+        def read_head(own: Lab = own) -> None:
+            own.head(checkpoint.directory, lambda: (torch.relu, 1))
+
+        read_head()
+
+        def started(*_: Any, own: Lab = own, **__: Any) -> Any:
             raise BadInput(f"{len(own._heads)} heads")
 
-        monkeypatch.setattr(engine, "measure", started)
-        monkeypatch.setattr(engine, "running_engine", started)
+        monkeypatch.setattr(session, "measure", started)
+        monkeypatch.setattr(measuring_case, "running_engine", started)
         with pytest.raises(BadInput, match=f"{kept} heads"):
-            own.engine(checkpoint, "float32")
-        own._head(checkpoint)
+            _ = case.engine
+        read_head()
         with pytest.raises(BadInput, match=f"{kept} heads"):
-            own.engine_again(checkpoint, "float32", SHORT)
+            case.set_otherwise(checkpoint.engine, SHORT)
 
 
 def test_the_engine_has_gone_when_the_reference_starts(
@@ -467,13 +475,14 @@ def test_the_engine_has_gone_when_the_reference_starts(
 
         return watched()
 
-    monkeypatch.setattr(engine, "running_engine", running)
+    monkeypatch.setattr(session, "running_engine", running)
+    monkeypatch.setattr(measuring_case, "running_engine", running)
     monkeypatch.setattr(reference, "measure", measure)
-    own = Sources(lambda *_: small_probe, quiet)
+    own = Lab(lambda *_: small_probe, Ledger(quiet))
     settings = EngineSettings(enforce_eager=True, kernels="portable")
     checkpoint = Checkpoint(id="x", source=str(quantized), engine=settings)
     with pytest.raises(Served):
-        own.reference(checkpoint, "float32")
+        _ = Case.of(checkpoint, "float32", own).exact
     assert events == ["engine starts", "engine has gone", "reference"]
 
 

@@ -17,16 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from quantgate.formats import library_weights
 from quantgate.formats.weights import dequantize_weight
-from quantgate.judging import compare, fidelity
+from quantgate.judging import fidelity
 from quantgate.judging.attribution import Suspects, attribute
+from quantgate.judging.modules import modules_beyond, replayed
 from quantgate.judging.verdict import Deviation, Verdict
-from quantgate.measuring import engine, parameters
+from quantgate.measuring import engine, parameters, session
 from quantgate.measuring.capture import Capture
+from quantgate.measuring.case import Case
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.measuring.replay import ModuleError, Replay, replay
-from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.probe import Probe, Window
+from quantgate.subject.windows import REPLAY_TOKENS, replay_windows
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
 
@@ -38,7 +42,7 @@ def quiet(_: str) -> None:
 def served_and_replayed(
     directory: Path, probe: Probe, into: Path, settings: EngineSettings = SETTINGS
 ) -> tuple[Measurement, Replay]:
-    measured, capture = engine.measure(
+    measured, capture = session.measure(
         directory, probe, settings=settings, dtype="float32", announce=quiet, capture_into=into
     )
     assert capture is not None
@@ -67,7 +71,7 @@ def test_a_fault_of_one_kernel_is_found_where_it_is(
 
     monkeypatch.setattr(emulated_kernels, "dequantize_groups", faulty)
     measured, found = served_and_replayed(quantized, small_probe, tmp_path)
-    verdict = compare.replayed(measured, found, small_probe)
+    verdict = replayed(measured, found, small_probe)
     assert verdict.outcome == "fail"
     off = [module.name for module in found.modules if module.output > 1e-5]
     assert off == ["model.layers.1.mlp.down_proj"]
@@ -202,7 +206,7 @@ SUSPECTS = Suspects(
     library=lambda: measurement(-1.0),
     disagreement=lambda: ("no quantized linear", 0.0),
     base=lambda: Verdict("pass", "fine"),
-    replay=lambda: REPLAY,
+    modules=lambda: modules_beyond(measurement(-1.0), REPLAY),
 )
 
 
@@ -244,8 +248,10 @@ def replay_of(modules: dict[str, tuple[float, float]], values: float = -1.0) -> 
 def lines_of_modules(dtype: str, found: Replay) -> list[str]:
     """What a failed replay says of modules, attributed to the engine."""
     engine = measurement(-1.0, dtype)
-    verdict = compare.replayed(engine, found, SIX)
-    suspects = dataclasses.replace(SUSPECTS, engine=engine, replay=lambda: found)
+    verdict = replayed(engine, found, SIX)
+    suspects = dataclasses.replace(
+        SUSPECTS, engine=engine, modules=lambda: modules_beyond(engine, found)
+    )
     attributed = attribute(dataclasses.replace(verdict, outcome="fail"), suspects)
     return [line for line in attributed.evidence if line.startswith("module ")]
 
@@ -274,9 +280,9 @@ def test_what_does_not_fail_is_nobodys_fault() -> None:
 
 def fidelity_of(directory: Path, probe: Probe) -> Verdict:
     few = dataclasses.replace(probe, windows=probe.windows[:3])
-    return fidelity.float32(
-        Sources(lambda *_: few, quiet), Checkpoint(id="x", source=str(directory), engine=SETTINGS)
-    )
+    checkpoint = Checkpoint(id="x", source=str(directory), engine=SETTINGS)
+    lab = Lab(lambda *_: few, Ledger(quiet))
+    return fidelity.free_running(Case.of(checkpoint, "float32", lab))
 
 
 def test_a_damaged_scale_is_the_checkpoints_fault(quantized_copy: Path, probe: Probe) -> None:
@@ -365,14 +371,14 @@ def test_the_ranks_of_a_capture_are_put_together(
 )
 def test_few_tokens_of_every_stratum_are_captured(shapes: list[tuple[str, int]]) -> None:
     windows = tuple(Window(f"{i}", s, 1, (3,) * n, "") for i, (s, n) in enumerate(shapes))
-    chosen = engine.replay_windows(Probe("p", 5, windows))
+    chosen = replay_windows(Probe("p", 5, windows))
     strata = [windows[i].stratum for i in chosen]
     assert len(set(chosen)) == len(chosen) >= 1
     assert len(windows[chosen[0]].ids) == min(n for _, n in shapes)
     # None has a second window before each has its first.
     assert len(set(strata)) in (len(strata), len({s for s, _ in shapes}))
     tokens = sum(len(windows[i].ids) for i in chosen)
-    assert len(chosen) == 1 or tokens <= engine.REPLAY_TOKENS
+    assert len(chosen) == 1 or tokens <= REPLAY_TOKENS
 
 
 def test_garbage_is_collected_again_after_an_engine_that_failed() -> None:

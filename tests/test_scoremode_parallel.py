@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import quantgate
 from quantgate.subject.checkpoint import EngineSettings
-from quantgate.measuring.engine import measure
+from quantgate.measuring.session import measure
 from quantgate.subject.probe import read_probe
 
 model, probe, out, captured = map(Path, sys.argv[1:])

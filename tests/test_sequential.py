@@ -9,26 +9,28 @@ from preloaded import run_python
 
 from quantgate.commands.sequential import CHARACTERS, Progress, probe_of_text, quality_until_clear
 from quantgate.errors import BadInput
-from quantgate.measuring.sources import Sources
+from quantgate.measuring.case import Case
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import Probe
 
 
 @pytest.fixture(scope="module")
-def sources(large_probe: Probe) -> Sources:
-    """Sources that serve the base once for all margins."""
-    return Sources(lambda _task, _quality: large_probe, lambda _: None)
+def lab(large_probe: Probe) -> Lab:
+    """It serves the base once for all margins."""
+    return Lab(lambda _task, _quality: large_probe, Ledger(lambda _: None))
 
 
 @pytest.mark.parametrize(
     ("margin", "outcome"), [(0.0722, "pass"), (-0.05, "fail"), (0.0028, "inconclusive")]
 )
 def test_it_stops_when_it_is_clear_and_not_before(
-    root: Path, sources: Sources, large_probe: Probe, margin: float, outcome: str
+    root: Path, lab: Lab, large_probe: Probe, margin: float, outcome: str
 ) -> None:
     """The embedded W4A16 costs about 0.0031 nat a token."""
-    checkpoint = read_checkpoint_files(root)["tiny-llama-w4a16"]
-    seen: list[Progress] = list(quality_until_clear(sources, checkpoint, large_probe, margin))
+    case = Case.of(read_checkpoint_files(root)["tiny-llama-w4a16"], "serving", lab)
+    seen: list[Progress] = list(quality_until_clear(case, large_probe, margin))
     assert [progress.outcome for progress in seen[:-1]] == ["inconclusive"] * (len(seen) - 1)
     assert seen[-1].outcome == outcome
     assert seen[-1].documents == (len(large_probe.windows) if outcome == "inconclusive" else 32)

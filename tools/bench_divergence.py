@@ -20,9 +20,9 @@ import torch
 from rich.progress import track
 
 from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.codec import to_arrays
 from quantgate.measuring.divergence import Side, divergence
 from quantgate.measuring.measurement import Measurement, Provenance
-from quantgate.measuring.sources import to_arrays
 
 ALLOWED_RATIO = 1.5
 SMALLEST_SAVING = 20.0

@@ -42,8 +42,9 @@ from rich.table import Table
 
 from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
-from quantgate.measuring.engine import kernel_fingerprint, running_engine
+from quantgate.measuring.engine import running_engine
 from quantgate.measuring.environment import library_versions
+from quantgate.measuring.session import kernel_fingerprint
 from quantgate.patches.scoremode import logprob
 from quantgate.patches.scoremode.hooks import HOOKS
 from quantgate.subject.checkpoint import EngineSettings

@@ -20,11 +20,13 @@ from quantgate.commands import doctor
 from quantgate.judging import fidelity, invariance, noise
 from quantgate.measuring import reference
 from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.case import Case
 from quantgate.measuring.engine import lacking
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import Measurement
-from quantgate.measuring.precision import SERVING, resolve_dtype
+from quantgate.measuring.precision import SERVING
 from quantgate.measuring.reference_device import CPU, choose_device
-from quantgate.measuring.sources import Sources
 from quantgate.reporting.gate_json import check_of_verdict
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import embedded_probe, probe_for
@@ -57,14 +59,15 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def _sources() -> Sources:
+def _case(checkpoint: Checkpoint, dtype: str) -> Case:
     def announce(text: str) -> None:
         print(f"    {text}", file=sys.stderr, flush=True)
 
     cache = DiskCache(ROOT / ".gate-cache")
-    return Sources(
-        lambda task, quality: embedded_probe(ROOT, task, quality=quality), announce, cache
+    lab = Lab(
+        lambda task, quality: embedded_probe(ROOT, task, quality=quality), Ledger(announce, cache)
     )
+    return Case.of(checkpoint, dtype, lab)
 
 
 def _one_of_each_scheme(checkpoints: Checkpoints) -> list[str]:
@@ -96,21 +99,21 @@ def machine(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
 def formats(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Return how far one checkpoint's engine is from its reference in a 16-bit dtype."""
     name, dtype = item.split(" ")
-    checkpoint, sources = checkpoints[name], _sources()
+    case = _case(checkpoints[name], dtype)
     _reset_peak()
-    engine = sources.engine(checkpoint, dtype)
+    engine = case.engine
     peak = _peak_mib()
-    errors = [module.output for module in sources.replay(checkpoint, dtype).modules]
+    errors = [module.output for module in case.replay.modules]
     return {
-        "scheme": checkpoint.scheme,
+        "scheme": case.checkpoint.scheme,
         "kernels": dict(engine.provenance.kernels),
         "emulated": list(engine.provenance.emulated),
         "replay": {
-            **check_of_verdict(fidelity.replay(sources, checkpoint, dtype)),
+            **check_of_verdict(fidelity.replay(case)),
             "largest": float(np.max(errors)),
             "median": float(np.median(errors)),
         },
-        "fidelity": check_of_verdict(fidelity.serving(sources, checkpoint, dtype)),
+        "fidelity": check_of_verdict(fidelity.free_running(case)),
         "peak_mib": peak,
     }
 
@@ -146,29 +149,26 @@ def forced(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
 
 def ways(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Return how far batches, order, chunks, graphs move a checkpoint, and its noise floor."""
-    checkpoint, sources = checkpoints[item], _sources()
-    floor = noise.measure(sources, checkpoint, SERVING)
+    case = _case(checkpoints[item], SERVING)
+    floor = noise.measure(case)
     return {
         **batches(item, checkpoints, out),
-        "compiled": check_of_verdict(invariance.compiled(sources, checkpoint, SERVING)),
+        "compiled": check_of_verdict(invariance.compiled(case)),
         "noise": {rerun.name: dict(rerun.moved) for rerun in floor.reruns},
     }
 
 
 def batches(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Return how far batches, order, chunks and the prefix cache move a checkpoint."""
-    checkpoint, sources = checkpoints[item], _sources()
-    served = invariance.served_otherwise(sources, checkpoint, SERVING)
-    dtype = resolve_dtype(checkpoint, SERVING)
-    return {"dtype": dtype, "invariance": check_of_verdict(served)}
+    case = _case(checkpoints[item], SERVING)
+    served = invariance.served_otherwise(case)
+    return {"dtype": case.dtype, "invariance": check_of_verdict(served)}
 
 
 def scores(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Return how far score mode is from HF, on the model runner that the environment asks for."""
     name, dtype = item.split(" ")
-    return {
-        "fidelity": check_of_verdict(fidelity.free_running(_sources(), checkpoints[name], dtype))
-    }
+    return {"fidelity": check_of_verdict(fidelity.free_running(_case(checkpoints[name], dtype)))}
 
 
 # The reference -----------------------------------------------------------------------------------

@@ -31,9 +31,10 @@ from quantgate.commands.perplexity import (
     result_of,
 )
 from quantgate.errors import BadInput
-from quantgate.measuring.engine import kernel_fingerprint, running_engine
+from quantgate.measuring.engine import running_engine
 from quantgate.measuring.engine_failure import EngineFailure, first_line
 from quantgate.measuring.environment import library_versions
+from quantgate.measuring.session import kernel_fingerprint
 from quantgate.subject.checkpoint import EngineSettings
 
 # A text is tokenized in pieces of this many characters, cut at a line's end: what fits into one

@@ -17,9 +17,11 @@ from quantgate.errors import BadInput
 from quantgate.judging import approval, noise
 from quantgate.judging.golden import DTYPES, unclaimed
 from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.case import Case
 from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.precision import has_float32
-from quantgate.measuring.sources import Sources
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import read_checkpoint_files, verify
 from quantgate.subject.probe import embedded_probe
@@ -72,17 +74,14 @@ def selected(arguments: argparse.Namespace) -> list[Checkpoint]:
 
 
 def regenerate(
-    checkpoint: Checkpoint, sources: Sources, arguments: argparse.Namespace
+    checkpoint: Checkpoint, lab: Lab, arguments: argparse.Namespace
 ) -> list[approval.Proposal]:
     """Show what changes in a checkpoint's goldens, write it, and return what was refused."""
     refused = []
     for dtype in DTYPES if has_float32(checkpoint) else DTYPES[1:]:
+        case = Case.of(checkpoint, dtype, lab)
         proposal = approval.propose(
-            sources,
-            checkpoint,
-            dtype,
-            arguments.reason.strip(),
-            accept_failing=arguments.accept_failing,
+            case, arguments.reason.strip(), accept_failing=arguments.accept_failing
         )
         path = proposal.path.relative_to(ROOT)
         if proposal.refusals:
@@ -94,7 +93,7 @@ def regenerate(
             print("".join(f"  {line}\n" for line in proposal.lines()), end="", flush=True)
         if arguments.dry_run:
             continue
-        for written in approval.write(sources, checkpoint, dtype, proposal):
+        for written in approval.write(case, proposal):
             print(f"  wrote {written.relative_to(ROOT)}", flush=True)
     return refused
 
@@ -107,13 +106,15 @@ def main() -> int:
         for checkpoint in selected(arguments):
             verify(checkpoint)
             # One at a time: what was measured of one checkpoint is of no use for the next.
-            sources = Sources(
+            lab = Lab(
                 lambda task, quality: embedded_probe(ROOT, task, quality=quality),
-                lambda text: print(f"  {text}", file=sys.stderr),
-                DiskCache(ROOT / ".gate-cache"),
+                Ledger(
+                    lambda text: print(f"  {text}", file=sys.stderr),
+                    DiskCache(ROOT / ".gate-cache"),
+                ),
                 served_again=noise.served_again,
             )
-            refused += regenerate(checkpoint, sources, arguments)
+            refused += regenerate(checkpoint, lab, arguments)
     except (BadInput, EngineFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,8 +12,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,19 @@ import numpy as np
 
 from quantgate.judging import compare, drift, fidelity, noise
 from quantgate.judging.budget import quality_margin
-from quantgate.judging.golden import as_stored, from_json, golden_path
+from quantgate.judging.distributions import divergence_from_base
+from quantgate.judging.golden import as_stored, from_json, golden_path, stored_dtype
 from quantgate.judging.results import CheckResult, upheld
 from quantgate.judging.verdict import Verdict
-from quantgate.measuring import pooling, serving
+from quantgate.measuring import pooling, reruns
 from quantgate.measuring.cache import DiskCache
-from quantgate.measuring.engine import provenance_of, running_engine
+from quantgate.measuring.case import Case
+from quantgate.measuring.engine import running_engine
 from quantgate.measuring.environment import available_devices
-from quantgate.measuring.measurement import Measurement
-from quantgate.measuring.precision import SERVING, resolve_dtype
-from quantgate.measuring.sources import Sources
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
+from quantgate.measuring.precision import FLOAT32, SERVING
+from quantgate.measuring.session import provenance_of
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.files import actual_scheme, read_config
@@ -38,7 +40,7 @@ from quantgate.subject.probe import embedded_probe
 from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("float32", SERVING)
+DTYPES = (FLOAT32, SERVING)
 BLOCK_SIZES = (32, 64, 128)
 # Tokens a step, and sequences at a time.
 TOKENS = (64, 192, 1024, 4096, 16384)
@@ -47,32 +49,18 @@ SEQUENCES = (1, 3, 16, 256)
 CACHE_BYTES = (12 << 20, 128 << 20)
 
 
-@dataclass(eq=False)
-class Redrawn(Sources):
-    """Sources that serve a checkpoint under test as `drawn` says."""
-
-    drawn: Mapping[str, Any] = field(default_factory=dict)
-    order: Any = None
-
-    def engine(self, checkpoint: Checkpoint, dtype: str) -> Measurement:
-        """Measure a base as usual, and a checkpoint under test under the drawn settings."""
-        if checkpoint.is_base:
-            return super().engine(checkpoint, dtype)
-        dtype = resolve_dtype(checkpoint, dtype)
-        return self.once(
-            f"vLLM {self.drawn}", checkpoint, dtype, lambda: self._serve(checkpoint, dtype)
-        )
-
-    def _serve(self, checkpoint: Checkpoint, dtype: str) -> Measurement:
-        arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
-        with running_engine(
-            checkpoint.directory,
-            settings=checkpoint.engine,
-            dtype=dtype,
-            **{**arguments, **self.drawn},
-        ) as llm:
-            provenance = provenance_of(llm, dtype)
-            return serving.in_batches(llm, self.probe_of(checkpoint), [self.order], provenance)
+def serve(case: Case, drawn: Mapping[str, Any], order: Sequence[int]) -> None:
+    """Measure a case's engine under drawn settings, its windows in an order, for all its checks."""
+    checkpoint = case.checkpoint
+    arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
+    with running_engine(
+        checkpoint.directory,
+        settings=checkpoint.engine,
+        dtype=case.dtype,
+        **{**arguments, **drawn},
+    ) as llm:
+        provenance = provenance_of(llm, case.dtype)
+        case.keep_engine(reruns.in_batches(llm, case.probe, [order], provenance))
 
 
 def draw(rng: np.random.Generator, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -89,47 +77,45 @@ def draw(rng: np.random.Generator, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def checks(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, Verdict]]:
+def checks(case: Case) -> Iterator[tuple[str, Verdict]]:
     """Yield every check that a way of serving can move, with its verdict."""
-    yield f"fidelity-{dtype}", fidelity.free_running(sources, checkpoint, dtype)
-    engine, probe = sources.engine(checkpoint, dtype), sources.probe_of(checkpoint)
+    checkpoint, engine, probe = case.checkpoint, case.engine, case.probe
+    dtype = stored_dtype(case.dtype)
+    yield f"fidelity-{dtype}", fidelity.free_running(case)
     if checkpoint.golden:
         path = golden_path(ROOT, checkpoint.id, f"drift-{dtype}", engine.provenance.platform)
         golden = from_json(path.read_text(encoding="utf-8"), probe, path).measurement
-        verdict = drift.against(sources, checkpoint, dtype, as_stored(engine), golden)
-        yield f"drift-{dtype}", verdict
-    if dtype == "float32" or checkpoint.task != GENERATE:
+        yield f"drift-{dtype}", drift.against(case, as_stored(engine), golden)
+    if case.dtype == FLOAT32 or checkpoint.task != GENERATE:
         return
-    yield "divergence-from-reference", fidelity.divergence(sources, checkpoint)
-    base = checkpoint.base_checkpoint
-    if base is not None:
-        unquantized = sources.engine(base, dtype)
+    yield "divergence-from-reference", fidelity.divergence(case)
+    if (base := case.base) is not None:
         margin = quality_margin(checkpoint, actual_scheme(checkpoint.directory))
-        found = sources.divergence(unquantized, base, engine, checkpoint, probe)
-        yield "quality", compare.quality(engine, unquantized, probe, margin=margin)
-        yield (
-            "divergence-from-base",
-            compare.divergence_from_base(engine, unquantized, found, probe, margin=margin),
-        )
+        yield "quality", compare.quality(engine, base.engine, probe, margin=margin)
+        found = case.divergence(base.engine, engine, probe, base_of=base)
+        verdict = divergence_from_base(engine, base.engine, found, probe, margin=margin)
+        yield "divergence-from-base", verdict
 
 
-def rerun(number: int, seed: int, sources: Redrawn, known: list[Checkpoint]) -> list[CheckResult]:
-    """Judge one checkpoint, served in one way."""
+def rerun(
+    number: int, seed: int, known: list[Checkpoint]
+) -> tuple[dict[str, Any], list[CheckResult]]:
+    """Judge one checkpoint, served in one way; return how, and its results."""
     rng = np.random.default_rng((seed, number))
     checkpoint = known[rng.integers(len(known))]
-    dtype = DTYPES[rng.integers(2)]
-    sources.drawn = draw(rng, checkpoint)
-    sources.order = rng.permutation(len(sources.probe_of(checkpoint).windows)).tolist()
-    results = [
-        CheckResult(
-            checkpoint.id,
-            "",
-            name,
-            noise.beside(verdict, lambda: noise.floor_of(sources, checkpoint, dtype)),
-        )
-        for name, verdict in checks(sources, checkpoint, dtype)
-    ]
-    return upheld(results)
+    lab = Lab(
+        lambda task, quality: embedded_probe(ROOT, task, quality=quality),
+        Ledger(lambda _: None, DiskCache(ROOT / ".gate-cache")),
+    )
+    case = Case.of(checkpoint, DTYPES[rng.integers(2)], lab)
+    drawn = draw(rng, checkpoint)
+    serve(case, drawn, rng.permutation(len(case.probe.windows)).tolist())
+    return drawn, upheld(
+        [
+            CheckResult(checkpoint.id, "", name, noise.beside(found, lambda: noise.floor_of(case)))
+            for name, found in checks(case)
+        ]
+    )
 
 
 def main() -> int:
@@ -153,15 +139,11 @@ def main() -> int:
     outcomes: Counter[str] = Counter()
     started = time.monotonic()
     for number in range(arguments.runs):
-        sources = Redrawn(
-            lambda task, quality: embedded_probe(ROOT, task, quality=quality),
-            lambda _: None,
-            DiskCache(ROOT / ".gate-cache"),
-        )
-        for result in rerun(number, arguments.seed, sources, known):
+        drawn, results = rerun(number, arguments.seed, known)
+        for result in results:
             outcomes[result.verdict.outcome] += 1
             if result.verdict.outcome != "pass":
-                print(f"run {number}, {sources.drawn}", flush=True)
+                print(f"run {number}, {drawn}", flush=True)
                 print(result.verdict.message(f"{result.checkpoint} {result.check}"), flush=True)
         if sys.stderr.isatty() or number % 20 == 19:
             minutes = (time.monotonic() - started) / 60

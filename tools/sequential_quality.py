@@ -16,8 +16,11 @@ from quantgate.errors import BadInput
 from quantgate.judging.budget import quality_margin
 from quantgate.judging.stats import FEWEST_CLUSTERS
 from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.case import Case
 from quantgate.measuring.engine_failure import EngineFailure
-from quantgate.measuring.sources import Sources
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
+from quantgate.measuring.precision import SERVING
 from quantgate.subject.checkpoint_file import find_checkpoint, read_checkpoint_files, verify
 from quantgate.subject.files import actual_scheme
 from quantgate.subject.probe import embedded_probe, probe_for
@@ -45,8 +48,8 @@ def run(arguments: argparse.Namespace) -> Progress:
     else:
         probe, _ = probe_for(embedded_probe(ROOT, GENERATE), checkpoint.directory)
     cache = DiskCache(ROOT / ".gate-cache")
-    sources = Sources(lambda _task, _quality: probe, say, cache)
-    for progress in quality_until_clear(sources, checkpoint, probe, margin):
+    lab = Lab(lambda _task, _quality: probe, Ledger(say, cache))
+    for progress in quality_until_clear(Case.of(checkpoint, SERVING, lab), probe, margin):
         bounds = (
             f"between {progress.lower:.4g} and {progress.upper:.4g}"
             if progress.documents >= FEWEST_CLUSTERS

@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantgate.judging import compare, fidelity
+from quantgate.judging import fidelity
 from quantgate.judging.budget import ROUNDING_FACTOR
+from quantgate.measuring.case import Case
 from quantgate.measuring.engine import set_environment
-from quantgate.measuring.precision import SERVING
-from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
+from quantgate.measuring.measurement import mean_absolute_difference
+from quantgate.measuring.precision import FLOAT32, SERVING
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import embedded_probe
 
@@ -50,40 +52,35 @@ def scaled(factor: float) -> Iterator[None]:
         emulated_kernels._hold = stock
 
 
-def old_limit(sources: Sources, checkpoint: Checkpoint, dtype: str) -> float:
+def old_limit(case: Case) -> float:
     """Return twice what rounding to nearest costs the reference on average."""
-    dtype = "float64" if dtype == "float32" else dtype
-    rounded = sources.reference(checkpoint, dtype, narrowing="rounds")
-    exact = sources.reference(checkpoint, "float32")
-    return ROUNDING_FACTOR * compare.mean_absolute_difference(rounded, exact)
+    return ROUNDING_FACTOR * mean_absolute_difference(case.rounded("rounds"), case.exact)
 
 
 def main() -> int:
     """Print a line for each fault, and the smallest that is caught."""
     parser = argparse.ArgumentParser(description="Find the smallest fault that fidelity catches.")
     parser.add_argument("--checkpoint", required=True, metavar="ID")
-    parser.add_argument("--dtype", choices=("float32", SERVING), default=SERVING)
+    parser.add_argument("--dtype", choices=(FLOAT32, SERVING), default=SERVING)
     arguments = parser.parse_args()
     known = read_checkpoint_files(ROOT)
     if arguments.checkpoint not in known:
         print(f"error: --checkpoint {arguments.checkpoint}: no such file.", file=sys.stderr)
         return 2
     checkpoint = dataclasses.replace(known[arguments.checkpoint], base=None)
-    judge = fidelity._float32 if arguments.dtype == "float32" else fidelity._serving
-    options = {} if arguments.dtype == "float32" else {"dtype": SERVING}
-    whole = Sources(lambda task, q: embedded_probe(ROOT, task, quality=q), lambda _: None)
-    by_mean = arguments.dtype == SERVING or checkpoint.quantizes_activations
+    whole = Lab(lambda task, q: embedded_probe(ROOT, task, quality=q), Ledger(lambda _: None))
+    case = Case.of(checkpoint, arguments.dtype, whole)
     caught = {"old": 0.0, "new": 0.0}
     for fault in [*FAULTS, 0.0]:
-        sources = dataclasses.replace(
-            whole, _taken={k: v for k, v in whole._taken.items() if "HF" in str(k[0])}
-        )
+        # References are kept from one fault to the next, engines are not.
+        taken = whole.ledger.taken
+        for key in [key for key in taken if not key.source.startswith("HF")]:
+            del taken[key]
         with scaled(1 + fault):
-            verdict = judge(sources, checkpoint, **options)
-        whole._taken.update({k: v for k, v in sources._taken.items() if "HF" in str(k[0])})
+            verdict = fidelity.compared(case)
         first = verdict.deviations[0]
         # What is judged value by value has the limit that it had.
-        before = old_limit(whole, checkpoint, arguments.dtype) if by_mean else first.allowed
+        before = first.allowed if case.by_value else old_limit(case)
         found = {"new": first.exceeded, "old": not first.measured <= before}
         caught |= {limit: fault for limit, exceeded in found.items() if exceeded}
         print(

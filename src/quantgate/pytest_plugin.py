@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -107,7 +108,8 @@ def pytest_runtest_makereport(
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the report, and let nothing but a pass exit 0."""
-    reporting.finish(session, exitstatus)
+    selected = functools.partial(selection.selected_checkpoints, session.config)
+    reporting.finish(session, exitstatus, selected)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

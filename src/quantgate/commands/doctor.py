@@ -30,7 +30,8 @@ class FormatKernel:
 
 def linear_kernels(directory: Path, settings: EngineSettings) -> tuple[list[str], bool]:
     """Load a checkpoint and return what serves its linears, and whether any of it is emulated."""
-    from quantgate.measuring.engine import kernel_fingerprint, running_engine
+    from quantgate.measuring.engine import running_engine
+    from quantgate.measuring.session import kernel_fingerprint
 
     with running_engine(directory, settings=settings, dtype="bfloat16") as llm:
         kernels, emulated = kernel_fingerprint(llm)

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from quantgate.errors import BadInput
 from quantgate.judging.stats import confidence_sequence
 from quantgate.judging.verdict import Outcome, one_sided
-from quantgate.measuring import engine
-from quantgate.measuring.precision import SERVING, resolve_dtype
-from quantgate.measuring.sources import Sources
-from quantgate.subject.checkpoint import Checkpoint
+from quantgate.measuring import session
+from quantgate.measuring.case import Case
+from quantgate.measuring.engine import running_engine
 from quantgate.subject.probe import Probe, Window
 
 BLOCK = 8
@@ -73,33 +72,28 @@ def _pieces(text: str) -> Iterator[str]:
         yield held
 
 
-def quality_until_clear(
-    sources: Sources, checkpoint: Checkpoint, probe: Probe, margin: float
-) -> Iterator[Progress]:
+def quality_until_clear(case: Case, probe: Probe, margin: float) -> Iterator[Progress]:
     """Score a checkpoint block by block, and say after each what is known; the last one decides.
 
     The base has scored everything before (its scores are kept on disk): two models need not fit
     side by side.
     """
-    base = checkpoint.base_checkpoint
-    if base is None:
+    checkpoint = case.checkpoint
+    if case.base is None:
         raise BadInput(f"{checkpoint.id}: no base is named; give --base, or base in its file.")
-    expected = sources.engine(base, SERVING)
+    expected = case.base.engine
     documents = list(dict.fromkeys(probe.documents.tolist()))
     order = np.random.default_rng(_ORDER).permutation(len(documents))
-    dtype = resolve_dtype(checkpoint, SERVING)
     sums: list[float] = []
     sizes: list[int] = []
-    with engine.running_engine(
-        checkpoint.directory, settings=checkpoint.engine, dtype=dtype
-    ) as llm:
-        provenance = engine.provenance_of(llm, dtype)
+    with running_engine(checkpoint.directory, settings=checkpoint.engine, dtype=case.dtype) as llm:
+        provenance = session.provenance_of(llm, case.dtype)
         for start in range(0, len(order), BLOCK):
             names = [documents[i] for i in order[start : start + BLOCK]]
             part = dataclasses.replace(
                 probe, windows=tuple(w for w in probe.windows if w.document in names)
             )
-            found = engine.serve(llm, part, provenance)
+            found = session.serve(llm, part, provenance)
             for name in names:
                 delta = _nll_difference(
                     expected.logprob[probe.documents == name],

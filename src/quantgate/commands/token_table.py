@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from quantgate.errors import BadInput
-from quantgate.measuring.engine import kernel_fingerprint, running_engine
+from quantgate.measuring.engine import running_engine
 from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.session import kernel_fingerprint
 from quantgate.patches.pooling_api import token_task_options
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.task import activation_of, label_names

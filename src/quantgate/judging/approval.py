@@ -21,13 +21,13 @@ from quantgate.judging.golden import (
     from_json,
     golden_key,
     golden_path,
+    stored_dtype,
     to_json,
 )
 
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
-    from quantgate.measuring.sources import Sources
-    from quantgate.subject.checkpoint import Checkpoint
+    from quantgate.measuring.case import Case
     from quantgate.subject.probe import Probe
 
 
@@ -64,20 +64,19 @@ class Proposal:
         yield from (f"refused: {refusal}" for refusal in self.refusals)
 
 
-def propose(
-    sources: Sources, checkpoint: Checkpoint, dtype: str, reason: str, *, accept_failing: bool
-) -> Proposal:
-    """Measure a checkpoint in "float32" or "serving" and compare it with its golden.
+def propose(case: Case, reason: str, *, accept_failing: bool) -> Proposal:
+    """Measure a checkpoint and compare it with its golden.
 
     Raises `BadInput` where the stored golden is damaged: what it was must be known.
     """
-    probe, measured = sources.probe_of(checkpoint), sources.engine(checkpoint, dtype)
+    checkpoint, probe, measured = case.checkpoint, case.probe, case.engine
+    dtype = stored_dtype(case.dtype)
     path = golden_path(
         checkpoint.root, checkpoint.id, f"drift-{dtype}", measured.provenance.platform
     )
     old = _stored(path, probe)
     kept = as_stored(measured)
-    served = fidelity.free_running(sources, checkpoint, dtype)
+    served = fidelity.free_running(case)
     entry: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         **figures_of(kept, probe),
@@ -102,11 +101,11 @@ def propose(
     )
     compared = None
     if old is not None and old.key.probe == probe.sha256:
-        compared = drift.against(sources, checkpoint, dtype, kept, old.measurement)
+        compared = drift.against(case, kept, old.measurement)
     return Proposal(path, probe, old, new, compared, tuple(refusals))
 
 
-def write(sources: Sources, checkpoint: Checkpoint, dtype: str, proposal: Proposal) -> list[Path]:
+def write(case: Case, proposal: Proposal) -> list[Path]:
     """Write what a proposal changes, each file in one step; return what was written.
 
     The noise floor comes first: a golden with its key has one, whenever the writing is killed.
@@ -114,10 +113,10 @@ def write(sources: Sources, checkpoint: Checkpoint, dtype: str, proposal: Propos
     if proposal.refusals:
         return []
     written = []
-    path = noise.noise_path(checkpoint, dtype, proposal.new.key.platform)
+    path = noise.noise_path(case.checkpoint, case.dtype, proposal.new.key.platform)
     anew = not proposal.within_tolerance
     find = noise.measured_once if anew else noise.floor_of
-    text = noise.to_json(find(sources, checkpoint, dtype))
+    text = noise.to_json(find(case))
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text)
         written.append(path)

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantgate.judging.compare import mean_absolute_difference, modules_beyond
+from quantgate.measuring.measurement import mean_absolute_difference
 
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
     from quantgate.measuring.measurement import Measurement
-    from quantgate.measuring.replay import Replay
 
 # How far a weight of the library's may be from ours, relative to it: compressed-tensors rounds
 # NVFP4's scale and then its value to bfloat16, by half a unit in the last place (2^-9) each, which
@@ -33,7 +32,8 @@ class Suspects:
     """The linear on whose weights the two dequantizers differ most, and how far, relatively."""
     base: Callable[[], Verdict] | None
     """The same check of the unquantized base, if there is one."""
-    replay: Callable[[], Replay]
+    modules: Callable[[], list[str]]
+    """A line for each linear that replay finds to be off (`modules.modules_beyond`)."""
 
 
 def attribute(verdict: Verdict, suspects: Suspects) -> Verdict:
@@ -72,5 +72,5 @@ def _fault(suspects: Suspects) -> tuple[str, list[str]]:
     return (
         "ENGINE: both dequantizers agree on every weight"
         + (", and the unquantized base is served right" if suspects.base is not None else ""),
-        modules_beyond(engine, suspects.replay()),
+        suspects.modules(),
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
 
     from quantgate.judging.verdict import Verdict
-    from quantgate.measuring.sources import Sources
+    from quantgate.measuring.case import Case
     from quantgate.subject.checkpoint import Checkpoint
 
 Precision = Literal["float32", "serving"]
@@ -39,10 +39,9 @@ ALL: tuple[Task, ...] = (GENERATE, *POOLS)
 class Asked(NamedTuple):
     """What a check is asked about."""
 
-    sources: Sources
-    checkpoint: Checkpoint
-    dtype: Precision
-    """Of a check with precisions; "serving" for the others, which choose for themselves."""
+    case: Case
+    """In the dtype of a check with precisions; in the one that is served for the others, which
+    choose for themselves."""
     snapshot: Callable[[], SnapshotAssertion]
     """Gives the golden of the test that asks."""
     name: str
@@ -73,28 +72,28 @@ CHECKS = (
     Check(
         "fidelity",
         "do vLLM and HF compute the same function of the same weights?",
-        lambda a: fidelity.free_running(a.sources, a.checkpoint, a.dtype),
+        lambda a: fidelity.free_running(a.case),
         "find the module",
         precisions=BOTH,
     ),
     Check(
         "replay",
         "on the engine's own inputs, does every linear give what its weights say?",
-        lambda a: fidelity.replay(a.sources, a.checkpoint, a.dtype),
+        lambda a: fidelity.replay(a.case),
         "change the settings",
         precisions=BOTH,
     ),
     Check(
         "activation",
         "are outputs what the config makes of raw ones: softmax, sigmoid, unit length?",
-        lambda a: pooled.activation(a.sources, a.checkpoint),
+        lambda a: pooled.activation(a.case),
         "export again",
         tasks=POOLS,
     ),
     Check(
         "head",
         "are the head and its labels the base's, and not quantized?",
-        lambda a: pooled.head(a.sources, a.checkpoint),
+        lambda a: pooled.head(a.case),
         "export again",
         tasks=LABELS,
         needs=("base",),
@@ -102,7 +101,7 @@ CHECKS = (
     Check(
         "steps",
         "does STEP pooling give the rewards of the step tags, and of no other token?",
-        lambda a: pooled.step_rows(a.sources, a.checkpoint),
+        lambda a: pooled.step_rows(a.case),
         "export again",
         tasks=("token_reward",),
         needs=("step_tag",),
@@ -110,21 +109,21 @@ CHECKS = (
     Check(
         "late-interaction",
         "is `LLM.score` of two texts the max-sim of their token embeddings?",
-        lambda a: pooled.late_interaction(a.sources, a.checkpoint),
+        lambda a: pooled.late_interaction(a.case),
         "export again",
         tasks=(EMBED,),
     ),
     Check(
         "divergence-from-reference",
         "are whole distributions the reference's, but for rounding?",
-        lambda a: fidelity.divergence(a.sources, a.checkpoint),
+        lambda a: fidelity.divergence(a.case),
         "find the module",
         tasks=(GENERATE,),
     ),
     Check(
         "divergence-from-base",
         "does quantization move distributions by no more than its scheme's budget?",
-        lambda a: divergence_from_base(a.sources, a.checkpoint),
+        lambda a: divergence_from_base(a.case),
         "weigh the cost",
         tasks=(GENERATE,),
         needs=("base",),
@@ -132,14 +131,14 @@ CHECKS = (
     Check(
         "quality",
         "does quantization cost no more perplexity, or of the task's metric, than its budget?",
-        lambda a: quality(a.sources, a.checkpoint),
+        lambda a: quality(a.case),
         "weigh the cost",
         needs=("base", "metric"),
     ),
     Check(
         "drift",
         "is what is served what a person approved?",
-        lambda a: drift(a.sources, a.checkpoint, a.dtype, a.snapshot(), a.name),
+        lambda a: drift(a.case, a.snapshot(), a.name),
         "",  # its verdict names the tool that approves
         needs=("golden",),
         precisions=BOTH,
@@ -147,14 +146,14 @@ CHECKS = (
     Check(
         "invariance",
         "does a request get the same in any batch, order, chunks, and from the cache?",
-        lambda a: invariance.served_otherwise(a.sources, a.checkpoint, a.dtype),
+        lambda a: invariance.served_otherwise(a.case),
         "change the settings",
         precisions=BOTH,
     ),
     Check(
         "tensor-parallel",
         "do two ranks give what one gives?",
-        lambda a: invariance.tensor_parallel(a.sources, a.checkpoint, a.dtype),
+        lambda a: invariance.tensor_parallel(a.case),
         "change the settings",
         needs=("tensor-parallel",),
         precisions=BOTH,
@@ -162,7 +161,7 @@ CHECKS = (
     Check(
         "compiled",
         "does a compiled engine give what an eager one gives?",
-        lambda a: invariance.compiled(a.sources, a.checkpoint, a.dtype),
+        lambda a: invariance.compiled(a.case),
         "change the settings",
         needs=("compiled",),
         precisions=BOTH,

@@ -16,6 +16,7 @@ from quantgate.subject.task import is_classifier
 if TYPE_CHECKING:
     from quantgate.measuring.divergence import Divergence
     from quantgate.measuring.measurement import Measurement
+    from quantgate.subject.probe import Probe
 
 WORST_TOKENS, WORST_LINES = 10, 5
 POSITION_BINS = 32

@@ -1,107 +1,68 @@
 """Fidelity: does the engine compute what the checkpoint's weights say? With the fault, where not.
 
-Takes what a check needs from the sources and hands it to the comparison.
+Takes what a check needs from its case and hands it to the comparison.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from quantgate.formats.library_weights import largest_disagreement
-from quantgate.judging import compare
+from quantgate.judging import compare, distributions, modules
 from quantgate.judging.attribution import Suspects, attribute
-from quantgate.measuring.precision import SERVING
+from quantgate.measuring.measurement import mean_absolute_difference
+from quantgate.measuring.precision import FLOAT32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from quantgate.judging.verdict import Verdict
-    from quantgate.measuring.sources import Sources
-    from quantgate.subject.checkpoint import Checkpoint
-
-    Check = Callable[[Sources, Checkpoint], Verdict]
+    from quantgate.measuring.case import Case
 
 
-def free_running(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+def free_running(case: Case) -> Verdict:
     """Judge the scores of a free-running engine, by the rule for its dtype."""
-    if dtype == "float32":
-        return float32(sources, checkpoint)
-    return serving(sources, checkpoint, dtype)
+    return attribute(compared(case), _suspects(case))
 
 
-def float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
-    """Judge float32 scores of a free-running engine."""
-    verdict = _float32(sources, checkpoint)
-    return attribute(verdict, _suspects(sources, checkpoint, "float32", _float32))
-
-
-def serving(sources: Sources, checkpoint: Checkpoint, dtype: str = SERVING) -> Verdict:
-    """Judge the scores of a free-running engine in the dtype that is served, or in another."""
-    check = partial(_serving, dtype=dtype)
-    return attribute(check(sources, checkpoint), _suspects(sources, checkpoint, dtype, check))
-
-
-def replay(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+def replay(case: Case) -> Verdict:
     """Judge every linear on the engine's own inputs."""
-    engine, found = sources.engine(checkpoint, dtype), sources.replay(checkpoint, dtype)
-    verdict = compare.replayed(engine, found, sources.probe_of(checkpoint))
-    free_running = _float32 if dtype == "float32" else partial(_serving, dtype=dtype)
-    return attribute(verdict, _suspects(sources, checkpoint, dtype, free_running))
+    verdict = modules.replayed(case.engine, case.replay, case.probe)
+    return attribute(verdict, _suspects(case))
 
 
-def rounding(sources: Sources, checkpoint: Checkpoint) -> float:
-    """Return how far float32 moves the reference's log-probs from float64's, at most, in nat."""
-    return compare.largest_difference(
-        sources.reference(checkpoint, "float64"), sources.reference(checkpoint, "float32")
-    )
-
-
-def divergence(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+def divergence(case: Case) -> Verdict:
     """Judge whole distributions in the dtype that is served: those of the float32 reference."""
-    engine = sources.engine(checkpoint, "serving")
-    exact = sources.reference(checkpoint, "float32")
-    rounded = sources.reference(checkpoint, "serving")
-    probe = sources.probe_of(checkpoint)
-    found, moved = (
-        sources.divergence(exact, checkpoint, other, checkpoint, probe)
-        for other in (engine, rounded)
-    )
-    return compare.divergence_from_reference(engine, exact, found, moved, probe)
+    exact, probe = case.exact, case.probe
+    found, moved = (case.divergence(exact, one, probe) for one in (case.engine, case.rounded()))
+    return distributions.divergence_from_reference(case.engine, exact, found, moved, probe)
 
 
-def _float32(sources: Sources, checkpoint: Checkpoint) -> Verdict:
-    engine = sources.engine(checkpoint, "float32")
-    reference = sources.reference(checkpoint, "float32")
-    probe = sources.probe_of(checkpoint)
-    if checkpoint.quantizes_activations:
-        exact = sources.reference(checkpoint, "float64")
-        return compare.fidelity_chaotic(engine, reference, exact, probe)
-    return compare.fidelity_fp32(
-        engine, reference, probe, rounding=lambda: rounding(sources, checkpoint)
-    )
-
-
-def _serving(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
-    engine = sources.engine(checkpoint, dtype)
-    reference = sources.reference(checkpoint, "float32")
-    rounded = sources.reference(checkpoint, dtype)
-    base_noise = None
-    if (base := checkpoint.base_checkpoint) is not None:
-        base_noise = compare.mean_absolute_difference(
-            sources.engine(base, dtype), sources.reference(base, "float32")
+def compared(case: Case) -> Verdict:
+    """Compare a free-running engine with its reference; a fail is not yet attributed."""
+    if case.dtype != FLOAT32:
+        return _in_16_bits(case)
+    if case.by_value:
+        return compare.fidelity_fp32(
+            case.engine, case.exact, case.probe, rounding=lambda: case.rounding
         )
-    probe = sources.probe_of(checkpoint)
-    return compare.fidelity_serving(engine, reference, rounded, probe, base_noise=base_noise)
+    return compare.fidelity_chaotic(case.engine, case.exact, case.rounded(), case.probe)
 
 
-def _suspects(sources: Sources, checkpoint: Checkpoint, dtype: str, check: Check) -> Suspects:
-    base = checkpoint.base_checkpoint
+def _in_16_bits(case: Case) -> Verdict:
+    base_noise = None
+    if (base := case.base) is not None:
+        base_noise = mean_absolute_difference(base.engine, base.exact)
+    return compare.fidelity_serving(
+        case.engine, case.exact, case.rounded(), case.probe, base_noise=base_noise
+    )
+
+
+def _suspects(case: Case) -> Suspects:
+    base = case.base
     return Suspects(
-        engine=sources.engine(checkpoint, dtype),
-        own=sources.reference(checkpoint, "float32"),
-        library=lambda: sources.reference(checkpoint, "float32", "library"),
-        disagreement=lambda: largest_disagreement(checkpoint.directory),
-        base=None if base is None else lambda: check(sources, base),
-        replay=lambda: sources.replay(checkpoint, dtype),
+        engine=case.engine,
+        own=case.exact,
+        library=lambda: case.reference(FLOAT32, "library"),
+        disagreement=lambda: largest_disagreement(case.checkpoint.directory),
+        base=None if base is None else lambda: compared(base),
+        modules=lambda: modules.modules_beyond(case.engine, case.replay),
     )

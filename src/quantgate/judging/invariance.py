@@ -1,7 +1,7 @@
 """Invariance: the same measurement however it is served.
 
 In chunks, in another order, one by one, from the prefix cache; and, where a checkpoint's file asks
-for it, on two ranks and on one, compiled and eager. Takes what a check needs from the sources and
+for it, on two ranks and on one, compiled and eager. Takes what a check needs from its case and
 returns its verdict.
 """
 
@@ -18,23 +18,22 @@ from numpy.typing import NDArray
 from quantgate.judging.budget import INVARIANCE_MAX, ROUNDING_FACTOR, fp32_max
 from quantgate.judging.evidence import kernels_line, profile_of, worst_lines
 from quantgate.judging.stats import rounding_allowance
-from quantgate.judging.verdict import Deviation, Profile, Verdict
-from quantgate.measuring.serving import mixed
+from quantgate.judging.verdict import Deviation, Profile, Verdict, verdict_on
+from quantgate.subject.windows import mixed
 
 if TYPE_CHECKING:
+    from quantgate.measuring.case import Case
     from quantgate.measuring.measurement import Measurement
-    from quantgate.measuring.sources import Sources
     from quantgate.subject.checkpoint import Checkpoint
 
 Values = NDArray[np.floating[Any]]
 Derive = Callable[[Values], Values]
 
 
-def served_otherwise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+def served_otherwise(case: Case) -> Verdict:
     """Judge that what a request gets depends neither on its batch, nor on chunks or the cache."""
-    engine = sources.engine(checkpoint, dtype)
-    probe, rows = mixed(sources.probe_of(checkpoint))
-    again = sources.reruns(checkpoint, dtype, probe)
+    probe, rows = mixed(case.probe)
+    again = case.reruns(probe)
     said = again.how
     ways = [_Way(way, measured.values, rows) for way, measured in again.found.items()]
     if again.cached is not None:
@@ -43,15 +42,13 @@ def served_otherwise(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Ve
         said += " and from the prefix cache"
     right = f"{len(probe.windows)} windows give the same in any order and one by one, {said}"
     wrong = f"what is served depends on how it is served ({again.how})"
-    return _verdict_on_ways(sources, checkpoint, dtype, ways, engine, right, wrong)
+    return _verdict_on_ways(case, ways, right, wrong)
 
 
-def tensor_parallel(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+def tensor_parallel(case: Case) -> Verdict:
     """Judge that two ranks give what one gives; or that one does, where two are served."""
-    size = other_parallel_size(checkpoint)
-    return _set_otherwise(
-        sources, checkpoint, dtype, f"tensor_parallel_size={size}", tensor_parallel_size=size
-    )
+    size = other_parallel_size(case.checkpoint)
+    return _set_otherwise(case, f"tensor_parallel_size={size}", tensor_parallel_size=size)
 
 
 def other_parallel_size(checkpoint: Checkpoint) -> int:
@@ -59,23 +56,19 @@ def other_parallel_size(checkpoint: Checkpoint) -> int:
     return 2 if checkpoint.engine.tensor_parallel_size == 1 else 1
 
 
-def compiled(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Verdict:
+def compiled(case: Case) -> Verdict:
     """Judge that a compiled engine gives what an eager one gives."""
-    eager = not checkpoint.engine.enforce_eager
-    return _set_otherwise(sources, checkpoint, dtype, f"enforce_eager={eager}", enforce_eager=eager)
+    eager = not case.checkpoint.engine.enforce_eager
+    return _set_otherwise(case, f"enforce_eager={eager}", enforce_eager=eager)
 
 
-def _set_otherwise(
-    sources: Sources, checkpoint: Checkpoint, dtype: str, setting: str, **settings: Any
-) -> Verdict:
-    engine = sources.engine(checkpoint, dtype)
-    probe, rows = mixed(sources.probe_of(checkpoint))
-    changed = dataclasses.replace(checkpoint.engine, **settings)
-    other = sources.engine_again(dataclasses.replace(checkpoint, engine=changed), dtype, probe)
+def _set_otherwise(case: Case, setting: str, **settings: Any) -> Verdict:
+    _ = case.engine  # first, while nothing else holds memory
+    probe, rows = mixed(case.probe)
+    other = case.set_otherwise(dataclasses.replace(case.checkpoint.engine, **settings), probe)
     right = f"{len(probe.windows)} windows give the same with {setting}"
     wrong = f"{setting} gives something else"
-    ways = [_Way(setting, other.values, rows)]
-    return _verdict_on_ways(sources, checkpoint, dtype, ways, engine, right, wrong)
+    return _verdict_on_ways(case, [_Way(setting, other.values, rows)], right, wrong)
 
 
 @dataclass(frozen=True)
@@ -87,23 +80,13 @@ class _Way:
     rows: NDArray[np.int64]
 
 
-def _verdict_on_ways(
-    sources: Sources,
-    checkpoint: Checkpoint,
-    dtype: str,
-    ways: Sequence[_Way],
-    engine: Measurement,
-    right: str,
-    wrong: str,
-) -> Verdict:
+def _verdict_on_ways(case: Case, ways: Sequence[_Way], right: str, wrong: str) -> Verdict:
+    engine = case.engine
     deviations = {
         way.name: same(
             way.name,
-            way.values,
-            engine.values[way.rows],
-            sources,
-            checkpoint,
-            dtype,
+            (way.values, engine.values[way.rows]),
+            case,
             derive=_at(way.rows),
             limit=INVARIANCE_MAX,
         )
@@ -112,10 +95,8 @@ def _verdict_on_ways(
     worst = max(ways, key=lambda way: _part_of_limit(deviations[way.name]))
     other = engine.values.copy()
     other[worst.rows] = worst.values
-    found = profile_of(
-        dataclasses.replace(engine, values=other), engine, sources.probe_of(checkpoint)
-    )
-    return verdict_on(list(deviations.values()), right, engine, wrong=wrong, profile=found)
+    found = profile_of(dataclasses.replace(engine, values=other), engine, case.probe)
+    return by_limits(list(deviations.values()), right, engine, wrong=wrong, profile=found)
 
 
 def _at(rows: NDArray[np.int64]) -> Derive:
@@ -124,17 +105,14 @@ def _at(rows: NDArray[np.int64]) -> Derive:
 
 def same(
     what: str,
-    measured: Values,
-    expected: Values,
-    sources: Sources,
-    checkpoint: Checkpoint,
-    dtype: str,
+    two: tuple[Values, Values],
+    case: Case,
     *,
     derive: Derive,
     limit: float | None = None,
     raw: bool = True,
 ) -> Deviation:
-    """Return how far two ways of serving the same are apart, beside what that may be.
+    """Return how far `two` ways of serving the same are apart, beside what that may be.
 
     In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
     and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
@@ -143,16 +121,14 @@ def same(
     is shown: of these rows, which the checkpoint's own is not. `raw` says whether these are values
     of the measurement itself, whose largest move is known.
     """
+    measured, expected = two
     delta = np.abs(measured.astype(np.float64) - expected)
-    allowed = fp32_max(checkpoint.task) if limit is None else limit
-    if dtype == "float32" and not checkpoint.quantizes_activations:
+    allowed = fp32_max(case.checkpoint.task) if limit is None else limit
+    if case.by_value:
         return Deviation(
             f"{what}: max |Δ|", largest(delta), allowed, "", statistic="max_abs" if raw else None
         )
-    rounded, exact = (
-        derive(sources.reference(checkpoint, name).values)
-        for name in ("float64" if dtype == "float32" else dtype, "float32")
-    )
+    rounded, exact = (derive(found.values) for found in (case.rounded(), case.exact))
     moved = np.abs(rounded.astype(np.float64) - exact)
     noise = float(np.mean(moved))
     moved = moved.reshape(len(moved), -1).mean(axis=1)
@@ -160,7 +136,7 @@ def same(
     return Deviation(f"{what}: mean |Δ|", float(np.mean(delta)), allowed, "", floor=noise)
 
 
-def verdict_on(
+def by_limits(
     deviations: list[Deviation],
     right: str,
     engine: Measurement,
@@ -175,14 +151,11 @@ def verdict_on(
     shown = [*(f"found      {line}" for line in evidence), *worst_lines(profile)]
     # The one that is nearest to its limit, or furthest beyond, is what a table shows.
     deviations = sorted(deviations, key=_part_of_limit, reverse=True)
-    return Verdict(
+    return verdict_on(
+        engine,
         "fail" if exceeded else "pass",
         wrong if exceeded else right,
-        tuple(deviations),
-        n=len(engine.values),
-        dtype=engine.provenance.dtype,
-        kernels=engine.provenance.kernels,
-        emulated=engine.provenance.emulated,
+        deviations,
         evidence=(*shown, *kernels_line(engine)) if exceeded else (),
         profile=profile,
     )

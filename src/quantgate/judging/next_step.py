@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from quantgate.judging.checks import Remedy, named
-
 if TYPE_CHECKING:
+    from quantgate.judging.checks import Check, Remedy
     from quantgate.judging.verdict import Verdict
     from quantgate.subject.checkpoint import Checkpoint
 
@@ -28,7 +28,7 @@ _EXPORT = "export the checkpoint again with its base's head and config.json: doc
 # A loss of more than this many times its margin is not what quantization of that width costs.
 FAR_BEYOND = 10
 
-_STEPS: dict[Remedy, str] = {
+_STEPS: Mapping[Remedy, str] = {
     "find the module": _WHICH_MODULE,
     "change the settings": _OTHERWISE,
     "weigh the cost": _COST,
@@ -37,18 +37,18 @@ _STEPS: dict[Remedy, str] = {
 }
 
 
-def next_step(check: str, verdict: Verdict, checkpoint: Checkpoint) -> str:
-    """Return what to do about a check that did not pass."""
-    if (known := named(check)) is None:
+def next_step(check: Check | None, verdict: Verdict, checkpoint: Checkpoint) -> str:
+    """Return what to do about a check that did not pass; "" for a project's own."""
+    if check is None:
         return ""
-    step = _STEPS[known.remedy]
+    step = _STEPS[check.remedy]
     if step == _COST and verdict.outcome == "inconclusive":
         step = _MORE
     elif step == _COST and _far_beyond(verdict):
         step = _FAULT
     return step.format(
         pytest=f"pytest suites {_selection(checkpoint)}",
-        family=known.family.replace("-", "_"),
+        family=check.family.replace("-", "_"),
         file=f"fixtures/checkpoints/{checkpoint.id}.toml",
         times=FAR_BEYOND,
     )

@@ -23,13 +23,14 @@ from quantgate.judging.golden import GoldenKey, golden_key, golden_path, stored_
 from quantgate.judging.verdict import Deviation, Statistic, Verdict
 from quantgate.measuring import environment
 from quantgate.measuring.measurement import Measurement, Provenance, rows_of
-from quantgate.measuring.serving import mixed
+from quantgate.measuring.precision import FLOAT32
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
+from quantgate.subject.windows import mixed
 
 if TYPE_CHECKING:
-    from quantgate.measuring.sources import Sources
+    from quantgate.measuring.case import Case
 
 SCHEMA = 1
 
@@ -93,47 +94,45 @@ def _is_drowned(deviation: Deviation) -> bool:
 # Measuring ---------------------------------------------------------------------------------------
 
 
-def measure(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
-    """Serve a checkpoint's probe again in several ways; `dtype` is a torch name or "serving"."""
-    engine = sources.engine(checkpoint, dtype)
-    probe = sources.probe_of(checkpoint)
+def measure(case: Case) -> NoiseFloor:
+    """Serve a checkpoint's probe again in several ways."""
+    engine, probe = case.engine, case.probe
     # The windows that `invariance` serves again too: the engine does it once for both.
     part, rows = mixed(probe)
-    again, before = sources.reruns(checkpoint, dtype, part), rows_of(engine, rows)
+    again, before = case.reruns(part), rows_of(engine, rows)
     moved = {
-        f"{way}, {again.how}": _moved(sources, checkpoint, measured, before, part)
+        f"{way}, {again.how}": _moved(case, measured, before, part)
         for way, measured in again.found.items()
     }
-    rounded = "float64" if engine.provenance.dtype == "float32" else dtype
-    # Float32 without quantized inputs is judged value by value, and has its own rule for rounding.
-    if rounded != "float64" or checkpoint.quantizes_activations:
-        exact = sources.reference(checkpoint, "float32")
-        reference = sources.reference(checkpoint, rounded)
+    # What is judged value by value has its own rule for rounding.
+    if not case.by_value:
+        exact, reference = case.exact, case.rounded()
         name = f"the reference in {reference.provenance.dtype}, not float32"
-        moved[name] = _moved(sources, checkpoint, reference, exact, probe)
-    if engine.provenance.dtype != "float32" and _is_judged_by_a_metric(checkpoint):
-        for way, metric in _metric_moved(sources, checkpoint, dtype).items():
+        moved[name] = _moved(case, reference, exact, probe)
+    if case.dtype != FLOAT32 and _is_judged_by_a_metric(case.checkpoint):
+        for way, metric in _metric_moved(case).items():
             moved[f"{way}, larger probe"] = {"metric": metric}
     reruns = tuple(Rerun(name, figures) for name, figures in moved.items())
-    return NoiseFloor(golden_key(checkpoint, probe, engine), reruns, engine.provenance)
+    return NoiseFloor(golden_key(case.checkpoint, probe, engine), reruns, engine.provenance)
 
 
-def served_again(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[Probe]:
-    """Return the probes that `measure` will serve again in a torch dtype; none if one is stored.
+def served_again(case: Case) -> list[Probe]:
+    """Return the probes that `measure` will serve again; none if a floor is stored.
 
     A stored one may turn out to be of something else: it is measured then all the same.
     """
     (platform,) = environment.available_devices().values()
-    if checkpoint.golden and noise_path(checkpoint, dtype, platform).exists():
+    checkpoint = case.checkpoint
+    if checkpoint.golden and noise_path(checkpoint, case.dtype, platform).exists():
         return []
-    part, _ = mixed(sources.probe_of(checkpoint))
-    if dtype == "float32" or not _is_judged_by_a_metric(checkpoint):
+    part, _ = mixed(case.probe)
+    if case.dtype == FLOAT32 or not _is_judged_by_a_metric(checkpoint):
         return [part]
-    return [part, sources.probe_of(checkpoint, quality=True)]
+    return [part, case.quality_probe]
 
 
 def _moved(
-    sources: Sources, checkpoint: Checkpoint, one: Measurement, other: Measurement, probe: Probe
+    case: Case, one: Measurement, other: Measurement, probe: Probe
 ) -> dict[Statistic, float]:
     delta = one.values.astype(np.float64) - other.values
     found: dict[Statistic, float] = {
@@ -143,7 +142,7 @@ def _moved(
     if probe.task == GENERATE:
         found["mean"] = float(abs(delta.mean()))
         if one.hidden is not None and other.hidden is not None:
-            kld = sources.divergence(other, checkpoint, one, checkpoint, probe).kld
+            kld = case.divergence(other, one, probe).kld
             found["kld"] = float(kld.mean())
     return found
 
@@ -152,12 +151,11 @@ def _is_judged_by_a_metric(checkpoint: Checkpoint) -> bool:
     return checkpoint.has_own_metric and checkpoint.has_quality
 
 
-def _metric_moved(sources: Sources, checkpoint: Checkpoint, dtype: str) -> dict[str, float]:
-    probe = sources.probe_of(checkpoint, quality=True)
-    before = task_quality.metric_of(sources, checkpoint, sources.for_quality(checkpoint))
-    again = sources.reruns(checkpoint, dtype, probe)
+def _metric_moved(case: Case) -> dict[str, float]:
+    before = task_quality.metric_of(case, case.for_quality)
+    again = case.reruns(case.quality_probe)
     return {
-        f"{way}, {again.how}": abs(task_quality.metric_of(sources, checkpoint, measured) - before)
+        f"{way}, {again.how}": abs(task_quality.metric_of(case, measured) - before)
         for way, measured in again.found.items()
     }
 
@@ -205,19 +203,17 @@ def from_json(text: str, path: Path | str) -> NoiseFloor:
         ) from None
 
 
-def floor_of(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
+def floor_of(case: Case) -> NoiseFloor:
     """Return the floor beside a checkpoint's goldens; a new one where there is none for its key."""
-    engine = sources.engine(checkpoint, dtype)
-    path = noise_path(checkpoint, dtype, engine.provenance.platform)
+    engine, checkpoint = case.engine, case.checkpoint
+    path = noise_path(checkpoint, case.dtype, engine.provenance.platform)
     if checkpoint.golden and path.exists():
         floor = from_json(path.read_text(encoding="utf-8"), path)
-        if floor.key == golden_key(checkpoint, sources.probe_of(checkpoint), engine):
+        if floor.key == golden_key(checkpoint, case.probe, engine):
             return floor
-    return measured_once(sources, checkpoint, dtype)
+    return measured_once(case)
 
 
-def measured_once(sources: Sources, checkpoint: Checkpoint, dtype: str) -> NoiseFloor:
+def measured_once(case: Case) -> NoiseFloor:
     """Measure a floor, at the first call in a run."""
-    return sources.once(
-        "noise floor", checkpoint, dtype, lambda: measure(sources, checkpoint, dtype)
-    )
+    return case.once("noise floor", lambda: measure(case))

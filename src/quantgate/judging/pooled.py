@@ -1,6 +1,6 @@
 """The checks of how models that pool are served: activations, heads, steps, batches, scores.
 
-Takes what a check needs from the sources and returns its verdict, as `fidelity` does.
+Takes what a check needs from its case and returns its verdict, as `fidelity` does.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from quantgate.formats.stored import StoredTensors
 from quantgate.judging import metrics
 from quantgate.judging.budget import ACTIVATION_MAX, INVARIANCE_MAX, fp32_max
 from quantgate.judging.evidence import profile_of
-from quantgate.judging.invariance import Derive, Values, largest, same, verdict_on
+from quantgate.judging.invariance import Derive, Values, by_limits, largest, same
 from quantgate.judging.verdict import Deviation, Verdict, not_run
-from quantgate.measuring.precision import sharpest_dtype
-from quantgate.measuring.serving import mixed
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.files import read_config
 from quantgate.subject.task import EMBED, HEADS, activation_of, head_tensors, label_names
+from quantgate.subject.windows import mixed
 
 if TYPE_CHECKING:
-    from quantgate.measuring.sources import Sources
+    from quantgate.measuring.case import Case
 
 # Activations -------------------------------------------------------------------------------------
 
 
-def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+def activation(case: Case) -> Verdict:
     """Judge what a request that asks for nothing gets: the config's function of the raw outputs."""
-    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
+    case = case.sharpest
+    engine, checkpoint = case.engine, case.checkpoint
     assert engine.activated is not None
     given = engine.activated.astype(np.float64)
     kind, expected = _activated(engine.values, checkpoint)
@@ -39,11 +39,8 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     deviations = [
         same(
             "output",
-            given,
-            expected,
-            sources,
-            checkpoint,
-            sharpest_dtype(checkpoint),
+            (given, expected),
+            case,
             derive=lambda values: _activated(values, checkpoint)[1],
             limit=INVARIANCE_MAX,
             raw=False,
@@ -55,7 +52,7 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     elif kind == "unit norm":
         off = largest(np.abs(np.linalg.norm(given, axis=1) - 1))
         deviations.append(Deviation("max |norm - 1|", off, ACTIVATION_MAX, ""))
-    return verdict_on(
+    return by_limits(
         deviations,
         f"the outputs match {kind} of the raw outputs, as config.json says",
         engine,
@@ -63,7 +60,7 @@ def activation(sources: Sources, checkpoint: Checkpoint) -> Verdict:
         profile=profile_of(
             dataclasses.replace(engine, values=given),
             dataclasses.replace(engine, values=expected),
-            sources.probe_of(checkpoint),
+            case.probe,
         ),
     )
 
@@ -86,11 +83,11 @@ def _activated(raw: Values, checkpoint: Checkpoint) -> tuple[str, Values]:
 # The head ----------------------------------------------------------------------------------------
 
 
-def head(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+def head(case: Case) -> Verdict:
     """Judge that head and label names are the base's, to the bit, and in full precision."""
-    base = checkpoint.base_checkpoint
+    checkpoint, base = case.checkpoint, case.checkpoint.base_checkpoint
     assert base is not None
-    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
+    engine = case.sharpest.engine
     ours, theirs = (label_names(read_config(c.directory)) for c in (checkpoint, base))
     renamed = [f"label {i} is {a}, the base's is {b}" for i, (a, b) in _unlike(ours, theirs)]
     tensors = _head_differences(checkpoint, base)
@@ -106,7 +103,7 @@ def head(sources: Sources, checkpoint: Checkpoint) -> Verdict:
     ]
     right = "the head is the base's to the bit, in full precision, and so are its labels"
     evidence = [*renamed, *tensors, *quantized]
-    return verdict_on(deviations, right, engine, wrong="; ".join(evidence), evidence=evidence)
+    return by_limits(deviations, right, engine, wrong="; ".join(evidence), evidence=evidence)
 
 
 def _unlike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, tuple[str, str]]]:
@@ -132,9 +129,10 @@ def _head_differences(checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
 # Ways of serving ---------------------------------------------------------------------------------
 
 
-def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+def step_rows(case: Case) -> Verdict:
     """Judge that STEP pooling gives the rows of the step tags, as each request asks."""
-    probe = sources.probe_of(checkpoint)
+    case = case.sharpest
+    probe, checkpoint = case.probe, case.checkpoint
     ids = np.concatenate([window.ids for window in probe.windows])
     first = np.repeat(
         [window.ids[0] for window in probe.windows], [len(window.ids) for window in probe.windows]
@@ -145,8 +143,7 @@ def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             f"no token of probe '{probe.name}' is the step tag {checkpoint.step_tag_id}",
             "correct step_tag_id in its file, or give a probe that has steps",
         )
-    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
-    served = sources.steps(checkpoint)
+    engine, served = case.engine, case.steps
     kinds: list[tuple[str, Sequence[Values], Derive]] = [
         ("the engine's tag", served.tagged, lambda v: v[tagged]),
         ("a request's own tag", served.first, lambda v: v[ids == first]),
@@ -160,37 +157,31 @@ def step_rows(sources: Sources, checkpoint: Checkpoint) -> Verdict:
             missing = abs(len(rows) - len(expected))
             deviations.append(Deviation(f"{what}: rows too many or too few", missing, 0, ""))
             continue
-        deviations.append(
-            same(
-                what, rows, expected, sources, checkpoint, sharpest_dtype(checkpoint), derive=derive
-            )
-        )
+        deviations.append(same(what, (rows, expected), case, derive=derive))
     right = f"{len(tagged)} step tags give their own rows, and no other token does"
-    return verdict_on(deviations, right, engine, wrong="steps are not the rows of their tags")
+    return by_limits(deviations, right, engine, wrong="steps are not the rows of their tags")
 
 
-def late_interaction(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+def late_interaction(case: Case) -> Verdict:
     """Judge `LLM.score`: the max-sim of the engine's own unit vectors."""
-    engine = sources.engine(checkpoint, sharpest_dtype(checkpoint))
-    probe, rows = mixed(sources.probe_of(checkpoint))
+    case = case.sharpest
+    engine = case.engine
+    probe, rows = mixed(case.probe)
 
     def scores(values: Values) -> Values:
         return metrics.similarity(values[rows], probe)
 
     # A score adds up as many products of unit vectors as its query has tokens.
     longest = max(len(w.ids) for w in probe.windows if w.stratum == "query")
-    limit = fp32_max(checkpoint.task) * longest
-    served, expected = sources.late_interaction(checkpoint), scores(engine.values)
+    limit = fp32_max(case.checkpoint.task) * longest
+    served, expected = case.late_interaction, scores(engine.values)
     deviation = same(
         "score",
-        served,
-        expected,
-        sources,
-        checkpoint,
-        sharpest_dtype(checkpoint),
+        (served, expected),
+        case,
         derive=scores,
         limit=limit,
         raw=False,
     )
     right = f"{expected.size} scores of LLM.score are the max-sim of the token embeddings"
-    return verdict_on([deviation], right, engine, wrong="LLM.score is not max-sim")
+    return by_limits([deviation], right, engine, wrong="LLM.score is not max-sim")

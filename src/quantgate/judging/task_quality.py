@@ -11,14 +11,13 @@ from quantgate.judging import metrics
 from quantgate.judging.budget import METRIC_LOSS
 from quantgate.judging.metrics import Metric
 from quantgate.judging.stats import ALPHA, FEWEST_CLUSTERS
-from quantgate.judging.verdict import Deviation, Verdict, one_sided
-from quantgate.subject.checkpoint import Checkpoint
+from quantgate.judging.verdict import Deviation, Verdict, one_sided, verdict_on
 from quantgate.subject.files import read_config
 from quantgate.subject.task import EMBED, SEQUENCE_REWARD, label_names, quantity_of
 
 if TYPE_CHECKING:
+    from quantgate.measuring.case import Case
     from quantgate.measuring.measurement import Measurement
-    from quantgate.measuring.sources import Sources
     from quantgate.subject.probe import Probe
 
 Values = NDArray[np.floating[Any]]
@@ -26,19 +25,18 @@ Values = NDArray[np.floating[Any]]
 Compared = tuple[Metric, Metric, str]
 
 
-def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:
+def quality(case: Case) -> Verdict:
     """Judge the task's own metric against the base's: non-inferiority with a margin."""
-    base = checkpoint.base_checkpoint
-    assert base is not None
-    probe = sources.probe_of(checkpoint, quality=True)
-    engine, unquantized = sources.for_quality(checkpoint), sources.for_quality(base)
+    assert case.base is not None  # the check needs one
+    probe = case.quality_probe
+    engine, unquantized = case.for_quality, case.base.for_quality
     if engine.nonfinite or unquantized.nonfinite:
         counts = f"{engine.nonfinite} of the checkpoint's and {unquantized.nonfinite} of the base's"
-        return Verdict("fail", f"{counts} {quantity_of(probe.task)}s are not finite")
-    ours, theirs, said = _compare(checkpoint, base, engine, unquantized, probe)
+        return verdict_on(engine, "fail", f"{counts} {quantity_of(probe.task)}s are not finite")
+    ours, theirs, said = _compare(case, engine)
     every = np.arange(len(dict.fromkeys(probe.documents)))
     found = metrics.paired_loss(ours, theirs, len(every))
-    override = checkpoint.budget.get("quality")
+    override = case.checkpoint.budget.get("quality")
     margin = override.margin if override else METRIC_LOSS * theirs.of(every)
     outcome = one_sided(found.lower, found.upper, margin)
     why = ""
@@ -48,42 +46,33 @@ def quality(sources: Sources, checkpoint: Checkpoint) -> Verdict:
         outcome = "inconclusive"
         why = f"; {found.documents} documents are too few, {FEWEST_CLUSTERS} are needed"
     bound = f"upper {1 - ALPHA:.0%} bound of the loss of {ours.name}"
-    return Verdict(
+    return verdict_on(
+        engine,
         outcome,
         f"{ours.name} {theirs.of(every):.4f} → {ours.of(every):.4f}, a loss of {found.loss:.4g} "
         f"± {found.standard_error:.2g}; {said}{why}",
-        (Deviation(bound, found.upper, margin, "", statistic="metric"),),
+        [Deviation(bound, found.upper, margin, "", statistic="metric")],
         figures={ours.name: ours.of(every), f"{ours.name} of the base": theirs.of(every)},
         n=found.documents,
-        dtype=engine.provenance.dtype,
         p_value=found.p_above(margin),
         mde=found.minimum_detectable_effect(),
-        kernels=engine.provenance.kernels,
-        emulated=engine.provenance.emulated,
     )
 
 
-def metric_of(sources: Sources, checkpoint: Checkpoint, measured: Measurement) -> float:
+def metric_of(case: Case, measured: Measurement) -> float:
     """Return the task's metric of outputs for the larger probe, as `quality` takes it."""
-    base = checkpoint.base_checkpoint
-    assert base is not None
-    probe = sources.probe_of(checkpoint, quality=True)
-    metric, _, _ = _compare(checkpoint, base, measured, sources.for_quality(base), probe)
-    return metric.of(np.arange(len(dict.fromkeys(probe.documents))))
+    metric, _, _ = _compare(case, measured)
+    return metric.of(np.arange(len(dict.fromkeys(case.quality_probe.documents))))
 
 
-def _compare(
-    checkpoint: Checkpoint,
-    base_checkpoint: Checkpoint,
-    engine: Measurement,
-    base: Measurement,
-    probe: Probe,
-) -> Compared:
+def _compare(case: Case, engine: Measurement) -> Compared:
+    assert case.base is not None
+    checkpoint, probe, base = case.checkpoint, case.quality_probe, case.base.for_quality
     if checkpoint.task == EMBED:
         return _compare_embeddings(engine.values, base.values, probe)
     if checkpoint.task == SEQUENCE_REWARD:
         return _compare_rewards(engine.values[:, 0], base.values[:, 0], probe)
-    names = [label_names(read_config(c.directory)) for c in (checkpoint, base_checkpoint)]
+    names = [label_names(read_config(c.directory)) for c in (checkpoint, case.base.checkpoint)]
     found, of_base = (
         _as_probe_labels(measured, own, probe)
         for measured, own in zip((engine, base), names, strict=True)

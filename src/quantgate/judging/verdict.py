@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantgate.errors import printable
-from quantgate.subject.probe import Passage
+from quantgate.subject.passage import Passage
+
+if TYPE_CHECKING:
+    from quantgate.measuring.measurement import Measurement
 
 Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
 
@@ -154,6 +157,27 @@ class Verdict:
         if self.p_value is not None:
             line += f", p of a fail {self.p_value:.3g}"
         return [line]
+
+
+def verdict_on(
+    engine: Measurement,
+    outcome: Outcome,
+    detail: str,
+    deviations: Sequence[Deviation] = (),
+    **more: Any,
+) -> Verdict:
+    """Return the verdict on what an engine gave: the one place where such a verdict is built.
+
+    How much there is of it, its dtype and its kernels come from the measurement; `more` are
+    `Verdict`'s other fields, or another `n`.
+    """
+    held: dict[str, Any] = {
+        "n": len(engine.values),
+        "dtype": engine.provenance.dtype,
+        "kernels": engine.provenance.kernels,
+        "emulated": engine.provenance.emulated,
+    }
+    return Verdict(outcome, detail, tuple(deviations), **(held | more))
 
 
 def one_sided(lower: float, upper: float, margin: float) -> Outcome:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantgate.patches.emulation import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
+from quantgate.patches.wanted import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
 
 if TYPE_CHECKING:
     import torch

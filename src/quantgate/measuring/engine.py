@@ -1,4 +1,4 @@
-"""The engine source: patched vLLM, with the kernels under test."""
+"""The life of an engine: patched vLLM is started on a checkpoint, serves, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from quantgate.formats import builds
 from quantgate.measuring import environment
-from quantgate.measuring.capture import EXTENSION, Capture, take_capture
+from quantgate.measuring.capture import EXTENSION
 from quantgate.measuring.engine_failure import (
     MISTAKES,
     EngineFailure,
@@ -27,9 +22,6 @@ from quantgate.measuring.engine_failure import (
     explained,
     require_device,
 )
-from quantgate.measuring.environment import library_versions
-from quantgate.measuring.measurement import Measurement, Provenance, pooled
-from quantgate.measuring.pooling import outputs, pooling_arguments, raw_outputs
 from quantgate.patches.emulation import engine_arguments
 from quantgate.patches.scoremode.hooks import (
     EMULATION,
@@ -41,8 +33,6 @@ from quantgate.patches.scoremode.hooks import (
 from quantgate.patches.wanted import NATIVE
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.files import read_config
-from quantgate.subject.probe import Probe
-from quantgate.subject.task import GENERATE
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -59,10 +49,6 @@ ENVIRONMENT = {
 # Writes every token of a batch that fails to the terminal.
 DUMP = "vllm.logging_utils.dump_input"
 
-# Tokens whose inputs and outputs are captured for replay: half a GiB for a model of 8 billion
-# parameters in bfloat16, 4 GiB for one of 70.
-REPLAY_TOKENS = 512
-
 # On CUDA vLLM serves float32 with Triton's attention, whose products are in TF32: up to 1e-2 nat
 # off on an H200, where flexible attention is within 6.2e-6 (docs/gpu.md). The variable keeps cuBLAS
 # and cuDNN from TF32, whatever a process was told otherwise.
@@ -71,8 +57,6 @@ WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 
 # vLLM's default on CPU is a part of all memory; `VLLM_CPU_KVCACHE_SPACE` still goes before it.
 CPU_KV_CACHE = 1 << 30
-
-Announce = Callable[[str], None]
 
 
 class EngineLife(NamedTuple):
@@ -88,95 +72,6 @@ class EngineLife(NamedTuple):
 
 LIVES: list[EngineLife] = []
 """The engines of this process that have ended, in order."""
-
-
-def measure(
-    directory: Path,
-    probe: Probe,
-    *,
-    settings: EngineSettings,
-    dtype: str,
-    announce: Announce,
-    capture_into: Path | None = None,
-    meanwhile: Callable[[LLM], None] = lambda _: None,
-) -> tuple[Measurement, Capture | None]:
-    """Score `probe` with the checkpoint in `directory`, served by vLLM in `dtype`.
-
-    `meanwhile` is called with the engine once it has scored: what else it is wanted for. With
-    `capture_into`, also write there what every linear saw of a few windows; an engine that compiles
-    or replays graphs is started once more for that, eagerly.
-    """
-    pooling = pooling_arguments(directory, probe.task)
-
-    def serve_it() -> tuple[Measurement, Capture | None]:
-        with running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
-            announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
-            measured = _measured(llm, probe, dtype)
-            meanwhile(llm)
-            if capture_into is None or not settings.enforce_eager:
-                return measured, None
-            announce("capturing inputs and outputs of every linear")
-            return measured, capture(llm, probe, capture_into)
-
-    # In a function of its own: a name for the first engine would keep its memory from the second.
-    measured, captured = serve_it()
-    if capture_into is None or captured is not None:
-        return measured, captured
-    announce("loading again, eagerly, to capture inputs and outputs")
-    eager = replace(settings, enforce_eager=True)
-    with running_engine(directory, settings=eager, dtype=dtype, **pooling) as llm:
-        return measured, capture(llm, probe, capture_into)
-
-
-def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
-    provenance = provenance_of(llm, dtype)
-    if probe.task == GENERATE:
-        return serve(llm, probe, provenance)
-    require_length(llm, probe)
-    raw, activated = outputs(llm, probe)
-    return pooled(raw, provenance, activated)
-
-
-def serve(llm: LLM, probe: Probe, provenance: Provenance) -> Measurement:
-    """Return what an engine gives for a probe, all in one batch: scores, or raw outputs alone."""
-    if probe.task == GENERATE:
-        # float32 is judged token by token; in the dtype that is served, distributions are.
-        logprob, top1, hidden = score(llm, probe, hidden=provenance.dtype != "float32")
-        return Measurement(logprob, top1, provenance, hidden)
-    require_length(llm, probe)
-    return pooled(raw_outputs(llm, probe), provenance)
-
-
-def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
-    """Serve the probe's replay windows one by one, and keep what every linear saw of them."""
-
-    def serve_alone(window: int) -> NDArray[np.floating[Any]]:
-        # What is read from the cache runs through no linear: vLLM 0.26 reads it for whole texts.
-        llm.reset_prefix_cache()
-        alone = replace(probe, windows=(probe.windows[window],))
-        return score(llm, alone)[0] if probe.task == GENERATE else raw_outputs(llm, alone)
-
-    return take_capture(llm, directory, replay_windows(probe), serve_alone)
-
-
-def replay_windows(probe: Probe) -> list[int]:
-    """Return the windows to capture, while they are few tokens: short ones, of every stratum."""
-    by_length = sorted(range(len(probe.windows)), key=lambda i: len(probe.windows[i].ids))
-    seen: set[str] = set()
-    first: list[int] = []
-    others: list[int] = []
-    for index in by_length:
-        stratum = probe.windows[index].stratum
-        (others if stratum in seen else first).append(index)
-        seen.add(stratum)
-    chosen: list[int] = []
-    tokens = 0
-    for index in [*first, *others]:
-        tokens += len(probe.windows[index].ids)
-        if chosen and tokens > REPLAY_TOKENS:
-            break
-        chosen.append(index)
-    return chosen
 
 
 @contextmanager
@@ -328,79 +223,6 @@ def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:
     return scheme
 
 
-def score(
-    llm: LLM, probe: Probe, *, hidden: bool = False
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
-    """Return log-probabilities float32 [n] and most probable tokens int32 [n] of a probe.
-
-    And, if asked for, what the head was given float32 [n, H].
-    """
-    require_length(llm, probe)
-    found = _score(llm, [window.ids for window in probe.windows], hidden=hidden)
-    columns: list[tuple[Any, ...]] = []
-    for window, scores in zip(probe.windows, found, strict=True):
-        if len(scores) != len(window.ids):
-            raise EngineFailure(
-                f"{window.document}: {len(window.ids)} tokens went in, scores for {len(scores)} "
-                "came back."
-            )
-        rows = slice(window.score_from - 1, None)
-        states = (scores.hidden_states[rows],) if hidden else ()
-        columns.append((scores.logprobs[rows], scores.top1[rows], *states))
-    whole = [np.concatenate(column) for column in zip(*columns, strict=True)]
-    return whole[0], whole[1], whole[2] if hidden else None
-
-
-def require_length(llm: LLM, probe: Probe) -> None:
-    """Raise `EngineFailure` where the engine does not take the probe's longest window."""
-    longest = max(len(window.ids) for window in probe.windows)
-    limit = llm.llm_engine.model_config.max_model_len
-    if longest > limit:
-        raise EngineFailure(
-            f"probe '{probe.name}' has a window of {longest} tokens, but the engine takes prompts "
-            f"of at most max_model_len={limit}; raise [engine] max_model_len."
-        )
-
-
-def _score(llm: LLM, prompts: Sequence[Sequence[int]], *, hidden: bool = False) -> list[Any]:
-    asked = [{"score_hidden_states": hidden}] * len(prompts)
-    return [output.prompt_logprobs for output in generate_scores(llm, prompts, asked)]
-
-
-def generate_scores(
-    llm: LLM, prompts: Sequence[Sequence[int]], asked: Sequence[Mapping[str, Any]]
-) -> list[Any]:
-    """Return vLLM's output for each prompt of token ids, scored with `asked` of score mode."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    found: list[Any] = llm.generate(
-        [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
-        [SamplingParams(score_mode=True, max_tokens=0, temperature=0.0, **own) for own in asked],
-        use_tqdm=False,
-    )
-    return found
-
-
-def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the kernels that serve each kind of layer, and those of them that are emulations.
-
-    Read from the loaded model: `{"self_attn.qkv_proj": "MacheteLinearKernel", …}`.
-    """
-    # Every tensor-parallel rank answers; they run the same kernels.
-    modules: dict[str, list[str]] = llm.collective_rpc("quantgate_kernels")[0]
-    kinds: dict[str, set[str]] = {}
-    for name, kernels in modules.items():
-        # "model.layers.3.self_attn.qkv_proj" and its like in other layers are one kind.
-        kind = ".".join(part for part in name.split(".")[-2:] if not part.isdigit())
-        kinds.setdefault(kind, set()).update(kernels)
-    marked = sorted({kernel for kernels in kinds.values() for kernel in kernels})
-    return {
-        kind: " + ".join(sorted(kernel.removesuffix("*") for kernel in kernels))
-        for kind, kernels in kinds.items()
-    }, tuple(kernel.removesuffix("*") for kernel in marked if kernel.endswith("*"))
-
-
 def lacking() -> list[str]:
     """Return what the installed vLLM does not have of what is measured, each with what follows."""
     set_environment()
@@ -415,19 +237,3 @@ def lacking() -> list[str]:
     if "prompt_logprob_token_ids" not in SamplingParams.__struct_fields__:
         found.append("prompt_logprob_token_ids: tools/bench_score.py leaves out its mode `native`")
     return [f"vLLM {vllm_version()} lacks {what}" for what in found]
-
-
-def provenance_of(llm: LLM, dtype: str) -> Provenance:
-    """Return where a measurement of a running engine comes from."""
-    kernels, emulated = kernel_fingerprint(llm)
-    ((device, platform),) = environment.available_devices().items()
-    return Provenance(
-        "engine",
-        device,
-        platform,
-        dtype,
-        kernels,
-        emulated,
-        library_versions(),
-        builds.arithmetic(),
-    )

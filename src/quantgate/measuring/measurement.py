@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Announce = Callable[[str], None]
+"""Tells a person what is measured now."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,23 @@ def pooled(
     """Return the measurement of raw pooling outputs [n, D]."""
     best = values.argmax(axis=-1).astype(np.int32)
     return Measurement(values, best, provenance, activated=activated)
+
+
+def difference(a: Measurement, b: Measurement) -> NDArray[np.float64]:
+    """Return the values of one measurement less another's [n] or [n, D].
+
+    Raises `ValueError` where they are of other shapes: that is a mistake of the caller's.
+    """
+    if a.values.shape != b.values.shape:
+        raise ValueError(f"measurements of shapes {a.values.shape} and {b.values.shape}")
+    return a.values.astype(np.float64) - b.values.astype(np.float64)
+
+
+def largest_difference(a: Measurement, b: Measurement) -> float:
+    """Return max |Δ| between two measurements; NaN where one is not finite."""
+    return float(np.abs(difference(a, b)).max())  # NaN wins, and exceeds every allowance
+
+
+def mean_absolute_difference(a: Measurement, b: Measurement) -> float:
+    """Return mean |Δ| between two measurements."""
+    return float(np.mean(np.abs(difference(a, b))))

@@ -7,7 +7,7 @@ from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.files import actual_scheme, read_config
 from quantgate.subject.scheme import UNQUANTIZED
 
-SERVING = "serving"
+FLOAT32, SERVING = "float32", "serving"
 
 
 def has_float32(checkpoint: Checkpoint) -> bool:
@@ -18,7 +18,7 @@ def has_float32(checkpoint: Checkpoint) -> bool:
 
 def sharpest_dtype(checkpoint: Checkpoint) -> str:
     """Return what shows the smallest difference in a checkpoint: float32, or what is served."""
-    return "float32" if has_float32(checkpoint) else resolve_dtype(checkpoint, SERVING)
+    return FLOAT32 if has_float32(checkpoint) else resolve_dtype(checkpoint, SERVING)
 
 
 def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
-from quantgate.measuring.engine import Announce
 from quantgate.measuring.environment import library_versions
-from quantgate.measuring.measurement import Measurement, Provenance, pooled
+from quantgate.measuring.measurement import Announce, Measurement, Provenance, pooled
 from quantgate.measuring.reference_device import CPU, exactly, platform_of, room_on
 from quantgate.measuring.streamed_model import StreamedModel
 from quantgate.subject.task import GENERATE

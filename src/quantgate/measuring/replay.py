@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantgate.measuring.capture import Capture
-    from quantgate.measuring.engine import Announce
+    from quantgate.measuring.measurement import Announce
     from quantgate.measuring.parameters import Product
     from quantgate.subject.probe import Probe
 

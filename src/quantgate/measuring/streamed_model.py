@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantgate.formats.builds import Narrowing
-    from quantgate.measuring.engine import Announce
+    from quantgate.measuring.measurement import Announce
     from quantgate.subject.probe import Window
 
 # Rows of full-vocabulary float32 logits held at once: 128 MiB at a vocabulary of 128k.

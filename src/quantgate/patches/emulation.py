@@ -18,6 +18,8 @@ from typing import Any
 from quantgate.patches.scoremode.hooks import EMULATION, hook
 from quantgate.patches.wanted import (
     ADDITIONAL_CONFIG_KEY,
+    EMULATED_KV_SCALES,
+    EMULATED_LINEAR,
     PORTABLE,
     portable_wanted,
     static_fp8_is_missing,
@@ -25,16 +27,6 @@ from quantgate.patches.wanted import (
 )
 
 COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors"
-
-# Where an attention layer keeps the scales (k, v) of an emulated FP8 KV cache.
-EMULATED_KV_SCALES = "quantgate_kv_scales"
-# What marks an unquantized layer whose products are emulated.
-EMULATED_LINEAR = "quantgate_float32_linear"
-
-
-def is_emulated(kernel: object) -> bool:
-    """Whether a vLLM kernel object computes in floating point on dequantized weights."""
-    return bool(getattr(kernel, "emulated", False)) or type(kernel).__name__.startswith("Emulation")
 
 
 def engine_arguments(kernels: str, kv_cache_scheme: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which kernels the engine that is being loaded was asked for, and what this build lacks."""
+"""Which kernels an engine was asked for, how an emulated one is known, what this build lacks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from typing import Any
 ADDITIONAL_CONFIG_KEY = "quantgate"
 PORTABLE = "portable"
 NATIVE = "native"
+# Where an attention layer keeps the scales (k, v) of an emulated FP8 KV cache.
+EMULATED_KV_SCALES = "quantgate_kv_scales"
+# What marks an unquantized layer whose products are emulated.
+EMULATED_LINEAR = "quantgate_float32_linear"
+
+
+def is_emulated(kernel: object) -> bool:
+    """Whether a vLLM kernel object computes in floating point on dequantized weights."""
+    return bool(getattr(kernel, "emulated", False)) or type(kernel).__name__.startswith("Emulation")
 
 
 def wanted() -> Mapping[str, Any]:

@@ -16,15 +16,17 @@ from quantgate.judging.golden import since_golden, stored_dtype
 from quantgate.judging.next_step import next_step
 from quantgate.judging.verdict import Verdict, not_run
 from quantgate.measuring.cache import DiskCache
+from quantgate.measuring.case import Case
 from quantgate.measuring.engine import lacking
 from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.precision import SERVING
-from quantgate.measuring.serving import mixed
-from quantgate.measuring.sources import Sources
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory, params_of
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import Probe, embedded_probe
 from quantgate.subject.task import Task
+from quantgate.subject.windows import mixed
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -32,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a suite's test holds: the sources, and the place where its verdict goes."""
+    """What a suite's test holds: what it measures with, and the place where its verdict goes."""
 
     run: GateRun
-    sources: Sources
+    lab: Lab
     item: pytest.Item
     snapshot: Callable[[], SnapshotAssertion]
 
@@ -50,17 +52,8 @@ class Gate:
         check = checks.named(self.check)
         assert check is not None, f"there is no check '{self.check}'; give judge() a verdict"
         params = params_of(self.item)
-        self.judge(
-            check.judge(
-                Asked(
-                    self.sources,
-                    params["checkpoint"],
-                    params.get("dtype", SERVING),
-                    self.snapshot,
-                    self.check,
-                )
-            )
-        )
+        case = Case.of(params["checkpoint"], params.get("dtype", SERVING), self.lab)
+        self.judge(check.judge(Asked(case, self.snapshot, self.check)))
 
     def judge(self, verdict: Verdict) -> None:
         """Record the verdict of this check, and fail the test unless it is a pass.
@@ -92,15 +85,15 @@ class Gate:
 
     def _completed(self, verdict: Verdict, checkpoint: Checkpoint) -> Verdict:
         """Add what every check's verdict has: the noise floor, what changed since, what to do."""
-        dtype = verdict.dtype
-        if dtype is None:
+        if verdict.dtype is None:
             return verdict
-        verdict = noise.beside(verdict, lambda: noise.floor_of(self.sources, checkpoint, dtype))
-        changed = since_golden(checkpoint, self.sources.engine(checkpoint, dtype).provenance)
+        case = Case.of(checkpoint, verdict.dtype, self.lab)
+        verdict = noise.beside(verdict, lambda: noise.floor_of(case))
+        changed = since_golden(checkpoint, case.engine.provenance)
         verdict = replace(verdict, since_golden=changed or "")
         if verdict.outcome == "pass":
             return verdict
-        step = verdict.next_step or next_step(self.check, verdict, checkpoint)
+        step = verdict.next_step or next_step(checks.named(self.check), verdict, checkpoint)
         return replace(verdict, next_step=step)
 
 
@@ -108,21 +101,19 @@ class Gate:
 def gate(request: pytest.FixtureRequest, checkpoint: Checkpoint, device: str) -> Gate:
     """The gate, for one check."""
     run = request.config.stash[RUN]
-    if run.sources is None:
-        cache = DiskCache(cache_directory(request.config))
+    if run.lab is None:
         announce = _announcer(request.config)
-        run.sources = Sources(
+        cache = DiskCache(cache_directory(request.config))
+        run.lab = Lab(
             _probes(run.root),
-            announce,
-            cache,
+            Ledger(announce, cache, notes=lacking()),
             reference_device=request.config.getoption("reference_device"),
-            notes=lacking(),
             served_again=_served_again(run),
         )
-        for note in run.sources.notes:
+        for note in run.lab.ledger.notes:
             announce(note)
-    run.sources.forget_others(checkpoint)  # they follow one another
-    return Gate(run, run.sources, request.node, lambda: request.getfixturevalue("snapshot"))
+    run.lab.forget_others(checkpoint)  # they follow one another
+    return Gate(run, run.lab, request.node, lambda: request.getfixturevalue("snapshot"))
 
 
 def record(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
@@ -156,20 +147,20 @@ def _probes(root: Path) -> Callable[[Task, bool], Probe]:
     return lambda task, quality: embedded_probe(root, task, quality=quality)
 
 
-def _served_again(run: GateRun) -> Callable[[Sources, Checkpoint, str], list[Probe]]:
-    """Return what tells sources which probes the selected checks will have served again."""
+def _served_again(run: GateRun) -> Callable[[Case], list[Probe]]:
+    """Return what says which probes the selected checks will have served again."""
     selected: dict[str, set[str]] = {}
     for result in run.results.values():
         selected.setdefault(result.checkpoint, set()).add(result.check)
 
-    def probes(sources: Sources, checkpoint: Checkpoint, dtype: str) -> list[Probe]:
-        asked = selected[checkpoint.id]
+    def probes(case: Case) -> list[Probe]:
+        asked = selected[case.checkpoint.id]
         if any(not check.startswith("replay") for check in asked) and (
-            found := noise.served_again(sources, checkpoint, dtype)
+            found := noise.served_again(case)
         ):
             return found
-        if f"invariance-{stored_dtype(dtype)}" in asked:
-            return [mixed(sources.probe_of(checkpoint))[0]]
+        if f"invariance-{stored_dtype(case.dtype)}" in asked:
+            return [mixed(case.probe)[0]]
         return []
 
     return probes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,9 +13,11 @@ from quantgate.judging.results import CheckResult
 from quantgate.judging.verdict import not_run
 from quantgate.measuring import engine
 from quantgate.measuring.engine import EngineLife
-from quantgate.measuring.sources import Sources
 from quantgate.plugin.scheduling import check_of
 from quantgate.subject.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from quantgate.measuring.lab import Lab
 
 PENDING = not_run("the run ended before its test")
 DEFAULT_CACHE = Path(".gate-cache")
@@ -37,7 +39,7 @@ class GateRun:
     """Subject and reason."""
     results: dict[str, CheckResult] = field(default_factory=dict)
     """By node id: "not-run" for every selected check, until its test has judged it."""
-    sources: Sources | None = None
+    lab: Lab | None = None
     order: dict[str, int] = field(default_factory=dict)
     """Where each check stands in xdist's workers' collection: results come as they are ready."""
     crashed: dict[str, str] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class GateRun:
     @property
     def all_notes(self) -> list[str]:
         """What the run's reader must know, wherever it was measured."""
-        return [*self.notes, *(self.sources.notes if self.sources else ())]
+        return [*self.notes, *(self.lab.ledger.notes if self.lab else ())]
 
     @property
     def all_engines(self) -> list[EngineLife]:

@@ -6,6 +6,7 @@ import datetime
 import platform
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,11 +21,11 @@ from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.environment import library_versions
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory
 from quantgate.plugin.scheduling import check_of, group_of
-from quantgate.plugin.selection import selected_checkpoints
 from quantgate.plugin.workers import send
 from quantgate.reporting.run import Run
 from quantgate.reporting.terminal import engines_line, table
 from quantgate.reporting.write import FILES, write_reports
+from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
@@ -38,7 +39,7 @@ def _in_order(run: GateRun) -> list[CheckResult]:
     return sorted((r for _, r in found), key=lambda r: (r.checkpoint, checks.place_of(r.check)))
 
 
-def _add_unreported(config: pytest.Config, run: GateRun) -> None:
+def _add_unreported(run: GateRun, selected: Callable[[], list[Checkpoint]]) -> None:
     """Give every check that no xdist worker reported a result: one without is not a pass."""
     unreported = {
         nodeid: check
@@ -48,7 +49,7 @@ def _add_unreported(config: pytest.Config, run: GateRun) -> None:
     }
     if not unreported:
         return
-    checkpoints = {checkpoint.id: checkpoint for checkpoint in selected_checkpoints(config)}
+    checkpoints = {checkpoint.id: checkpoint for checkpoint in selected()}
     ended_at = {group_of(nodeid): check_of(nodeid) for nodeid in run.crashed}
     for nodeid, check in unreported.items():
         if (checkpoint := checkpoints.get(group_of(nodeid))) is None:
@@ -72,8 +73,10 @@ def _uphold(config: pytest.Config, run: GateRun) -> None:
             report.longrepr = result.verdict.message(f"{result.checkpoint} {result.check}")
 
 
-def finish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the report, and let nothing but a pass exit 0."""
+def finish(
+    session: pytest.Session, exitstatus: int, selected: Callable[[], list[Checkpoint]]
+) -> None:
+    """Write the report, and let nothing but a pass exit 0; `selected` gives the checkpoints."""
     run = session.config.stash.get(RUN, None)
     if run is None or not (run.results or run.crashed) or session.config.option.collectonly:
         return
@@ -81,7 +84,7 @@ def finish(session: pytest.Session, exitstatus: int) -> None:
         send(session.config, run)
         return
     DiskCache(cache_directory(session.config)).forget_unused()
-    _add_unreported(session.config, run)
+    _add_unreported(run, selected)
     _uphold(session.config, run)
     results = _in_order(run)
     if exitstatus == pytest.ExitCode.OK and overall(results) != "pass":

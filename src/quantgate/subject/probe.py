@@ -9,12 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.errors import BadInput
+from quantgate.subject.passage import Passage, in_one_line, tokenizer_of
 from quantgate.subject.task import GENERATE, SEQUENCE_REWARD, Task
 
 
@@ -146,7 +146,7 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
     this run.
     """
     try:
-        tokenizer = _tokenizer(directory)
+        tokenizer = tokenizer_of(directory)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{directory}: its tokenizer cannot be loaded ({reason}).") from None
@@ -175,21 +175,6 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
 
 
 CONTEXT_TOKENS = 16
-LONGEST_TEXT = 200
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A scored token in its text."""
-
-    before: str
-    token: str
-    after: str
-
-    def __str__(self) -> str:
-        if not self.before and not self.after:
-            return self.token
-        return f"…{self.before}»{self.token}«{self.after}…"
 
 
 def passage(probe: Probe, row: int) -> Passage:
@@ -199,25 +184,13 @@ def passage(probe: Probe, row: int) -> Passage:
     window, place = probe.windows[index], int(probe.positions[row])
     if probe.tokenizer is None:
         return Passage("", f"token {window.ids[place]}", "")
-    tokenizer = _tokenizer(probe.tokenizer)
+    tokenizer = tokenizer_of(probe.tokenizer)
     parts = (
         window.ids[max(0, place - CONTEXT_TOKENS) : place],
         window.ids[place : place + 1],
         window.ids[place + 1 : place + 1 + CONTEXT_TOKENS // 2],
     )
-    return Passage(*(_printable(tokenizer.decode(list(ids))) for ids in parts))
-
-
-@functools.lru_cache(maxsize=2)
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
-def _printable(text: str) -> str:
-    """Escape what is no character of a line, such as its end; cut what is no token's length."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:LONGEST_TEXT])
+    return Passage(*(in_one_line(tokenizer.decode(list(ids))) for ids in parts))
 
 
 def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantgate.measuring import engine
+from quantgate.measuring import session
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.subject.task import GENERATE
+from quantgate.subject.windows import part_of, rows_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
 # How many tokens an engine takes at a time that cuts prompts into chunks.
 CHUNK = 64
-# How many windows show whether a way of serving matters, and of how many tokens together: they are
-# served three and a half times in each dtype, and one request or chunk that gets another's rows or
-# blocks is off by orders of magnitude at each of them.
-MIXED, MIXED_TOKENS = 16, 1600
-
 Rows = NDArray[np.int64]
 
 
@@ -67,7 +62,7 @@ def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
         "shuffled": [shuffled],
         "one by one": [[window] for window in windows],
     }
-    provenance = engine.provenance_of(llm, dtype)
+    provenance = session.provenance_of(llm, dtype)
     found = {}
     with _in_chunks(llm) if chunked else nullcontext():
         for way, batches in ways.items():
@@ -103,39 +98,12 @@ def _cutting_scheduler(llm: LLM) -> Any:
     return scheduler if cuts and hasattr(scheduler, "max_num_scheduled_tokens") else None
 
 
-def mixed(probe: Probe) -> tuple[Probe, Rows]:
-    """Return a few of a probe's windows, of evenly spaced ranks by length, and their rows [m].
-
-    The two longest are among them: each fills blocks of the prefix cache, and could get those of
-    the other.
-    """
-    sizes = [len(window.ids) for window in probe.windows]
-    by_length = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    others, longest = by_length[:-2], by_length[-2:]
-    chosen = longest
-    for count in range(min(MIXED - 2, len(others)), 0, -1):
-        ranks = np.linspace(0, len(others) - 1, count).astype(int)
-        chosen = [*(others[rank] for rank in ranks), *longest]
-        if sum(sizes[i] for i in chosen) <= MIXED_TOKENS:
-            break
-    return _part(probe, sorted(chosen)), _rows(probe, sorted(chosen))
-
-
-def _part(probe: Probe, windows: Sequence[int]) -> Probe:
-    return dataclasses.replace(probe, windows=tuple(probe.windows[i] for i in windows))
-
-
-def _rows(probe: Probe, windows: Sequence[int]) -> Rows:
-    starts = np.cumsum([0, *(window.scored for window in probe.windows)])
-    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in windows])
-
-
 def in_batches(
     llm: LLM, probe: Probe, batches: Sequence[Sequence[int]], provenance: Provenance
 ) -> Measurement:
     """Serve batches of windows one after another; the rows are in the probe's order again."""
-    parts = [engine.serve(llm, _part(probe, batch), provenance) for batch in batches]
-    order = np.argsort(np.concatenate([_rows(probe, batch) for batch in batches]))
+    parts = [session.serve(llm, part_of(probe, batch), provenance) for batch in batches]
+    order = np.argsort(np.concatenate([rows_of(probe, batch) for batch in batches]))
     hidden = [part.hidden for part in parts if part.hidden is not None]
     return Measurement(
         np.concatenate([part.values for part in parts])[order],
@@ -148,7 +116,7 @@ def in_batches(
 def _from_the_cache(llm: LLM, probe: Probe) -> tuple[Rows, NDArray[np.float32]] | None:
     """Score the second half of each window, whose first half the engine has in its prefix cache."""
     starts = [max(w.score_from - 1, len(w.ids) // 2) for w in probe.windows]
-    found = engine.generate_scores(
+    found = session.generate_scores(
         llm,
         [window.ids for window in probe.windows],
         [{"score_start": start} for start in starts],
@@ -157,7 +125,7 @@ def _from_the_cache(llm: LLM, probe: Probe) -> tuple[Rows, NDArray[np.float32]] 
         return None
     # Row i of a window is of its token score_from + i; the first one here is of start + 1.
     rows = [
-        _rows(probe, [index])[start + 1 - window.score_from :]
+        rows_of(probe, [index])[start + 1 - window.score_from :]
         for index, (window, start) in enumerate(zip(probe.windows, starts, strict=True))
     ]
     values = [output.prompt_logprobs.logprobs for output in found]

@@ -1,0 +1,102 @@
+"""Replay's verdict: every linear on the engine's own inputs, and which of them are off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantgate.judging.budget import (
+    FP32_MAX_RAW,
+    REPLAY_MEAN,
+    REPLAY_MODULE,
+    REPLAY_MODULE_16_BIT,
+)
+from quantgate.judging.pair import deviation_of, figures_of
+from quantgate.judging.verdict import Deviation, Outcome, Verdict, verdict_on
+from quantgate.measuring.precision import FLOAT32
+from quantgate.subject.task import GENERATE, quantity_of
+
+if TYPE_CHECKING:
+    from quantgate.measuring.measurement import Measurement
+    from quantgate.measuring.replay import ModuleError, Replay
+    from quantgate.subject.probe import Probe
+
+WORST_MODULES = 5
+
+
+def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
+    """Judge every linear on the engine's own inputs, and the log-probabilities that come of it.
+
+    In a 16-bit dtype only outputs are judged: inputs carry the rounding of all layers before. What
+    the engine was given is given, so no noise of its own moves these numbers.
+    """
+    dtype = engine.provenance.dtype
+    output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
+    entry = max(replay.modules, key=lambda module: _nan_is_largest(module.input))
+    delta = np.abs(replay.served.astype(np.float64) - replay.values)
+    if dtype == FLOAT32:
+        deviations = [
+            Deviation("largest module error", output.output, REPLAY_MODULE, "of its rms"),
+            Deviation("largest input mismatch", entry.input, REPLAY_MODULE, "of its rms"),
+            deviation_of("mean", float(np.mean(delta)), REPLAY_MEAN, probe, noisy=False)
+            if probe.task == GENERATE
+            else deviation_of("max", float(delta.max()), FP32_MAX_RAW, probe, noisy=False),
+        ]
+    else:
+        limit = REPLAY_MODULE_16_BIT[dtype]
+        deviations = [Deviation("largest module error", output.output, limit, "of its rms")]
+    # The one that is nearest to its limit, or furthest beyond, is what a table shows.
+    deviations.sort(key=lambda d: _nan_is_largest(d.measured / d.allowed), reverse=True)
+    outcome: Outcome = "fail" if any(d.exceeded for d in deviations) else "pass"
+    detail = (
+        f"on the engine's own inputs {len(replay.modules)} linears are off by {output.output:.3g} "
+        f"of their rms at most ({output.name}), their inputs by {entry.input:.3g} ({entry.name}), "
+        f"{quantity_of(probe.task)}s by {np.mean(delta):.3g}"
+        f"{' nat' if probe.task == GENERATE else ''} on average"
+    )
+    return verdict_on(
+        engine,
+        outcome,
+        detail,
+        deviations,
+        figures=figures_of(delta, probe),
+        n=len(replay.values),
+        evidence=() if outcome == "pass" else tuple(modules_beyond(engine, replay)),
+    )
+
+
+def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:
+    """Return a line for each of the modules that are furthest beyond replay's limit.
+
+    Where none is, one line says what replay does not see.
+    """
+    dtype = engine.provenance.dtype
+    limit = REPLAY_MODULE if dtype == FLOAT32 else REPLAY_MODULE_16_BIT[dtype]
+
+    def size(module: ModuleError) -> float:
+        output = _nan_is_largest(module.output)
+        # In 16 bits an input carries the rounding of all layers before.
+        return max(output, _nan_is_largest(module.input)) if dtype == FLOAT32 else output
+
+    beyond = sorted((m for m in replay.modules if size(m) > limit), key=size, reverse=True)
+    if not beyond:
+        return [
+            f"module     no linear is off by more than {limit:.3g} of its rms on the engine's own "
+            "inputs; replay does not see embeddings, norms, attention and the head: look there"
+        ]
+    return [_module_line(m, engine, limit) for m in beyond[:WORST_MODULES]]
+
+
+def _module_line(module: ModuleError, engine: Measurement, limit: float) -> str:
+    kind = ".".join(module.module.split(".")[-2:])
+    line = (
+        f"module     {module.name}: output {module.output:.3g}, input {module.input:.3g} of its "
+        f"rms, {engine.provenance.kernels.get(kind, 'kernel unknown')}"
+    )
+    fed_wrong = module.output <= limit  # but its input is beyond
+    return line + "; its product is right, what feeds it is not" if fed_wrong else line
+
+
+def _nan_is_largest(value: float) -> float:
+    return float("inf") if np.isnan(value) else value

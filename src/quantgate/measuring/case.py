@@ -1,0 +1,400 @@
+"""A case: one checkpoint in one dtype, and what is measured of it, each thing once in a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from quantgate.formats import builds
+from quantgate.formats.builds import Narrowing
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules, rules_of
+from quantgate.measuring import pooling, reference, reruns, session
+from quantgate.measuring.cache import code_version
+from quantgate.measuring.divergence import Divergence, Side, divergence
+from quantgate.measuring.engine import running_engine
+from quantgate.measuring.environment import library_versions
+from quantgate.measuring.lab import Lab
+from quantgate.measuring.ledger import Key
+from quantgate.measuring.measurement import Announce, Measurement, largest_difference
+from quantgate.measuring.parameters import DequantizerName
+from quantgate.measuring.pooling import Steps
+from quantgate.measuring.precision import FLOAT32, SERVING, resolve_dtype, sharpest_dtype
+from quantgate.measuring.reference_device import CPU
+from quantgate.measuring.replay import Replay, replay
+from quantgate.measuring.reruns import Reruns
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
+from quantgate.subject.files import actual_scheme, identity
+from quantgate.subject.probe import Probe
+from quantgate.subject.scheme import UNQUANTIZED
+from quantgate.subject.task import EMBED
+from quantgate.subject.windows import mixed
+
+Found = TypeVar("Found")
+
+# What the ledger keeps: a measurement, what was seen during it, whether vLLM can cut its prompts.
+ENGINE, CAPTURE, CHUNKS = "vLLM", "capture", "chunked prefill"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A checkpoint in a dtype. Its measurements are taken when first asked for, and kept.
+
+    References and unquantized bases are kept on disk too, if there is a cache. Checkpoints under
+    test are always served anew.
+    """
+
+    checkpoint: Checkpoint
+    dtype: str
+    """As torch calls it."""
+    lab: Lab
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: str, lab: Lab) -> Case:
+        """Return the case of a dtype: as torch calls it, or "serving"."""
+        return cls(checkpoint, resolve_dtype(checkpoint, dtype), lab)
+
+    # What it is ----------------------------------------------------------------------------------
+
+    @property
+    def probe(self) -> Probe:
+        """What is scored."""
+        return self.lab.probe_of(self.checkpoint)
+
+    @property
+    def quality_probe(self) -> Probe:
+        """What is scored for `quality`: more documents, of a model that pools."""
+        return self.lab.probe_of(self.checkpoint, quality=True)
+
+    @property
+    def by_value(self) -> bool:
+        """Whether values are judged one by one: float32, and no code of an input can flip."""
+        return self.dtype == FLOAT32 and not self.checkpoint.quantizes_activations
+
+    def within(self, dtype: str) -> Case:
+        """Return the same checkpoint's case in another dtype."""
+        return Case.of(self.checkpoint, dtype, self.lab)
+
+    @property
+    def served(self) -> Case:
+        """The case in the dtype that is served."""
+        return self.within(SERVING)
+
+    @property
+    def sharpest(self) -> Case:
+        """The case in the dtype that shows the smallest difference."""
+        return self.within(sharpest_dtype(self.checkpoint))
+
+    @property
+    def base(self) -> Case | None:
+        """The unquantized base, in this dtype or in the one that it is served in."""
+        if (base := self.checkpoint.base_checkpoint) is None:
+            return None
+        is_served = self.dtype == resolve_dtype(self.checkpoint, SERVING)
+        return Case.of(base, SERVING if is_served else self.dtype, self.lab)
+
+    # Engines -------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Measurement:
+        """What vLLM gives for the probe.
+
+        The same engine does what else it is wanted for, so that none like it is started again.
+        """
+
+        def measure(announce: Announce) -> Measurement:
+            self.lab.make_room()
+            measured, captured = session.measure(
+                self.checkpoint.directory,
+                self.probe,
+                settings=self.checkpoint.engine,
+                dtype=self.dtype,
+                announce=announce,
+                # What is compared with another engine's result need not be captured.
+                capture_into=None if self.checkpoint.is_base else self.lab.capture_directory(),
+                meanwhile=self._on_the_way,
+            )
+            if captured is not None:
+                self.lab.ledger.taken[self._key(CAPTURE)] = captured
+            return measured
+
+        return self._once(ENGINE, measure, stored_as=lambda: self._engine_disk_key(self.probe))
+
+    def keep_engine(self, measured: Measurement) -> None:
+        """Let `engine` be what was measured otherwise: served in another way, say."""
+        self.lab.ledger.taken[self._key(ENGINE)] = measured
+
+    def _on_the_way(self, llm: Any) -> None:
+        checkpoint = self.checkpoint
+        if checkpoint.has_quality and self.dtype == resolve_dtype(checkpoint, SERVING):
+            self._for_quality(llm)
+        if checkpoint.is_base:
+            return
+        # Not where attention reads both ways.
+        chunked = llm.llm_engine.model_config.is_chunked_prefill_supported
+        self.lab.ledger.taken[self._key(CHUNKS)] = chunked
+        if not chunked or reruns.can_cut(llm):
+            for probe in self.lab.served_again(self):
+                self._reruns(probe, llm)
+        if checkpoint.task == EMBED and self.dtype == sharpest_dtype(checkpoint):
+            self._late_interaction(llm)
+
+    @property
+    def for_quality(self) -> Measurement:
+        """What vLLM gives for the larger probe, in the dtype that is served.
+
+        The engine of `engine` does it on the way, where that one runs.
+        """
+        served = self.served
+        _ = served.engine
+        return served._for_quality(None)
+
+    def _for_quality(self, llm: Any) -> Measurement:
+        probe = self.quality_probe
+
+        def serve(llm: Any) -> Measurement:
+            return session.serve(llm, probe, session.provenance_of(llm, self.dtype))
+
+        return self._served(
+            f"{ENGINE}, for quality", probe, serve, llm, lambda: self._engine_disk_key(probe)
+        )
+
+    def reruns(self, probe: Probe) -> Reruns:
+        """Serve a probe again in several ways, with prompts cut into chunks where vLLM can."""
+        _ = self.engine
+        return self._reruns(probe, None)
+
+    def _reruns(self, probe: Probe, llm: Any) -> Reruns:
+        chunked: bool = self.lab.ledger.taken.get(self._key(CHUNKS), False)
+        return self._served(
+            f"{ENGINE}, served otherwise",
+            probe,
+            lambda llm: reruns.reruns(llm, probe, self.dtype, chunked=chunked),
+            llm,
+            **reruns.chunking(chunked=chunked),
+        )
+
+    @property
+    def late_interaction(self) -> np.ndarray[Any, Any]:
+        """What `LLM.score` gives for a part of the probe, `mixed`'s [queries, documents]."""
+        return self._late_interaction(None)
+
+    def _late_interaction(self, llm: Any) -> np.ndarray[Any, Any]:
+        probe, _ = mixed(self.probe)
+        return self._served(
+            f"{ENGINE}, LLM.score",
+            probe,
+            lambda llm: pooling.late_interaction_scores(llm, probe),
+            llm,
+        )
+
+    @property
+    def steps(self) -> Steps:
+        """What STEP pooling gives for the probe: the rows of the step tag only."""
+        more = pooling.pooling_arguments(
+            self.checkpoint.directory, self.checkpoint.task, step_tag_id=self.checkpoint.step_tag_id
+        )
+        probe = self.probe
+        return self._served(
+            f"{ENGINE}, STEP pooling", probe, lambda llm: pooling.steps(llm, probe), **more
+        )
+
+    def set_otherwise(self, settings: EngineSettings, probe: Probe) -> Measurement:
+        """Return what an engine with other settings gives for a probe."""
+        case = dataclasses.replace(
+            self, checkpoint=dataclasses.replace(self.checkpoint, engine=settings)
+        )
+        return case._served(
+            f"{ENGINE}, set otherwise",
+            probe,
+            lambda llm: session.serve(llm, probe, session.provenance_of(llm, self.dtype)),
+        )
+
+    def _served(
+        self,
+        source: str,
+        probe: Probe,
+        serve: Callable[[Any], Found],
+        llm: Any = None,
+        stored_as: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        **more: Any,
+    ) -> Found:
+        """Serve a probe with `llm`, or with an engine of its own where that is None."""
+
+        def measure(announce: Announce) -> Found:
+            if llm is not None:
+                return serve(llm)
+            arguments = pooling.pooling_arguments(self.checkpoint.directory, self.checkpoint.task)
+            self.lab.make_room()
+            with running_engine(
+                self.checkpoint.directory,
+                settings=self.checkpoint.engine,
+                dtype=self.dtype,
+                **{**arguments, **more},
+            ) as own:
+                announce("serving")
+                return serve(own)
+
+        return self._once(source, measure, probe, stored_as)
+
+    # References ----------------------------------------------------------------------------------
+
+    def reference(
+        self,
+        dtype: str,
+        dequantizer: DequantizerName = "own",
+        narrowing: Narrowing | None = None,
+    ) -> Measurement:
+        """Measure with HF modules over weights from our dequantizer or the library's.
+
+        In bfloat16, rotations and attention round as this build's do, or as `narrowing` says.
+        """
+        narrowing = (narrowing or builds.narrowing()) if dtype == "bfloat16" else "rounds"
+        device = self.lab.device
+        rules = self._rules()  # its engine has come and gone before the reference starts
+        return self.within(dtype)._once(
+            _name_of(dequantizer, narrowing, device),
+            lambda announce: reference.measure(
+                self.checkpoint.directory,
+                self.probe,
+                dtype=dtype,
+                announce=announce,
+                dequantizer=dequantizer,
+                narrowing=narrowing,
+                rules=rules,
+                device=device,
+            ),
+            stored_as=lambda: self.within(dtype)._disk_key(
+                "reference",
+                self.probe,
+                arithmetic=builds.arithmetic(device),
+                device=device,
+                dequantizer=dequantizer,
+                narrowing=narrowing,
+                rules={"kept": sorted(rules.kept), "fp8_products": rules.fp8_products},
+            ),
+        )
+
+    @property
+    def exact(self) -> Measurement:
+        """The reference in float32."""
+        return self.reference(FLOAT32)
+
+    def rounded(self, narrowing: Narrowing | None = None) -> Measurement:
+        """Return the reference that rounding alone keeps from `exact`.
+
+        In this dtype; in float64 where this is float32.
+        """
+        return self.reference("float64" if self.dtype == FLOAT32 else self.dtype, "own", narrowing)
+
+    @property
+    def rounding(self) -> float:
+        """How far float32 moves the reference's values from float64's, at most."""
+        return largest_difference(self.reference("float64"), self.exact)
+
+    @property
+    def replay(self) -> Replay:
+        """What the reference makes of what the engine's linears were given, for a few windows."""
+        _ = self.engine
+        capture = self.lab.ledger.taken[self._key(CAPTURE)]
+        return self._once(
+            "replay",
+            lambda announce: replay(
+                self.checkpoint.directory,
+                self.probe,
+                capture,
+                announce=announce,
+                rules=self._rules(),
+                device=self.lab.device,
+            ),
+        )
+
+    def _rules(self) -> LinearRules:
+        """Return what the kernels make of a checkpoint that vLLM chose for it, in any dtype."""
+        checkpoint = self.checkpoint
+        if checkpoint.is_base or actual_scheme(checkpoint.directory) == UNQUANTIZED:
+            return FORMATS_RULES
+        served = (
+            key.dtype
+            for key in self.lab.ledger.taken
+            if key.source == ENGINE and key.directory == checkpoint.directory
+        )
+        kernels = self.within(next(served, SERVING)).engine.provenance.kernels
+        return rules_of(kernels.values())
+
+    # What is derived -----------------------------------------------------------------------------
+
+    def divergence(
+        self, base: Measurement, other: Measurement, probe: Probe, *, base_of: Case | None = None
+    ) -> Divergence:
+        """Return how far a measurement's distributions are from a base's, over the vocabulary.
+
+        Both are of `probe`; `other` of this checkpoint, `base` of `base_of`'s or of this one too.
+        """
+        targets = [np.array(window.ids[window.score_from :]) for window in probe.windows]
+        return divergence(
+            (base_of or self)._side(base),
+            self._side(other),
+            np.concatenate(targets),
+            self.lab.device,
+        )
+
+    def _side(self, measured: Measurement) -> Side:
+        assert measured.hidden is not None
+        directory, device = self.checkpoint.directory, self.lab.device
+        head = self.lab.head(directory, lambda: reference.read_head(directory, device))
+        return Side(measured.hidden, *head)
+
+    def once(self, name: str, derive: Callable[[], Found]) -> Found:
+        """Return what `derive` makes of measurements, made at the first call."""
+        return self._once(name, lambda _: derive())
+
+    # Keeping -------------------------------------------------------------------------------------
+
+    def _once(
+        self,
+        source: str,
+        measure: Callable[[Announce], Found],
+        probe: Probe | None = None,
+        stored_as: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> Found:
+        key = self._key(source, probe)
+        return self.lab.ledger.once(key, self.checkpoint.id, measure, stored_as)
+
+    def _key(self, source: str, probe: Probe | None = None) -> Key:
+        checkpoint = self.checkpoint
+        return Key(
+            source,
+            self.dtype,
+            checkpoint.directory,
+            checkpoint.engine,
+            checkpoint.is_base,
+            (probe or self.probe).sha256,
+        )
+
+    def _engine_disk_key(self, probe: Probe) -> dict[str, Any] | None:
+        """Return what a base's measurement is kept under; None for what is under test."""
+        if not self.checkpoint.is_base:
+            return None
+        return self._disk_key("engine", probe, settings=asdict(self.checkpoint.engine))
+
+    def _disk_key(self, source: str, probe: Probe, **more: Any) -> dict[str, Any]:
+        return {
+            "source": source,
+            "identity": identity(self.checkpoint.directory),
+            "probe": probe.sha256,
+            "dtype": self.dtype,
+            "code": code_version(),
+            "versions": library_versions(),
+            "arithmetic": builds.arithmetic(),
+            **more,
+        }
+
+
+def _name_of(dequantizer: DequantizerName, narrowing: Narrowing, device: str) -> str:
+    name = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
+    name += ", which truncates" if narrowing == "truncates" else ""
+    return name if device == CPU else f"{name} on {device}"

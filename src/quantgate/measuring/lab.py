@@ -1,0 +1,88 @@
+"""The lab: what the cases of one run have in common."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantgate.measuring.capture import Capture
+from quantgate.measuring.ledger import Ledger
+from quantgate.measuring.reference_device import CPU, choose_device, free_memory
+from quantgate.measuring.scratch import scratch_directory
+from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.probe import Probe, probe_for
+from quantgate.subject.task import Task
+
+if TYPE_CHECKING:
+    from quantgate.measuring.reference import Head
+
+
+@dataclass(eq=False)
+class Lab:
+    """What the cases of one run have in common."""
+
+    probes: Callable[[Task, bool], Probe]
+    """The probe of a task, in the ids of the tokenizer that it was made with; the larger one, of
+    models that pool, where the second argument is true."""
+    ledger: Ledger
+    reference_device: str | None = None
+    """"cpu" or "cuda"; None: a GPU where there is one."""
+    served_again: Callable[[Any], Sequence[Probe]] = lambda _: ()
+    """Which probes the `reruns` of a `Case` will be asked for: an engine that can serves them
+    before it ends."""
+    _probes: dict[tuple[str, bool], Probe] = field(default_factory=dict)
+    _heads: dict[Path, Head] = field(default_factory=dict)
+    """The ones that were used last, the last one at the end."""
+    _scratch: Path | None = None
+    """Where captures lie; gone with this object, or with the process."""
+
+    @property
+    def device(self) -> str:
+        """The device that references and heads are computed on."""
+        return choose_device(self.reference_device)
+
+    def probe_of(self, checkpoint: Checkpoint, *, quality: bool = False) -> Probe:
+        """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""
+        name = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
+        key = (name, quality)
+        if key not in self._probes:
+            probe = self.probes(checkpoint.task, quality)
+            self._probes[key], note = probe_for(probe, checkpoint.directory)
+            self.ledger.notes += [note] if note else []
+        return self._probes[key]
+
+    def forget_others(self, checkpoint: Checkpoint) -> None:
+        """Let go of what was measured of other checkpoints: memory, and captures on disk.
+
+        What the checkpoint and its base have in common with them is kept.
+        """
+        base = checkpoint.base_checkpoint
+        for found in self.ledger.forget_others(
+            {one.directory for one in (checkpoint, base) if one is not None}
+        ):
+            if isinstance(found, Capture):
+                shutil.rmtree(found.directory, ignore_errors=True)
+
+    def head(self, directory: Path, read: Callable[[], Head]) -> Head:
+        """Return a checkpoint's head; a base's and its checkpoint's stay in memory, no others."""
+        head = self._heads.pop(directory, None)
+        self._heads[directory] = head or read()
+        if len(self._heads) > 2:
+            self._heads.pop(next(iter(self._heads)))
+        return self._heads[directory]
+
+    def make_room(self) -> None:
+        """Leave a GPU to the engine that is about to start: heads are read again after it."""
+        if self.device != CPU:
+            self._heads.clear()
+            free_memory(self.device)
+
+    def capture_directory(self) -> Path:
+        """Return a new directory for a capture."""
+        if self._scratch is None:
+            self._scratch = scratch_directory(self)
+        return Path(tempfile.mkdtemp(dir=self._scratch))

@@ -252,6 +252,7 @@ def test_a_failure_reads_cause_evidence_next_step() -> None:
         unpaired_mde=0.17,
         p_value=0.003,
         emulated=("K",),
+        repaired=("score.0",),
         evidence=("worst      d[1]",),
         since_golden="vllm 0.31 → 0.32 (golden of 2026-11-01)",
         next_step="look",
@@ -263,6 +264,8 @@ def test_a_failure_reads_cause_evidence_next_step() -> None:
         "  n          17,945, MDE 0.0012 (unpaired 0.17), p of a fail 0.003\n"
         "  worst      d[1]\n"
         "  emulated   K: no evidence about a real kernel\n"
+        "  repaired   score.0: quantgate keeps this head whole; stock vLLM would load it as "
+        "quantized layers\n"
         "  since then vllm 0.31 → 0.32 (golden of 2026-11-01)\n"
         "  next       look"
     )

@@ -177,7 +177,12 @@ def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
             values=_decode_documents(documents, probe, key, field, "<f4", measured["n"]),
             top1=_decode_documents(documents, probe, key, "top1", "<i4", measured["n"]),
             provenance=Provenance(
-                **{**provenance, "source": "golden", "emulated": tuple(provenance["emulated"])}
+                **{
+                    **provenance,
+                    "source": "golden",
+                    "emulated": tuple(provenance["emulated"]),
+                    "repaired": tuple(provenance.get("repaired", ())),
+                }
             ),
         )
         history = tuple(content["history"])

@@ -22,6 +22,10 @@ Statistic = Literal["mean", "mean_abs", "max_abs", "kld", "metric"]
 SEVERITY: tuple[Outcome, ...] = ("fail", "not-run", "inconclusive", "pass")
 
 
+# vLLM gives the head of a reward model no name, so `ignore` cannot keep it from being quantized.
+REPAIRED = "{}: quantgate keeps this head whole; stock vLLM would load it as quantized layers"
+
+
 @dataclass(frozen=True)
 class Deviation:
     """One number beside what it is allowed to be."""
@@ -108,6 +112,8 @@ class Verdict:
     """Kernel that served each kind of layer, read from the loaded model."""
     emulated: tuple[str, ...] = ()
     """The kernels among them that are emulations."""
+    repaired: tuple[str, ...] = ()
+    """The heads that a patch of quantgate's keeps whole, where vLLM alone would not."""
     evidence: tuple[str, ...] = ()
     profile: Profile = field(default_factory=Profile)
     since_golden: str = ""
@@ -140,6 +146,8 @@ class Verdict:
             lines.append(
                 f"  emulated   {', '.join(self.emulated)}: no evidence about a real kernel"
             )
+        if self.repaired:
+            lines.append(f"  repaired   {REPAIRED.format(', '.join(self.repaired))}")
         if self.since_golden:
             lines.append(f"  since then {self.since_golden}")
         if self.next_step:
@@ -176,6 +184,7 @@ def verdict_on(
         "dtype": engine.provenance.dtype,
         "kernels": engine.provenance.kernels,
         "emulated": engine.provenance.emulated,
+        "repaired": engine.provenance.repaired,
     }
     return Verdict(outcome, detail, tuple(deviations), **(held | more))
 

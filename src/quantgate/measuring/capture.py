@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.patches.pooling_api import REPAIRED_HEAD
 from quantgate.patches.wanted import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class WorkerExtension:
             for name, module in self.get_model().named_modules()  # type: ignore[attr-defined]
             if (kernels := _kernels_of(module))
         }
+
+    def quantgate_repaired(self) -> list[str]:
+        """Return the names of the heads that vLLM alone would have loaded wrong."""
+        modules = self.get_model().named_modules()  # type: ignore[attr-defined]
+        return [name for name, module in modules if hasattr(module, REPAIRED_HEAD)]
 
     def quantgate_start_capture(self) -> None:
         """Watch every linear from now on."""

@@ -33,6 +33,8 @@ class Provenance:
     arithmetic: Mapping[str, str] = field(default_factory=dict)
     """What makes a machine round otherwise than another (`builds.arithmetic`); {} where nobody
     said."""
+    repaired: tuple[str, ...] = ()
+    """The heads that vLLM alone would have loaded wrong, and that a patch keeps whole."""
 
 
 @dataclass(frozen=True)

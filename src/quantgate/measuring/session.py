@@ -182,4 +182,5 @@ def provenance_of(llm: LLM, dtype: str) -> Provenance:
         emulated,
         library_versions(),
         builds.arithmetic(),
+        tuple(llm.collective_rpc("quantgate_repaired")[0]),
     )

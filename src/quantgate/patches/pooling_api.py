@@ -19,6 +19,8 @@ from quantgate.subject.task import GENERATE, HEADS, label_names, num_labels, tas
 
 # The tasks of the first spelling; both give logits for each token.
 TOKEN_TASKS = ("token_classification", "token_reward")
+# What marks a head that vLLM would have loaded wrong: `get_quant_method` says why.
+REPAIRED_HEAD = "quantgate_repaired_head"
 COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
 
 
@@ -127,6 +129,8 @@ def get_quant_method(
     if not _is_head(prefix) or not isinstance(layer, LinearBase):
         return stock(layer, prefix, *args, **kwargs)
     named = {"config_groups": {"group": {"targets": ["Linear"]}}, "ignore": config.ignore}
+    if not prefix:
+        setattr(layer, REPAIRED_HEAD, True)
     kept = [name for name in HEADS if group_of(name, "Linear", named) is None]
     if prefix in kept or (not prefix and kept):
         return UnquantizedLinearMethod()

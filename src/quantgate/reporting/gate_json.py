@@ -74,6 +74,7 @@ def check_of_verdict(verdict: Verdict) -> dict[str, Any]:
         "figures": {name: _number(value) for name, value in verdict.figures.items()},
         "kernels": dict(verdict.kernels),
         "emulated": list(verdict.emulated),
+        "repaired": list(verdict.repaired),
         "deviations": [
             {
                 "what": d.what,

@@ -15,6 +15,7 @@ from quantgate.errors import printable
 from quantgate.formats.kernels import explained
 from quantgate.judging.golden import UNCHANGED
 from quantgate.judging.results import CheckResult, overall
+from quantgate.judging.verdict import REPAIRED
 
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Outcome, Verdict
@@ -45,6 +46,9 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
         console.print(*([""] if len(ids) > 1 else []), _checks(detailed), sep="\n")
     for kernel, checkpoints in _emulated(results).items():
         line = f"\nemulated, no evidence about a real kernel: {kernel} in {', '.join(checkpoints)}"
+        console.print(Text(line), end="")
+    for head, checkpoints in _repaired(results).items():
+        line = f"\nrepaired: {REPAIRED.format(head)}; in {', '.join(checkpoints)}"
         console.print(Text(line), end="")
     for said, checkpoints in _said_of_kernels(results).items():
         console.print(Text(f"\nby its kernel: {said}, in {', '.join(checkpoints)}"), end="")
@@ -118,6 +122,13 @@ def engines_line(engines: Sequence[EngineLife]) -> str:
 def _emulated(results: list[CheckResult]) -> dict[str, list[str]]:
     """Return the checkpoints that each emulated kernel served."""
     return _checkpoints_by((kernel, r) for r in results for kernel in r.verdict.emulated)
+
+
+def _repaired(results: list[CheckResult]) -> dict[str, list[str]]:
+    """Return the checkpoints whose head a patch keeps whole, by the names of its layers."""
+    return _checkpoints_by(
+        (", ".join(r.verdict.repaired), r) for r in results if r.verdict.repaired
+    )
 
 
 def _said_of_kernels(results: list[CheckResult]) -> dict[str, list[str]]:

@@ -1,4 +1,13 @@
-"""The gate's pytest hooks: they only wire; `quantgate.plugin` does the work."""
+"""The gate's pytest hooks: they only wire; `quantgate.plugin` does the work.
+
+What a suite of one's own imports is here:
+
+    from quantgate.pytest_plugin import Deviation, Gate, Verdict
+
+    def test_latency(gate: Gate) -> None:
+        slowest = Deviation("slowest request", measured, 2.0, "s")
+        gate.judge(Verdict("fail" if slowest.exceeded else "pass", "…", (slowest,)))
+"""
 
 from __future__ import annotations
 
@@ -10,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from quantgate.judging.verdict import Deviation, Verdict, not_run
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.reference_device import REFERENCE_DEVICES
 from quantgate.plugin import reporting, selection
@@ -17,7 +27,7 @@ from quantgate.plugin.gate import Gate, gate, record
 from quantgate.plugin.gate_run import RUN, GateRun
 from quantgate.plugin.workers import ResultCollector, take_part
 
-__all__ = ["Gate", "gate"]
+__all__ = ["Deviation", "Gate", "Verdict", "gate", "not_run"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -95,6 +95,10 @@ def paired_mean(difference: NDArray[Any], clusters: NDArray[Any]) -> PairedMean:
 
     With u_g the sum of residuals in cluster g of G, the clustered variance is G / (G - 1) · Σ u_g²
     / n² (Liang and Zeger 1986, with the CR1 correction of Cameron and Miller 2015, for a mean).
+
+    >>> cost = paired_mean(np.array([0.1, 0.3, 0.1, 0.3]), np.array(["a", "a", "b", "b"]))
+    >>> cost.n, cost.clusters, round(cost.mean, 3)
+    (4, 2, 0.2)
     """
     d = np.asarray(difference, dtype=np.float64)
     if d.shape != clusters.shape or d.ndim != 1:

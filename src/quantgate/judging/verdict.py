@@ -28,7 +28,14 @@ REPAIRED = "{}: quantgate keeps this head whole; stock vLLM would load it as qua
 
 @dataclass(frozen=True)
 class Deviation:
-    """One number beside what it is allowed to be."""
+    """One number beside what it is allowed to be.
+
+    >>> found = Deviation("max |Δ log-prob|", 0.25, 1e-5)
+    >>> found.exceeded
+    True
+    >>> print(found)
+    max |Δ log-prob| is 0.25 nat, allowed <= 1e-05
+    """
 
     what: str
     measured: float
@@ -190,12 +197,23 @@ def verdict_on(
 
 
 def one_sided(lower: float, upper: float, margin: float) -> Outcome:
-    """Return what confidence bounds say of "at most `margin`": a tie decides nothing."""
+    """Return what confidence bounds say of "at most `margin`": a tie decides nothing.
+
+    >>> one_sided(0.01, 0.04, margin=0.05)
+    'pass'
+    >>> one_sided(0.01, 0.06, margin=0.05)
+    'inconclusive'
+    """
     return "pass" if upper < margin else "fail" if lower > margin else "inconclusive"
 
 
 def not_run(detail: str, next_step: str = "") -> Verdict:
-    """Return the verdict of a selected check that did not happen."""
+    """Return the verdict of a selected check that did not happen.
+
+    >>> print(not_run("no probe has steps", "give one that has").message("my-model steps"))
+    my-model steps: NOT-RUN: no probe has steps
+      next       give one that has
+    """
     return Verdict("not-run", detail, next_step=next_step)
 
 

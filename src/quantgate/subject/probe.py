@@ -1,4 +1,4 @@
-"""Probes: the frozen token ids that every source scores."""
+"""Probes: fixed token ids that the engine, the reference and the base all score."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from quantgate.subject.task import GENERATE, SEQUENCE_REWARD, Task
 
 @dataclass(frozen=True)
 class Window:
-    """One prompt: tokens `score_from` … end are scored, each from all tokens before it.
+    """One prompt: tokens `score_from` … end are scored, each given all tokens before it.
 
-    Of a pooling model these are the tokens whose outputs are taken, its last one where a whole text
-    has one output.
+    For a pooling model these are the tokens whose outputs are used: only the last one if the model
+    gives one output per text.
     """
 
     document: str
@@ -32,12 +32,12 @@ class Window:
     ids: tuple[int, ...]
     text: str
     labels: tuple[int | None, ...] = ()
-    """Of each scored token: an index into the probe's labels, or a grade; None where there is none.
-    () where the probe says nothing of what is right."""
+    """For each scored token, an index into the probe's labels, or a grade, or None; () if the probe
+    has no expected answers."""
 
     @property
     def scored(self) -> int:
-        """How many of its tokens are scored."""
+        """The number of scored tokens."""
         return len(self.ids) - self.score_from
 
 
@@ -50,9 +50,9 @@ class Probe:
     windows: tuple[Window, ...]
     task: Task = GENERATE
     labels: tuple[str, ...] = ()
-    """The names of its labels."""
+    """The label names."""
     tokenizer: Path | None = field(default=None, compare=False)
-    """The checkpoint whose tokenizer turns its ids into text again, for messages."""
+    """The checkpoint whose tokenizer decodes its ids, for messages."""
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -65,7 +65,7 @@ class Probe:
 
     @property
     def scored(self) -> int:
-        """How many tokens are scored in all."""
+        """The number of scored tokens in all windows."""
         return sum(window.scored for window in self.windows)
 
     @functools.cached_property
@@ -85,7 +85,7 @@ class Probe:
 
     @functools.cached_property
     def expected(self) -> NDArray[np.float64]:
-        """The label or grade of each scored token [n], NaN where there is none."""
+        """The label or grade of each scored token [n]; NaN for those without one."""
         labels = [w.labels or (None,) * w.scored for w in self.windows]
         return np.array([np.nan if x is None else x for row in labels for x in row], np.float64)
 
@@ -139,11 +139,10 @@ def read_probe(path: Path) -> Probe:
 
 
 def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
-    """Return the probe in a checkpoint's own token ids, and a note where that is another one.
+    """Return the probe in a checkpoint's own token ids, and a note if that is a different probe.
 
-    Where the checkpoint's tokenizer gives the frozen ids, that is `probe` itself. Where it has
-    another vocabulary, the probe's texts are tokenized once, here, and frozen for every source of
-    this run.
+    If the checkpoint's tokenizer gives the stored ids, the result is `probe` itself. Otherwise the
+    probe's texts are tokenized once, here, so that everything in this run scores the same ids.
     """
     try:
         tokenizer = _tokenizer(directory)
@@ -180,7 +179,7 @@ LONGEST_TEXT = 200
 
 @dataclass(frozen=True)
 class Passage:
-    """A scored token in its text."""
+    """A scored token and the text around it."""
 
     before: str
     token: str
@@ -193,7 +192,7 @@ class Passage:
 
 
 def passage(probe: Probe, row: int) -> Passage:
-    """Return a scored token in its text, escaped; its id where no tokenizer is known."""
+    """Return a scored token with its context, escaped; only its id if no tokenizer is known."""
     ends = np.cumsum([window.scored for window in probe.windows])
     index = int(np.searchsorted(ends, row, side="right"))
     window, place = probe.windows[index], int(probe.positions[row])
@@ -216,12 +215,12 @@ def _tokenizer(directory: Path) -> Any:
 
 
 def _printable(text: str) -> str:
-    """Escape what is no character of a line, such as its end; cut what is no token's length."""
+    """Escape unprintable characters, such as line ends, and cut overlong text."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:LONGEST_TEXT])
 
 
 def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:
-    """Return a window in other ids; labels of tokens are lost, a whole text's grade is not."""
+    """Return a window with other ids. Token labels are dropped; a whole text's grade is kept."""
     if task == SEQUENCE_REWARD:
         return dataclasses.replace(window, ids=ids, score_from=len(ids) - 1)
     first = 1 if task == GENERATE else 0
@@ -241,7 +240,7 @@ EMBEDDED_PROBES: Mapping[Task, str] = {
 def embedded_probe(root: Path, task: Task, *, quality: bool = False) -> Probe:
     """Return the probe in a project's `fixtures/probes` for a task.
 
-    With `quality`, the one of more documents that a task's own metric is taken of.
+    With `quality`, the larger one on which the task's own metric is computed.
     """
     name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}"
     return read_probe(root / "fixtures" / "probes" / f"{name}.jsonl")

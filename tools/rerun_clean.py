@@ -1,11 +1,11 @@
-"""False alarms: serve the embedded checkpoints again and again, under settings drawn at random.
+"""Count false alarms: rerun the embedded checkpoints under random serving settings.
 
     python tools/rerun_clean.py --runs 200
 
-Nothing is wrong with any of them, so that every fail is a false alarm. Each run draws a checkpoint,
-a dtype, and how it is served: order, batch limits, chunks, block size, prefix caching, a KV cache
-that holds a part of the probe. Its checks are those that a way of serving can move: fidelity,
-divergence, quality and drift. Exits 0 without a fail.
+Nothing is wrong with these checkpoints, so every failure is a false alarm. Each run draws a
+checkpoint, a dtype, and serving settings: order, batch limits, chunks, block size, prefix caching,
+a KV cache that holds only part of the probe. It runs the checks that serving settings can affect:
+fidelity, divergence, quality and drift. Exits 0 if none fails.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from quantgate.subject.task import GENERATE
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", SERVING)
 BLOCK_SIZES = (32, 64, 128)
-# Tokens a step, and sequences at a time.
+# Tokens per step, and concurrent sequences.
 TOKENS = (64, 192, 1024, 4096, 16384)
 SEQUENCES = (1, 3, 16, 256)
 # The smallest holds a third of the probe in bfloat16, and a sixth in float32.
@@ -49,13 +49,13 @@ CACHE_BYTES = (12 << 20, 128 << 20)
 
 @dataclass(eq=False)
 class Redrawn(Sources):
-    """Sources that serve a checkpoint under test as `drawn` says."""
+    """Sources that serve the checkpoint under test with the settings in `drawn`."""
 
     drawn: Mapping[str, Any] = field(default_factory=dict)
     order: Any = None
 
     def engine(self, checkpoint: Checkpoint, dtype: str) -> Measurement:
-        """Measure a base as usual, and a checkpoint under test under the drawn settings."""
+        """Measure a base as usual, and the checkpoint under test with the drawn settings."""
         if checkpoint.is_base:
             return super().engine(checkpoint, dtype)
         dtype = resolve_dtype(checkpoint, dtype)
@@ -76,7 +76,7 @@ class Redrawn(Sources):
 
 
 def draw(rng: np.random.Generator, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return engine settings; a model that reads both ways has no chunks and no cache."""
+    """Return random engine settings; an encoder supports neither chunks nor a cache."""
     settings: dict[str, Any] = {"max_num_seqs": int(rng.choice(SEQUENCES))}
     if read_config(checkpoint.directory)["model_type"] == "bert":
         return settings
@@ -90,7 +90,7 @@ def draw(rng: np.random.Generator, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def checks(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, Verdict]]:
-    """Yield every check that a way of serving can move, with its verdict."""
+    """Yield every check that serving settings can affect, with its verdict."""
     yield f"fidelity-{dtype}", fidelity.free_running(sources, checkpoint, dtype)
     engine, probe = sources.engine(checkpoint, dtype), sources.probe_of(checkpoint)
     if checkpoint.golden:
@@ -114,7 +114,7 @@ def checks(sources: Sources, checkpoint: Checkpoint, dtype: str) -> Iterator[tup
 
 
 def rerun(number: int, seed: int, sources: Redrawn, known: list[Checkpoint]) -> list[CheckResult]:
-    """Judge one checkpoint, served in one way."""
+    """Judge one checkpoint under one draw of settings."""
     rng = np.random.default_rng((seed, number))
     checkpoint = known[rng.integers(len(known))]
     dtype = DTYPES[rng.integers(2)]
@@ -133,7 +133,7 @@ def rerun(number: int, seed: int, sources: Redrawn, known: list[Checkpoint]) -> 
 
 
 def main() -> int:
-    """Run, and count outcomes."""
+    """Command-line entry point: run, and count outcomes."""
     parser = argparse.ArgumentParser(description="Count false alarms of the gate.")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

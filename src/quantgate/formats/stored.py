@@ -115,7 +115,7 @@ class LoadedTensors:
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor on the device; `BadInput` if the checkpoint has none of that name.
 
-        A copy from pinned memory may still be in progress; the device's next operation waits for it.
+        A copy from pinned memory may still be in progress; the device's next work waits for it.
         """
         tensor = self.ahead[name] if name in self.ahead else self.stored.read(name)
         return tensor.to(self.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Which kernels the engine that is being loaded was asked for, and what this build lacks."""
+"""The kernels requested for the engine that is loading, and what this build lacks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-# The key in vLLM's `additional_config`, which reaches every process of an engine.
+# The key in vLLM's `additional_config`, which is passed to every process of an engine.
 ADDITIONAL_CONFIG_KEY = "quantgate"
 PORTABLE = "portable"
 NATIVE = "native"
 
 
 def wanted() -> Mapping[str, Any]:
-    """Return what the engine that is being loaded was asked for."""
+    """Return quantgate's settings of the engine that is loading."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
@@ -24,7 +24,7 @@ def wanted() -> Mapping[str, Any]:
 
 
 def portable_wanted() -> bool:
-    """Whether the engine that is being loaded was asked for portable kernels."""
+    """Whether portable kernels are requested for the engine that is loading."""
     return bool(wanted().get("kernels", NATIVE) == PORTABLE)
 
 

@@ -1,4 +1,4 @@
-"""The end of a run: a result for every check, the reports, and the table in the terminal."""
+"""The end of a run: complete the results, write the reports, print the table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from quantgate.reporting.write import FILES, write_reports
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
-# What the widest table needs; a narrower terminal wraps its lines, which loses nothing.
+# The width of the widest table. A narrower terminal wraps its lines, so nothing is lost.
 TABLE_WIDTH = 176
 
 
@@ -39,7 +39,7 @@ def _in_order(run: GateRun) -> list[CheckResult]:
 
 
 def _add_unreported(config: pytest.Config, run: GateRun) -> None:
-    """Give every check that no xdist worker reported a result: one without is not a pass."""
+    """Add a not-run result for every check that no xdist worker reported."""
     unreported = {
         nodeid: check
         for nodeid in run.order
@@ -63,7 +63,7 @@ def _add_unreported(config: pytest.Config, run: GateRun) -> None:
 
 
 def _uphold(config: pytest.Config, run: GateRun) -> None:
-    """Let no fail stand that is one of several statistical checks by chance, in its text either."""
+    """Apply Holm's adjustment to failures among several statistical checks, in reports too."""
     before = run.results
     run.results = dict(zip(before, upheld(list(before.values())), strict=True))
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
@@ -73,7 +73,7 @@ def _uphold(config: pytest.Config, run: GateRun) -> None:
 
 
 def finish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the report, and let nothing but a pass exit 0."""
+    """Write the report; the exit status is 0 only if every check passed."""
     run = session.config.stash.get(RUN, None)
     if run is None or not (run.results or run.crashed) or session.config.option.collectonly:
         return
@@ -117,7 +117,7 @@ def _histories(run: GateRun) -> dict[str, list[dict[str, Any]]]:
 
 
 def summarize(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table of checks, and what was left out."""
+    """Print the table of checks and the checks that were skipped."""
     run = config.stash[RUN]
     if not run.results or config.option.collectonly:
         return

@@ -1,4 +1,4 @@
-"""Which checks a run has: of which checkpoints, on which device, and why others are left out."""
+"""Select the checks of a run by checkpoint and device, and record why others are skipped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OTHER_ENGINES = ("tensor-parallel", "compiled")
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
-    """Parametrize the suites over checkpoints and devices: the one place that does."""
+    """Parametrize a test over checkpoints, devices and the check's precisions."""
     if "checkpoint" not in metafunc.fixturenames:
         return
     checkpoints = selected_checkpoints(metafunc.config)
@@ -54,7 +54,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 
 
 def selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
-    """Return the checkpoints that the options select; why there are none is raised later."""
+    """Return the checkpoints that the options select; errors are raised after collection."""
     run = config.stash[RUN]
     if run.checkpoints is None:
         run.checkpoints = []
@@ -66,7 +66,7 @@ def selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
 
 
 def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
-    choose_device(config.getoption("reference_device"))  # refused now, not an hour later
+    choose_device(config.getoption("reference_device"))  # fail now rather than an hour later
     known = read_checkpoint_files(run.root)
     wanted = _wanted(config, known, run.root)
     if not config.getoption("checkpoint") and (orphans := unclaimed(run.root, known)):
@@ -89,7 +89,7 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
 
 
 def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) -> list[Checkpoint]:
-    """Return the checkpoints that the options name, or all that have a file; never none."""
+    """Return the checkpoints named by the options, or all with a file; never an empty list."""
     names, base = config.getoption("checkpoint"), config.getoption("base")
     quick = config.getoption("quick")
     if base is not None and not names:
@@ -122,11 +122,11 @@ def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this machine or a checkpoint cannot have, and say so; refuse an empty rest."""
+    """Deselect checks that this machine or checkpoint cannot run; refuse an empty selection."""
     run = config.stash[RUN]
     if run.problem is not None:
         raise pytest.UsageError(run.problem)
-    # A suite without a checkpoint that does its task has nothing to say.
+    # Drop tests for whose task there is no checkpoint.
     items[:] = [item for item in items if params_of(item) or not is_check(item)]
     judged = [item for item in items if params_of(item)]
     if not judged:
@@ -163,10 +163,10 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _keep_together(items: list[pytest.Item]) -> None:
-    """Let a checkpoint's checks follow one another: they share its measurements.
+    """Sort a checkpoint's checks together, because they share its measurements.
 
-    Those with engines of their own for some checks come first: as the last ones they would keep one
-    xdist worker busy while the others have nothing to do.
+    Checkpoints that need extra engines come first: at the end they would keep one xdist worker busy
+    while the others are idle.
     """
 
     def place(item: pytest.Item) -> tuple[bool, str]:
@@ -200,7 +200,7 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
 
 
 def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
-    """Return why a checkpoint does not have what a check needs on a device; None where it has."""
+    """Return why a checkpoint lacks something that a check needs on a device, or None."""
     if need == "base" and checkpoint.base is None:
         return "no base is named; give --base, or base in its file"
     if need == "golden" and not checkpoint.golden:

@@ -131,8 +131,8 @@ def sliding(context: int = 2048, stride: int | None = None) -> Protocol:
         context,
         special_tokens=True,
         per_document=False,
-        description=f"windows of {context} tokens every {step}, each token but the first scored "
-        f"once, from {context - step} tokens of context at least but near the start",
+        description=f"windows of {context} tokens every {step}, each token except the first scored "
+        f"once, with at least {context - step} tokens of context except near the start",
         windows=windows,
     )
 

@@ -57,7 +57,9 @@ def probe_of_text(texts: Iterable[str], directory: Path) -> Probe:
             if len(ids) > 1:
                 windows.append(Window(f"text-{len(windows):05}", "text", 1, ids, part))
     if not windows:
-        raise BadInput("the text has no two tokens, so there is nothing to score.")
+        raise BadInput(
+            "the text has fewer than two tokens, so there is nothing to score; give a longer text."
+        )
     return Probe("text", len(tokenizer), tuple(windows), tokenizer=directory)
 
 

@@ -210,8 +210,9 @@ def symmetric_rule() -> SymmetricRule:
 def _known(name: str, rules: Mapping[str, Rule], of: str) -> Rule:
     if name == UNKNOWN:
         raise ValueError(
-            "vLLM's scaled_int8_quant follows none of the rules that are known for int8 inputs "
-            f"{of} ({', '.join(rules)}), so there is no reference for them."
+            "this vLLM build's scaled_int8_quant follows none of the rules known for int8 inputs "
+            f"{of} ({', '.join(rules)}), so there is no reference to judge it by; use another vLLM "
+            "build, or add its rule to quantgate/formats/builds.py."
         )
     return rules[name]
 

@@ -69,15 +69,15 @@ def rules_of(kernels: Iterable[str]) -> LinearRules:
     for name in used:
         if name not in RULES:
             raise BadInput(
-                f"{name}: the reference has no rule for what this kernel of vLLM's does to inputs "
-                "and scales, so it cannot judge it; have vLLM use another kernel, or add its rule "
-                "to quantgate/formats/kernels.py."
+                f"{name}: the reference has no rule for how this vLLM kernel treats inputs and "
+                f"scales, so it cannot judge it; set VLLM_DISABLED_KERNELS={name} to use another "
+                "kernel, or add its rule to quantgate/formats/kernels.py."
             )
         if (rule := RULES[name]).inputs == "unknown":
             raise BadInput(
-                f"{name}: this kernel of vLLM's quantizes inputs by a rule of its own "
-                f"({rule.source}), which the reference does not have, so it cannot judge it; have "
-                "vLLM use another kernel."
+                f"{name}: this vLLM kernel quantizes inputs by a rule of its own "
+                f"({rule.source}), which the reference does not have, so it cannot judge it; set "
+                f"VLLM_DISABLED_KERNELS={name} to use another kernel."
             )
     return LinearRules(_kept(used), any(RULES[name].fp8_products for name in used))
 
@@ -89,9 +89,9 @@ def _kept(used: Collection[str]) -> frozenset[Family]:
     for family, by_way in ways.items():
         if len(by_way) > 1 and family != "mx":  # the reference keeps MX inputs anyway
             raise BadInput(
-                f"{' and '.join(by_way.values())} both serve linears of the {family} formats, and "
-                "one of them quantizes inputs where the other does not; the reference has one rule "
-                "for all."
+                f"{' and '.join(by_way.values())} both serve linears of the {family} formats, but "
+                "only one of them quantizes inputs, and the reference has one rule for all; "
+                "disable one of them with VLLM_DISABLED_KERNELS."
             )
     return frozenset(family for family, by_way in ways.items() if "kept" in by_way)
 

@@ -150,8 +150,8 @@ def _the_one(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
     }
     if len(values) > 1:
         raise ValueError(
-            f"{part} is not the same for the layers that vLLM fuses ({sorted(values)}); vLLM keeps "
-            "whichever it loads last."
+            f"{part} differs between the layers that vLLM fuses ({sorted(values)}), and vLLM would "
+            "use the last one for all; export the checkpoint again with one value."
         )
     return stored.read(f"{name}.{part}").reshape(1)
 

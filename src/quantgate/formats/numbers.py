@@ -29,7 +29,7 @@ def unpack_integers(packed: torch.Tensor, bits: int, size: int, dim: int = 1) ->
 
     if packed.dtype != torch.int32 or packed.ndim != 2 or not 1 <= bits <= 8:
         raise ValueError(
-            f"packed integers are int32 [rows, words] of 1 … 8 bits, got {packed.dtype} "
+            f"packed integers must be int32 [rows, words] of 1 … 8 bits, got {packed.dtype} "
             f"{list(packed.shape)} of {bits}."
         )
     words = packed if dim == 1 else packed.T
@@ -47,7 +47,8 @@ def decode_e2m1(packed: torch.Tensor) -> torch.Tensor:
 
     if packed.dtype != torch.uint8 or packed.ndim != 2:
         raise ValueError(
-            f"packed E2M1 is uint8 [rows, bytes], got {packed.dtype} {list(packed.shape)}."
+            f"packed E2M1 codes must be uint8 [rows, bytes], got {packed.dtype} "
+            f"{list(packed.shape)}."
         )
     magnitudes = torch.tensor(E2M1_MAGNITUDES, device=packed.device)
     values = torch.cat([magnitudes, -magnitudes])  # bit 3 is the sign
@@ -60,7 +61,7 @@ def decode_e8m0(exponents: torch.Tensor) -> torch.Tensor:
     import torch
 
     if exponents.dtype != torch.uint8:
-        raise ValueError(f"E8M0 scales are uint8, got {exponents.dtype}.")
+        raise ValueError(f"E8M0 scales must be uint8, got {exponents.dtype}.")
     # By shifting bits: pow() need not be exact on every device. 0 is 2^-127, a subnormal.
     bits = (exponents.to(torch.int32) << MANTISSA_BITS).where(exponents != 0, E8M0_OF_0)
     return bits.view(torch.float32).masked_fill(exponents == E8M0_NAN, torch.nan)

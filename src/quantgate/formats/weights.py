@@ -43,7 +43,10 @@ def _codes(tensors: Tensors, weights: Mapping[str, Any]) -> torch.Tensor:
     rows, columns = (int(size) for size in _needed(tensors, "weight_shape"))
     codes = unpack_integers(packed, int(weights["num_bits"]), columns)
     if len(codes) != rows:
-        raise ValueError(f"weight_shape says {rows} rows, weight_packed has {len(codes)}.")
+        raise ValueError(
+            f"weight_shape says {rows} rows, but weight_packed has {len(codes)}; export the "
+            "checkpoint again."
+        )
     return codes.float()
 
 
@@ -69,7 +72,8 @@ def _zero_point(
         stored = unpack_integers(stored, int(weights["num_bits"]), len(codes), dim=0)
     if stored.shape != scale.shape:
         raise ValueError(
-            f"weight_zero_point is {list(stored.shape)}, weight_scale {list(scale.shape)}."
+            f"weight_zero_point has shape {list(stored.shape)}, but weight_scale has "
+            f"{list(scale.shape)}, and both must be the same; export the checkpoint again."
         )
     return stored.float()
 

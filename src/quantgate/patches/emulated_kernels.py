@@ -58,11 +58,11 @@ class DequantizingLinearKernel(MPLinearKernel):  # type: ignore[misc]
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
         """Decline if the build has a working native kernel, unless portable is requested."""
         if not portable_wanted() and _has_native_wna16(c):
-            return False, "this build has a kernel of its own"
+            return False, "this build has a native kernel"
         if 32 % c.weight_type.size_bits:
             return False, f"{c.weight_type} does not divide 32 bits"
         if getattr(c, "has_g_idx", False):
-            return False, "columns in an order of their own (act-order) are not emulated"
+            return False, "act-order (g_idx) is not emulated"
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -108,7 +108,7 @@ class DequantizingInt8LinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
         """Decline if the native kernel may be used; every CPU build has one."""
         return portable_wanted() or _is_disabled(
             CPUInt8ScaledMMLinearKernel
-        ), "a native one is there"
+        ), "this build has a native kernel"
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
@@ -158,7 +158,9 @@ class DequantizingFp8LinearKernel(FP8ScaledMMLinearKernel):  # type: ignore[misc
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
         """Decline dynamic scales unless portable is requested; every CPU build supports them."""
         static = c.activation_quant_key.scale.static
-        return portable_wanted() or (static_fp8_is_missing() and static), "a native kernel is there"
+        return portable_wanted() or (
+            static_fp8_is_missing() and static
+        ), "this build has a native kernel"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the FP8 weight [in, out] with `weight` float32 [out, in]."""
@@ -187,7 +189,7 @@ class DequantizingFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: i
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         """Decline if the native kernel runs here; it needs AMX."""
         native = torch.cpu._is_amx_tile_supported()
-        return portable_wanted() or not native, "this machine has a kernel of its own"
+        return portable_wanted() or not native, "this machine has a native kernel"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the FP8 weight with `weight` float32 [out, in]."""

@@ -54,7 +54,7 @@ def token_task_options(model: Any, task: str, settings: Mapping[str, Any]) -> di
     """
     if task not in TOKEN_TASKS:
         raise ValueError(
-            f"task='{task}' is none of {', '.join(TOKEN_TASKS)}; vLLM's own tasks are given as "
+            f"task='{task}' is not one of {', '.join(TOKEN_TASKS)}; give vLLM's own tasks as "
             'runner="pooling" and pooler_config={"task": …}.'
         )
     if unknown := sorted(set(settings) - {"num_labels"}):

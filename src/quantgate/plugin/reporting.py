@@ -27,7 +27,7 @@ from quantgate.reporting.terminal import engines_line, table
 from quantgate.reporting.write import FILES, write_reports
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
-RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
+RERUN_CRASHED = "`dmesg` shows whether it was killed for lack of memory; run it again without -n"
 # The width of the widest table. A narrower terminal wraps its lines, so nothing is lost.
 TABLE_WIDTH = 176
 
@@ -55,7 +55,7 @@ def _add_unreported(config: pytest.Config, run: GateRun) -> None:
             continue
         verdict = PENDING
         if (at := ended_at.get(checkpoint.id)) is not None:
-            why = run.crashed.get(nodeid, f"its worker ended while it judged {at}")
+            why = run.crashed.get(nodeid, f"its xdist worker crashed while judging {at}")
             verdict = not_run(why, RERUN_CRASHED)
         run.results[nodeid] = CheckResult(
             checkpoint.id, run.schemes[checkpoint.id], check, verdict, task=checkpoint.task
@@ -128,7 +128,7 @@ def summarize(terminalreporter: Any, config: pytest.Config) -> None:
     for reason, count in Counter(reason for _, reason in run.left_out).items():
         first = next(subject for subject, why in run.left_out if why == reason)
         others = f" and {count - 1} more" if count > 1 else ""
-        terminalreporter.write_line(f"left out: {first}{others}: {reason}")
+        terminalreporter.write_line(f"skipped: {first}{others}: {reason}")
     for note in run.all_notes:
         terminalreporter.write_line(printable(f"note: {note}"))
     if run.all_engines:

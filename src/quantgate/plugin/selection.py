@@ -95,7 +95,9 @@ def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) 
     if base is not None and not names:
         raise BadInput("--base goes with --checkpoint PATH; checkpoint files name their own base.")
     if quick and names:
-        raise BadInput("--quick goes without --checkpoint: the files say which ones are quick.")
+        raise BadInput(
+            "--quick cannot be combined with --checkpoint: checkpoint files say which are quick."
+        )
     if names:
         found = [find_checkpoint(name, known, root, base) for name in dict.fromkeys(names)]
         _require_distinct(found)
@@ -108,7 +110,10 @@ def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) 
         )
     found = [checkpoint for checkpoint in known.values() if checkpoint.quick or not quick]
     if not found:
-        raise BadInput(f"--quick: none of the {len(known)} files in {folder} says quick = true.")
+        raise BadInput(
+            f"--quick: none of the {len(known)} files in {folder} says quick = true; add it to "
+            "one, or leave out --quick."
+        )
     return found
 
 
@@ -116,7 +121,7 @@ def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
     counts = Counter(checkpoint.id for checkpoint in checkpoints)
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise BadInput(
-            f"--checkpoint: two of them would be called '{repeated[0]}'; give each directory its "
+            f"--checkpoint: two of them would get the id '{repeated[0]}'; give each directory its "
             "own name, or gate them one by one."
         )
 
@@ -145,7 +150,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     runnable = [item for item in judged if reasons[item] is None]
     if not runnable:
         why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
-        raise pytest.UsageError(f"all {len(judged)} selected checks are left out: {why}.")
+        raise pytest.UsageError(f"all {len(judged)} selected checks are skipped: {why}.")
     dropped = [item for item in judged if reasons[item] is not None]
     items[:] = [item for item in items if reasons.get(item) is None]
     _keep_together(items)
@@ -206,11 +211,11 @@ def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
     if need == "golden" and not checkpoint.golden:
         return "it has no golden: given by path, or golden = false in its file"
     if need == "step_tag" and checkpoint.step_tag_id is None:
-        return "no step_tag_id is in its file"
+        return "its file has no step_tag_id"
     if need == "metric" and checkpoint.task != GENERATE and not checkpoint.has_own_metric:
-        return "it generates, and is judged by its perplexity: its embeddings have no task"
+        return "its embeddings have no task metric; judge the model's quality as task 'generate'"
     if need in OTHER_ENGINES and need not in checkpoint.invariance:
-        return f"its file does not ask for it: invariance = ['{need}']"
+        return f"its file does not ask for it (add '{need}' to invariance)"
     if need == "tensor-parallel" and device == "cuda":
         needed, there = other_parallel_size(checkpoint), len(devices.gpus())
         if there < needed:

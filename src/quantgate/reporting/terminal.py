@@ -109,8 +109,8 @@ def engines_line(engines: Sequence[EngineLife]) -> str:
     serving = sum(life.served_s for life in engines)
     longest = max(engines, key=lambda life: life.start_s + life.served_s)
     return (
-        f"engines: {len(engines)} started, {starting:.1f} s until they could serve and "
-        f"{serving:.1f} s serving; the longest {longest.start_s + longest.served_s:.1f} s: "
+        f"engines: {len(engines)} started, {starting:.1f} s starting and "
+        f"{serving:.1f} s serving; the longest took {longest.start_s + longest.served_s:.1f} s: "
         f"{printable(Path(longest.directory).name)} in {longest.dtype}"
     )
 

@@ -41,7 +41,7 @@ def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
     import msgspec
 
     if not CHECKPOINT_ID.fullmatch(path.stem):
-        raise BadInput(f"{path}: the name must match {CHECKPOINT_ID.pattern}, it is the test's id.")
+        raise BadInput(f"{path}: the name must match {CHECKPOINT_ID.pattern}; it is the test id.")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

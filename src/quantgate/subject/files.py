@@ -50,7 +50,7 @@ def _download(source: str, revision: str | None) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(
-            f"{source}: neither in the local hub cache nor to be downloaded ({reason}); "
+            f"{source}: not in the local hub cache, and the download failed ({reason}); "
             "give a local directory instead."
         ) from None
 
@@ -103,8 +103,8 @@ def refuse_another_task(directory: Path, task: Task) -> None:
     # by TRL.
     if does == task == SEQUENCE_REWARD and (labels := num_labels(config)) != 1:
         raise BadInput(
-            f"{directory / 'config.json'}: a classifier of whole texts with {labels} labels; only "
-            "rewards, which have one, are judged."
+            f"{directory / 'config.json'}: a sequence classifier with {labels} labels; only "
+            "reward models, which have one label, can be judged."
         )
     if does == task or task == EMBED or (does, task) == ("token_classify", "token_reward"):
         return

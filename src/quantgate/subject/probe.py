@@ -134,7 +134,7 @@ def read_probe(path: Path) -> Probe:
         if not 0 <= min(window.ids) <= max(window.ids) < probe.vocab_size:
             raise BadInput(f"{path}:{number}: a token id is outside 0 … {probe.vocab_size - 1}.")
     if not windows:
-        raise BadInput(f"{path}: a probe without windows.")
+        raise BadInput(f"{path}: the probe has no windows.")
     return probe
 
 
@@ -148,7 +148,10 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
         tokenizer = _tokenizer(directory)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"{directory}: its tokenizer cannot be loaded ({reason}).") from None
+        raise BadInput(
+            f"{directory}: its tokenizer cannot be loaded ({reason}); download or export its "
+            "tokenizer files again."
+        ) from None
     encoded = [tuple(tokenizer(window.text)["input_ids"]) for window in probe.windows]
     if encoded == [window.ids for window in probe.windows]:
         return dataclasses.replace(probe, tokenizer=directory), None
@@ -156,8 +159,8 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
         ids[:2] == (bos, bos) for ids in encoded
     ):
         raise BadInput(
-            f"{directory}: its tokenizer puts two '{tokenizer.bos_token}' in front of a text, and "
-            "a model expects one; correct tokenizer.json or its template."
+            f"{directory}: its tokenizer adds '{tokenizer.bos_token}' twice at the start of a "
+            "text, but a model expects it once; correct tokenizer.json or its template."
         )
     first = 1 if probe.task == GENERATE else 0
     windows = tuple(

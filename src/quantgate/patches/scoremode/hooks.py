@@ -119,13 +119,13 @@ def install(declared: Hook, module: ModuleType) -> None:
 
 def _why_not(declared: Hook, stock: Any) -> str | None:
     if stock is None:
-        return "it is not there"
+        return "this version does not have it"
     on_class = isinstance(stock, classmethod)
     function = stock.__func__ if on_class else stock
     if not inspect.isfunction(function) or on_class != declared.on_class:
-        return "it is another kind of method"
+        return "it is now a different kind of function or method"
     if inspect.iscoroutinefunction(function) != declared.is_async:
-        return "only one of both is async"
+        return "only one of the two is async"
     parameters = list(inspect.signature(function).parameters.values())
     return misfit(declared.signature, Signature(parameters[1 if "." in declared.name else 0 :]))
 

@@ -125,12 +125,12 @@ def _read_request_arguments(params: Any) -> None:
     params.score_start = given.get("score_start", 0)
     if given.get("score_hidden_states"):
         raise ValueError(
-            "score_hidden_states is not for vllm_xargs: an OpenAI response has no place for them; "
+            "score_hidden_states is not for vllm_xargs: an OpenAI response has no field for it; "
             f"got {given['score_hidden_states']!r}."
         )
     if params.logprobs is not None and TARGETS in given:
         raise ValueError(
-            f"{TARGETS} cannot be combined with logprobs, which are of the prompt's own tokens; "
+            f"{TARGETS} cannot be combined with logprobs, which score the prompt's own tokens; "
             "leave logprobs out and read prompt_logprobs."
         )
     params.logprobs = None  # here OpenAI's parameter asks for the echoed prompt's

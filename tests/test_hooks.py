@@ -127,8 +127,8 @@ def of_a_class(stock: Any, cls: Any, request: Any, *args: Any, **kwargs: Any) ->
         ("Worker.score", other_default, "its parameters are"),
         ("Worker.score", no_keywords, "its parameters are"),
         ("Worker.score", no_such_keyword, "its parameters are"),
-        ("Worker.score", of_a_class, "a different kind of function or method"),
-        ("Worker.build", passes_on, "a different kind of function or method"),
+        ("Worker.score", of_a_class, "it is now a different kind of function or method"),
+        ("Worker.build", passes_on, "it is now a different kind of function or method"),
         ("Worker.fetch", passes_on, "only one of the two is async"),
     ],
 )

@@ -47,7 +47,8 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
         line = f"\nemulated, no evidence about a real kernel: {kernel} in {', '.join(checkpoints)}"
         console.print(Text(line), end="")
     for said, checkpoints in _said_of_kernels(results).items():
-        console.print(Text(f"\nby its kernel: {said}, in {', '.join(checkpoints)}"), end="")
+        line = f"\nkernel deviates from its format: {said}, in {', '.join(checkpoints)}"
+        console.print(Text(line), end="")
     for changed, checkpoints in _changed(results).items():
         console.print(Text(f"\nsince the golden: {changed} in {', '.join(checkpoints)}"), end="")
     outcome = overall(results)

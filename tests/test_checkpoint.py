@@ -198,7 +198,7 @@ def test_a_classifier_of_texts_is_not_a_reward(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}'
     )
-    with pytest.raises(BadInput, match="a classifier of whole texts with 2 labels; only rewards"):
+    with pytest.raises(BadInput, match="a sequence classifier with 2 labels; only reward models"):
         files.refuse_another_task(tmp_path, "sequence_reward")
 
 

@@ -134,7 +134,7 @@ def test_a_checkpoint_that_ends_its_worker_is_not_run_and_others_are_judged(
     }, done.stdout  # fmt: skip
     assert f"worker '{dead}' crashed while running" in found[VICTIM]["fidelity-float32"]["detail"]
     said = found[VICTIM]["replay-float32"]["detail"]
-    assert said == "its worker ended while it judged fidelity-float32"
+    assert said == "its xdist worker crashed while judging fidelity-float32"
     owned = {worker: (run_faulty.project / f"gpus-of-{worker}").read_text()
              for worker in ("gw0", "gw1", "gw2")}  # fmt: skip
     assert owned == {"gw0": "0", "gw1": "1", "gw2": owned[dead]}

@@ -289,7 +289,7 @@ def test_int8_inputs_of_fused_linears_must_have_one_scale(tmp_path: Path) -> Non
         "weights": {**int8, "strategy": "channel"},
         "input_activations": {**int8, "strategy": "tensor", "dynamic": False},
     }
-    with pytest.raises(BadInput, match=r"q_proj: input_scale is not the same .*\[1.0, 2.0, 3.0\]"):
+    with pytest.raises(BadInput, match=r"q_proj: input_scale differs between .*\[1.0, 2.0, 3.0\]"):
         read_linear(
             StoredTensors(tmp_path),
             "q_proj",
@@ -303,10 +303,10 @@ def test_int8_inputs_of_fused_linears_must_have_one_scale(tmp_path: Path) -> Non
     [
         ({"weight_scale": torch.ones(4, 3)}, r"needs scales of shape \[4, 2\], got \[4, 3\]"),
         ({"weight_scale": None}, "no weight_scale for this layer"),
-        ({"weight_shape": torch.tensor([5, 16])}, "weight_shape says 5 rows, weight_packed has 4"),
+        ({"weight_shape": torch.tensor([5, 16])}, "says 5 rows, but weight_packed has 4; export"),
         ({"weight_shape": torch.tensor([4, 99])}, "do not hold 99"),
         ({"weight_g_idx": torch.arange(16)}, "must name one of 2 groups .* from 0 to 15"),
-        ({"weight_packed": torch.zeros(4, 2)}, r"packed integers are int32 .* got torch.float32"),
+        ({"weight_packed": torch.zeros(4, 2)}, r"packed integers must be int32 .* torch.float32"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(

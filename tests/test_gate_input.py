@@ -107,7 +107,7 @@ def test_two_checkpoints_of_one_name(run_gate: RunGate, quantized_copy: Path) ->
     other.parent.mkdir()
     other.symlink_to(quantized_copy)
     message = refusal(run_gate, "--checkpoint", quantized_copy, "--checkpoint", other)
-    assert "two of them would be called 'copy'" in message
+    assert "two of them would get the id 'copy'" in message
 
 
 def test_no_checkpoint_at_all(run_gate: RunGate) -> None:

@@ -118,8 +118,8 @@ def of_a_class(stock: Any, cls: Any, request: Any, *args: Any, **kwargs: Any) ->
 @pytest.mark.parametrize(
     ("name", "replacement", "reason"),
     [
-        ("Worker.gone", passes_on, "it is not there"),
-        ("Gone.score", passes_on, "it is not there"),
+        ("Worker.gone", passes_on, "this version does not have it"),
+        ("Gone.score", passes_on, "this version does not have it"),
         ("Worker.score", renamed, r"its parameters are \(request, extra=0, \*, flag=False\)"),
         ("Worker.score", moved, "its parameters are"),
         ("Worker.score", more, "its parameters are"),
@@ -127,9 +127,9 @@ def of_a_class(stock: Any, cls: Any, request: Any, *args: Any, **kwargs: Any) ->
         ("Worker.score", other_default, "its parameters are"),
         ("Worker.score", no_keywords, "its parameters are"),
         ("Worker.score", no_such_keyword, "its parameters are"),
-        ("Worker.score", of_a_class, "it is another kind of method"),
-        ("Worker.build", passes_on, "it is another kind of method"),
-        ("Worker.fetch", passes_on, "only one of both is async"),
+        ("Worker.score", of_a_class, "it is now a different kind of function or method"),
+        ("Worker.build", passes_on, "it is now a different kind of function or method"),
+        ("Worker.fetch", passes_on, "only one of the two is async"),
     ],
 )
 def test_a_hook_that_does_not_fit_stays_off_and_says_so_once(

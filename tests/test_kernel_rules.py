@@ -78,7 +78,7 @@ def test_rules_are_those_of_the_kernels_in_use() -> None:
 @pytest.mark.parametrize(
     ("kernels", "message"),
     [
-        (["TurboLinearKernel"], "TurboLinearKernel: the reference has no rule for what this"),
+        (["TurboLinearKernel"], "TurboLinearKernel: the reference has no rule for how this"),
         (
             ["FlashInferCutlassMxfp8LinearKernel"],
             r"FlashInferCutlassMxfp8LinearKernel: .* rule of its own \(mxfp8/flashinfer.py\)",

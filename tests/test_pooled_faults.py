@@ -279,7 +279,7 @@ def test_a_second_bos_is_refused(copy_of: Callable[[str], Path]) -> None:
     template = tokenizer["post_processor"]["single"]
     tokenizer["post_processor"]["single"] = [template[0], *template]
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(BadInput, match=r"its tokenizer puts two '<\|bos\|>' in front of a text"):
+    with pytest.raises(BadInput, match=r"its tokenizer adds '<\|bos\|>' twice at the start"):
         probe_for(few("token_classify", quality=False), directory)
 
 
@@ -329,7 +329,7 @@ def test_a_directory_of_ones_own_is_judged_by_what_it_does(run_gate: RunGate) ->
     (checkpoint,) = run_gate.report["checkpoints"]
     assert checkpoint["task"] == "token_reward"
     assert {check["name"] for check in checkpoint["checks"]} == {"activation", "head"}
-    assert "no step_tag_id is in its file" in result.stdout
+    assert "its file has no step_tag_id" in result.stdout
     assert "it has no golden" in result.stdout
     assert checkpoint["emulated"] == ["DequantizingLinearKernel"]
 

@@ -108,7 +108,7 @@ def test_the_first_spelling_gives_logits(root: Path, model: str, task: str, labe
             {"labels": 6},
             "model_config takes num_labels only, got labels",
         ),
-        (NER, "reward", {}, "task='reward' is none of token_classification, token_reward"),
+        (NER, "reward", {}, "task='reward' is not one of token_classification, token_reward"),
         ("fixtures/tiny/llama", "token_reward", {}, "a LlamaForCausalLM has no head for labels"),
         ("no-such-model", "token_reward", {}, "its config.json cannot be read"),
     ],

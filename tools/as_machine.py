@@ -1,12 +1,12 @@
-"""Run a command as another, lesser processor, as far as software can choose.
+"""Run a command as a lesser processor, as far as software can choose.
 
     python tools/as_machine.py sse41 --threads 1 -- .venv/bin/pytest suites --checkpoint ID
 
-Libraries pick code by the processor they find. Each of them can be told to take what a lesser one
-would: ATen, oneDNN, MKL, OpenBLAS, NumPy and glibc's libm by variables of the environment, vLLM by
-what `torch.cpu` answers (tools/machine/sitecustomize.py). The command's subprocesses inherit all of
-it. docs/limits.md says what this does not reach. On the machine that was asked for, nothing is set
-but the number of threads.
+Libraries choose their code by processor, and each can be made to choose a lesser one's: ATen,
+oneDNN, MKL, OpenBLAS, NumPy and glibc's libm by environment variables, vLLM by what `torch.cpu`
+reports (tools/machine/sitecustomize.py). The command's subprocesses inherit all of this.
+docs/limits.md lists what it does not reach. If this machine already is the one asked for, only the
+number of threads is set.
 """
 
 import argparse
@@ -22,25 +22,25 @@ from quantgate.errors import BadInput
 from quantgate.subject.processor import flags
 
 PATCH = Path(__file__).resolve().parent / "machine"
-# What the patch reads: the beginnings of the names of what the processor is not to have.
+# Read by the patch: prefixes of the names of the features to hide.
 HIDDEN = "AS_MACHINE_HIDES"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A processor to be like."""
+    """A processor to imitate."""
 
     needs: frozenset[str]
-    """What a processor must have to be it: flags as Linux names them."""
+    """The flags that a processor needs to imitate it, under Linux's names."""
     hides: tuple[str, ...]
-    """How the names of what it does not have begin, for Linux and for torch."""
+    """Prefixes of the names of features that it lacks, in Linux and torch."""
     settings: Mapping[str, str]
-    """What tells libraries so."""
+    """The environment variables that restrict libraries accordingly."""
 
 
 _LATER = ("amx", "avx10", "avx_ne", "avx_vnni", "avx512_bf16", "avx512_fp16", "avx512_vnni")
-# Processors of one class each: Nehalem, Haswell or Zen 3, Skylake-SP. MKL_ENABLE_INSTRUCTIONS is
-# obeyed on Intel's processors only; elsewhere MKL_CBWR chooses, with COMPATIBLE for the least.
+# One processor class each: Nehalem, Haswell or Zen 3, Skylake-SP. MKL_ENABLE_INSTRUCTIONS has an
+# effect on Intel processors only; elsewhere MKL_CBWR chooses, and COMPATIBLE is its lowest value.
 MACHINES = {
     "sse41": Machine(
         frozenset({"sse4_1", "sse4_2"}),
@@ -77,7 +77,7 @@ MACHINES = {
         },
     ),
 }
-# NumPy's names of what it has code for beyond its baseline, least first.
+# NumPy's names for the features it has code for beyond its baseline, lowest first.
 NUMPY_FEATURES = {
     "sse41": ("AVX", "F16C", "FMA3", "AVX2", "AVX512", "X86_V3", "X86_V4"),
     "avx2": ("AVX512", "X86_V4"),
@@ -86,7 +86,7 @@ NUMPY_FEATURES = {
 
 
 def environment_of(name: str, threads: int | None, has: frozenset[str]) -> dict[str, str]:
-    """Return what a command needs to run as a machine, on a processor that `has` these flags."""
+    """Return the variables to run a command as a machine, on a processor that `has` these flags."""
     settings = {} if threads is None else _thread_settings(threads)
     if (machine := MACHINES.get(name)) is None:
         raise BadInput(f"'{name}' is not a machine; choose from {', '.join(MACHINES)}.")
@@ -96,14 +96,14 @@ def environment_of(name: str, threads: int | None, has: frozenset[str]) -> dict[
             "only hide what a processor has."
         )
     if not any(flag.startswith(machine.hides) for flag in has):
-        return settings  # it is that machine
+        return settings  # already that machine
     path = os.pathsep.join(filter(None, (str(PATCH), os.environ.get("PYTHONPATH"))))
     compiled = Path(tempfile.gettempdir()) / f"compiled-as-{name}-{os.getuid()}"
     numpy = " ".join(_numpy_features(NUMPY_FEATURES[name]))
     return {
         **settings,
         **machine.settings,
-        # Neither cache's keys know the processor: its own code would come back, and not compile.
+        # These caches' keys do not contain the processor; code for this one would be reused.
         "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
         "VLLM_CACHE_ROOT": str(compiled / "vllm"),
         **({"NPY_DISABLE_CPU_FEATURES": numpy} if numpy else {}),
@@ -113,20 +113,20 @@ def environment_of(name: str, threads: int | None, has: frozenset[str]) -> dict[
 
 
 def _thread_settings(threads: int) -> dict[str, str]:
-    """Return what gives torch, its libraries and vLLM as many threads."""
+    """Return the variables that give torch, its libraries and vLLM this number of threads."""
     if threads < 1:
         raise BadInput(f"--threads {threads}: at least 1 is needed.")
     libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {
         **dict.fromkeys(libraries, str(threads)),
-        "MKL_DYNAMIC": "FALSE",  # or MKL, and torch after it, stops at the number of cores
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or vLLM binds one thread to every core
+        "MKL_DYNAMIC": "FALSE",  # else MKL, and torch with it, stops at the number of cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else vLLM binds one thread to each core
     }
 
 
 def _numpy_features(hidden: tuple[str, ...]) -> list[str]:
-    """Return the features that NumPy would use here and is not to: it warns of any other name."""
-    numpy = importlib.import_module("numpy._core._multiarray_umath")  # it has no public place
+    """Return the features that NumPy would use here and must not; it warns about other names."""
+    numpy = importlib.import_module("numpy._core._multiarray_umath")  # there is no public API
     used = (name for name in numpy.__cpu_dispatch__ if numpy.__cpu_features__.get(name))
     return [name for name in used if name.startswith(hidden)]
 
@@ -141,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Become the command; return 2 on a user error."""
+    """Replace this process with the command; return 2 on a user error."""
     arguments = parse_arguments()
     command: list[str] = arguments.command
     try:

@@ -1,11 +1,11 @@
-"""Say whether all that quantgate touches of vLLM is in a version, and the same.
+"""Check that everything quantgate uses of vLLM exists unchanged in a version.
 
     python tools/check_vllm.py                       # the installed version
     python tools/check_vllm.py newest
     python tools/check_vllm.py --markdown 0.32.0 0.33.0 > docs/vllm-versions.md
 
-A version's wheel is found by pip, in the index that pip is configured for; its sources are read,
-not imported. Exits 1 where something is missing or differs, 2 where a version cannot be had.
+pip downloads a version's wheel from its configured index; the sources are read, not imported.
+Exits 1 if something is missing or differs, 2 if a version is not available.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COMMAND = "python tools/check_vllm.py"
 KERNELS = "vllm.model_executor.kernels.linear"
 RULES_IN = "quantgate/formats/kernels.py"
 
-# What hooks read besides their arguments, by module and class.
+# The attributes that hooks read besides their arguments, by module and class.
 ATTRIBUTES = {
     "vllm.config ModelConfig": "get_vocab_size hf_config max_model_len pooler_config runner_type",
     "vllm.config VllmConfig": "additional_config cache_config model_config use_v2_model_runner",
@@ -91,7 +91,7 @@ ATTRIBUTES = {
 
 @dataclass(frozen=True)
 class Touched:
-    """One thing that the project uses: a module's name, or "Class.member"; hooked, or only read."""
+    """One name that the project uses in a module, e.g. "Class.member"; hooked, or only read."""
 
     module: str
     name: str
@@ -100,7 +100,7 @@ class Touched:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a version has of it: `problem` is empty where it fits, or is `absent` and not needed.
+    """How a version provides it: `problem` is empty if it fits, or if it is `absent` and optional.
 
     `others` are the parameters that a hook passes on.
     """
@@ -112,7 +112,7 @@ class Answer:
 
 @cache
 def touched() -> list[Touched]:
-    """Return all that the project touches of vLLM: hooks, attributes, and what it imports."""
+    """Return everything that the project uses of vLLM: hooks, attributes and imports."""
     hooks = [Touched(hook.module, hook.name, hook) for hook in HOOKS]
     attributes = [
         Touched(module, f"{owner}.{name}" if owner else name)
@@ -131,7 +131,7 @@ def _imports() -> Iterator[Touched]:
 
 
 def look_up(sources: Sources, item: Touched) -> Answer:
-    """Return what a version has of one thing."""
+    """Return how a version provides one name."""
     node = sources.member(item.module, item.name)
     if node is None:
         return Answer(absent=True) if item.hook and item.hook.optional else Answer("missing")
@@ -160,7 +160,7 @@ def _optional(hook: Hook) -> list[str]:
 
 
 def rows(versions: Sequence[Sources]) -> Iterator[list[str]]:
-    """Give the table's rows: one a class or module, with a cell a version."""
+    """Yield the table's rows: one per class or module, with one cell per version."""
     items = touched()
     answers = {item: [look_up(sources, item) for sources in versions] for item in items}
     owners = dict.fromkeys((item.module, _owner(item)) for item in items)
@@ -193,7 +193,7 @@ def _code(names: Sequence[str]) -> str:
 
 
 def _cell(items: Sequence[Touched], now: Sequence[Answer], before: Sequence[Answer]) -> str:
-    """Return what is wrong, or a tick and the parameters that hooks pass on since the last one."""
+    """Return the problems, or a tick and the passed-on parameters that changed since `before`."""
     notes = [f"`{_short(i)}`: {a.problem}" for i, a in zip(items, now, strict=True) if a.problem]
     if notes:
         return "**" + "; ".join(notes) + "**"
@@ -208,7 +208,7 @@ def _cell(items: Sequence[Touched], now: Sequence[Answer], before: Sequence[Answ
 
 
 def without_rule(sources: Sources) -> list[str]:
-    """Return the kernels of linears that a version may choose and the reference has no rule for."""
+    """Return a version's linear kernels for which the reference has no rule."""
     tree = sources.tree(KERNELS)
     choices = [
         (ast.unparse(key), kernels)
@@ -228,7 +228,7 @@ def without_rule(sources: Sources) -> list[str]:
 
 
 def problems(sources: Sources) -> list[str]:
-    """Return a line for each thing that a version lacks or has otherwise."""
+    """Return a line for each name that a version lacks or defines differently."""
     found = []
     for item in touched():
         if problem := look_up(sources, item).problem:
@@ -237,7 +237,7 @@ def problems(sources: Sources) -> list[str]:
 
 
 def report(versions: Sequence[Sources]) -> str:
-    """Return what a terminal shows."""
+    """Return the report for the terminal."""
     lines = []
     for sources in versions:
         wrong = problems(sources)
@@ -249,7 +249,7 @@ def report(versions: Sequence[Sources]) -> str:
 
 
 def document(versions: Sequence[Sources]) -> str:
-    """Return docs/vllm-versions.md."""
+    """Return the content of docs/vllm-versions.md."""
     names = [sources.version for sources in versions]
     table = markdown_table(["in vLLM", "hooked", "used", *names], rows(versions))
     return (
@@ -264,7 +264,7 @@ def document(versions: Sequence[Sources]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command-line entry point; returns 1 where a version does not fit, 2 on a user error."""
+    """Command-line entry point; returns 1 if a version does not fit, 2 on a user error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("versions", nargs="*", metavar="VERSION", help='or "newest"')
     parser.add_argument("--markdown", action="store_true", help="write the page of the docs")

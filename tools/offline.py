@@ -1,12 +1,12 @@
-"""Pack what a GPU machine without a network needs for `make gpu`, and what runs it there.
+"""Pack everything that a GPU machine without a network needs for `make gpu`, and a run script.
 
     ssh gpu python3 -m pip freeze > have.txt
     python tools/offline.py --python 3.12 --have have.txt
     rsync -a build/offline/ gpu:quantgate/ && ssh gpu bash quantgate/run.sh --out figures
 
-What the machine has (torch, vLLM …) is not packed, and keeps its version. There, run.sh unpacks the
-rest beside the machine's own packages, builds the embedded checkpoints, and gives its arguments to
-tools/gpu.py.
+Packages that the machine already has (torch, vLLM …) are not packed and keep their versions. There,
+run.sh unpacks the rest beside the machine's own packages, builds the embedded checkpoints, and
+passes its arguments to tools/gpu.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from quantgate.atomic import write_atomically
 from quantgate.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
-# pip matches these one by one.
+# pip does not match ranges, so each is listed.
 GLIBC_MINORS = range(17, 40)
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 RUN = """#!/usr/bin/env bash
@@ -63,13 +63,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def canonical(requirement: str) -> str:
-    """Return the name of a requirement or wheel as registries compare it."""
+    """Return the normalized name of a requirement or wheel."""
     found = NAME.match(requirement)
     return re.sub(r"[-_.]+", "-", found[0]).lower() if found else ""
 
 
 def pinned(path: Path) -> dict[str, str]:
-    """Return what a machine has: name to version."""
+    """Return a machine's installed versions, by package name."""
     if not path.is_file():
         raise BadInput(f"--have {path}: no such file; give what `pip freeze` prints there.")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -80,7 +80,7 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 def missing(have: dict[str, str], extra: str) -> list[str]:
-    """Return what quantgate with an extra asks for and the machine does not have."""
+    """Return quantgate's requirements, including an extra's, that the machine lacks."""
     wanted = []
     for line in requires("quantgate") or ():
         requirement, _, condition = line.partition(";")
@@ -90,14 +90,14 @@ def missing(have: dict[str, str], extra: str) -> list[str]:
 
 
 def download(arguments: argparse.Namespace, have: dict[str, str], wheels: Path) -> None:
-    """Fetch the wheels that are missing there, for its Python, and those that they need."""
+    """Download the wheels that the machine lacks, for its Python, with their dependencies."""
     platforms = [f"manylinux_2_{minor}_{arguments.machine}" for minor in GLIBC_MINORS]
     platforms += [f"manylinux2014_{arguments.machine}", f"manylinux1_{arguments.machine}"]
     tags = [word for platform in platforms for word in ("--platform", platform)]
     if not (wanted := missing(have, arguments.extra)):
         return
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        # A local version, "2.11.0+cu130", is in no registry.
+        # No registry has local versions such as "2.11.0+cu130".
         pins = (f"{name}=={version.partition('+')[0]}\n" for name, version in have.items())
         constraints.writelines(pins)
         constraints.flush()
@@ -112,7 +112,7 @@ def download(arguments: argparse.Namespace, have: dict[str, str], wheels: Path) 
 
 
 def pack(arguments: argparse.Namespace) -> None:
-    """Write the wheels, the source and run.sh."""
+    """Pack the wheels, the source and run.sh."""
     have = pinned(arguments.have)
     out: Path = arguments.out
     shutil.rmtree(out, ignore_errors=True)
@@ -132,7 +132,7 @@ def pack(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Pack; 2 for what the user can mend."""
+    """Command-line entry point; returns 2 on a user error."""
     arguments = parse_arguments()
     try:
         pack(arguments)

@@ -1,10 +1,10 @@
-"""Perplexity of a model in vLLM's score mode, by the protocol of the numbers to compare with.
+"""Perplexity of a model in vLLM's score mode, under the protocol of a published number.
 
     python tools/perplexity.py --model build/tiny-llama-w4a16 --text-file corpus.txt
     python tools/perplexity.py --model org/model --dataset wikitext \\
         --dataset-config wikitext-2-raw-v1 --protocol llama.cpp
 
-It prints in one line which tokens it scored. Texts longer than memory are streamed.
+The first line says which tokens were scored. Texts longer than memory are streamed.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from quantgate.measuring.environment import library_versions
 from quantgate.measuring.session import kernel_fingerprint
 from quantgate.subject.checkpoint import EngineSettings
 
-# A text is tokenized in pieces of this many characters, cut at a line's end: what fits into one
-# gets the ids that it has as a whole, and a longer one does not have to fit into memory.
+# A text is tokenized in pieces of this many characters, cut at line ends. A text that fits into one
+# piece is tokenized as a whole; a longer one does not have to fit into memory.
 PIECE = 16 * 2**20
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's settings."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Perplexity in score mode, by a published protocol.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -75,7 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:
-    """Return the protocol with the settings that it has; others are refused."""
+    """Return the protocol with its settings; settings of other protocols are refused."""
     name, given = arguments.protocol, {}
     if arguments.context_length is not None:
         given["context"] = arguments.context_length
@@ -94,7 +94,7 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
 
 
 def read_texts(arguments: argparse.Namespace, protocol: Protocol) -> Iterator[str]:
-    """Yield documents, or for a protocol that joins them, pieces of the whole text."""
+    """Yield documents or, for a protocol that joins them, pieces of the whole text."""
     if arguments.text is not None:
         return iter([arguments.text])
     if arguments.text_file is not None:
@@ -119,7 +119,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def pieces(parts: Iterable[str]) -> Iterator[str]:
-    """Join parts into pieces of `PIECE` characters or a little more."""
+    """Join parts into pieces of at least `PIECE` characters."""
     held: list[str] = []
     size = 0
     for part in parts:
@@ -133,7 +133,7 @@ def pieces(parts: Iterable[str]) -> Iterator[str]:
 
 
 def read_dataset(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield a data set's texts in order, one row at a time; it is memory-mapped."""
+    """Yield a dataset's texts in order, one row at a time; the dataset is memory-mapped."""
     import datasets
 
     name = arguments.dataset
@@ -157,7 +157,7 @@ def read_dataset(arguments: argparse.Namespace) -> Iterator[str]:
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Callable[[Tally], None]]:
-    """Show scored tokens, speed and the perplexity so far on the terminal's error stream."""
+    """Show scored tokens, speed and the perplexity so far on stderr."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     started = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -176,7 +176,7 @@ def shown_progress() -> Iterator[Callable[[Tally], None]]:
 
 
 def measure(arguments: argparse.Namespace, protocol: Protocol) -> dict[str, Any]:
-    """Load the model, score the text, and return everything that is reported."""
+    """Load the model, score the text, and return the report."""
     from transformers import AutoTokenizer
 
     try:
@@ -243,7 +243,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Measure and report; 2 for what the user can mend."""
+    """Command-line entry point; returns 2 on a user error."""
     arguments = parse_arguments()
     try:
         report = measure(arguments, protocol_of(arguments))

@@ -1,11 +1,10 @@
-"""Take checkpoints' goldens anew: the only way to write one.
+"""Regenerate checkpoints' goldens; nothing else writes them.
 
     python tools/regen_golden.py --checkpoint tiny-llama-w4a16 --reason "first release"
     python tools/regen_golden.py --all --reason "vLLM 0.33" --dry-run
 
-Shows old → new for every golden before it is written, each in one step. What is within tolerance is
-not rewritten. Exits 0 where all is as it should be now, 1 where a golden was refused, 2 for bad
-input.
+Shows old → new for every golden before it is written, atomically. Goldens within tolerance are not
+rewritten. Exit status: 0 if all goldens are up to date, 1 if one was refused, 2 for bad input.
 """
 
 import argparse
@@ -46,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def selected(arguments: argparse.Namespace) -> list[Checkpoint]:
-    """Return the checkpoints to take goldens of; errors of the user are one sentence."""
+    """Return the checkpoints whose goldens to regenerate; raise `BadInput` for user errors."""
     if os.environ.get("CI") or os.environ.get("PYTEST_XDIST_WORKER"):
         raise BadInput(
             "CI or an xdist worker takes no golden: a person looks at it and commits it; run this "
@@ -76,7 +75,7 @@ def selected(arguments: argparse.Namespace) -> list[Checkpoint]:
 def regenerate(
     checkpoint: Checkpoint, lab: Lab, arguments: argparse.Namespace
 ) -> list[approval.Proposal]:
-    """Show what changes in a checkpoint's goldens, write it, and return what was refused."""
+    """Show the changes to a checkpoint's goldens, write them, and return the refused ones."""
     refused = []
     for dtype in DTYPES if has_float32(checkpoint) else DTYPES[1:]:
         case = Case.of(checkpoint, dtype, lab)
@@ -99,13 +98,13 @@ def regenerate(
 
 
 def main() -> int:
-    """Parse the command line; errors of the user are one sentence."""
+    """Command-line entry point; returns 1 if a golden was refused, 2 on a user error."""
     arguments = parse_arguments()
     refused = []
     try:
         for checkpoint in selected(arguments):
             verify(checkpoint)
-            # One at a time: what was measured of one checkpoint is of no use for the next.
+            # One at a time: a checkpoint's measurements are of no use for the next.
             lab = Lab(
                 lambda task, quality: embedded_probe(ROOT, task, quality=quality),
                 Ledger(

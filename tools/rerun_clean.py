@@ -1,11 +1,11 @@
-"""False alarms: serve the embedded checkpoints again and again, under settings drawn at random.
+"""Count false alarms: rerun the embedded checkpoints under random serving settings.
 
     python tools/rerun_clean.py --runs 200
 
-Nothing is wrong with any of them, so that every fail is a false alarm. Each run draws a checkpoint,
-a dtype, and how it is served: order, batch limits, chunks, block size, prefix caching, a KV cache
-that holds a part of the probe. Its checks are those that a way of serving can move: fidelity,
-divergence, quality and drift. Exits 0 without a fail.
+Nothing is wrong with these checkpoints, so every failure is a false alarm. Each run draws a
+checkpoint, a dtype, and serving settings: order, batch limits, chunks, block size, prefix caching,
+a KV cache that holds only part of the probe. It runs the checks that serving settings can affect:
+fidelity, divergence, quality and drift. Exits 0 if none fails.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from quantgate.subject.task import GENERATE
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (FLOAT32, SERVING)
 BLOCK_SIZES = (32, 64, 128)
-# Tokens a step, and sequences at a time.
+# Tokens per step, and concurrent sequences.
 TOKENS = (64, 192, 1024, 4096, 16384)
 SEQUENCES = (1, 3, 16, 256)
 # The smallest holds a third of the probe in bfloat16, and a sixth in float32.
@@ -50,7 +50,7 @@ CACHE_BYTES = (12 << 20, 128 << 20)
 
 
 def serve(case: Case, drawn: Mapping[str, Any], order: Sequence[int]) -> None:
-    """Measure a case's engine under drawn settings, its windows in an order, for all its checks."""
+    """Serve a case with drawn settings and window order; all its checks then read the result."""
     checkpoint = case.checkpoint
     arguments = pooling.pooling_arguments(checkpoint.directory, checkpoint.task)
     with running_engine(
@@ -64,7 +64,7 @@ def serve(case: Case, drawn: Mapping[str, Any], order: Sequence[int]) -> None:
 
 
 def draw(rng: np.random.Generator, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return engine settings; a model that reads both ways has no chunks and no cache."""
+    """Return random engine settings; an encoder supports neither chunks nor a cache."""
     settings: dict[str, Any] = {"max_num_seqs": int(rng.choice(SEQUENCES))}
     if read_config(checkpoint.directory)["model_type"] == "bert":
         return settings
@@ -78,7 +78,7 @@ def draw(rng: np.random.Generator, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def checks(case: Case) -> Iterator[tuple[str, Verdict]]:
-    """Yield every check that a way of serving can move, with its verdict."""
+    """Yield every check that serving settings can affect, with its verdict."""
     checkpoint, engine, probe = case.checkpoint, case.engine, case.probe
     dtype = stored_dtype(case.dtype)
     yield f"fidelity-{dtype}", fidelity.free_running(case)
@@ -100,7 +100,7 @@ def checks(case: Case) -> Iterator[tuple[str, Verdict]]:
 def rerun(
     number: int, seed: int, known: list[Checkpoint]
 ) -> tuple[dict[str, Any], list[CheckResult]]:
-    """Judge one checkpoint, served in one way; return how, and its results."""
+    """Judge one checkpoint under one draw of settings; return the draw and the results."""
     rng = np.random.default_rng((seed, number))
     checkpoint = known[rng.integers(len(known))]
     lab = Lab(
@@ -119,7 +119,7 @@ def rerun(
 
 
 def main() -> int:
-    """Run, and count outcomes."""
+    """Command-line entry point: run, and count outcomes."""
     parser = argparse.ArgumentParser(description="Count false alarms of the gate.")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

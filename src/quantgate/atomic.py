@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there."""
+"""Atomic file writes: a file is complete or absent."""
 
 import glob
 import os
@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# A file being written that is older is what a killed process left.
+# A temporary file older than this was left by a killed process.
 HOUR = 3600
 
 
@@ -31,8 +31,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of writing this file."""
+    """Remove temporary files of this path that killed processes left behind."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        with suppress(OSError):  # another process may be removing it, too
+        with suppress(OSError):  # another process may be removing it too
             if left.stat().st_mtime < time.time() - HOUR:
                 left.unlink()

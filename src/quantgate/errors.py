@@ -1,4 +1,4 @@
-"""What a user did, said in one sentence that a terminal can show."""
+"""User errors: one sentence each, safe to print in a terminal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ LONGEST_LINE = 2000
 
 
 class BadInput(ValueError):
-    """Something that the user gave is unusable; the message says what, and what to do."""
+    """Unusable user input; the message gives the cause and the next step."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())  # a config's words may be in it
+        return printable(super().__str__())  # it may quote a config
 
 
 def printable(line: str) -> str:
-    """Return a line without what a terminal would obey, and cut where nobody reads on.
+    """Return a line with control characters replaced, cut at `LONGEST_LINE` characters.
 
-    Names of modules, labels and tokens come from a checkpoint.
+    Names of modules, labels and tokens come from a checkpoint and are not trusted.
     """
     cut = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
     return "".join(c if c.isprintable() else "?" for c in cut)

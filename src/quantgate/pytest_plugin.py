@@ -1,6 +1,6 @@
-"""The gate's pytest hooks: they only wire; `quantgate.plugin` does the work.
+"""The gate's pytest hooks. They only delegate to `quantgate.plugin`.
 
-What a suite of one's own imports is here:
+A test suite of your own imports what it needs from here:
 
     from quantgate.pytest_plugin import Deviation, Gate, Verdict
 
@@ -72,7 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker and take the options that need no collection."""
+    """Register the marker and handle the options that do not depend on collection."""
     config.addinivalue_line(
         "markers",
         "gpu(count=1, memory_gib=0, capability=None): the check runs on CUDA, and needs as much",
@@ -88,20 +88,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Print what the verdicts depend on."""
+    """Print versions and settings that verdicts depend on."""
     versions = ", ".join(f"{name} {value}" for name, value in library_versions().items())
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("QUANTGATE_")]
     return [f"quantgate: {versions}", *settings]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize the suites over checkpoints, devices and precisions: the one place that does."""
+    """Parametrize the suites over checkpoints, devices and precisions."""
     selection.parametrize(metafunc)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this machine or a checkpoint cannot have, and say so."""
+    """Deselect checks that this machine or checkpoint cannot run, and record the reason."""
     selection.select(config, items)
 
 
@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Give every selected check a result, whatever became of its test."""
+    """Record a result for every selected check, even if its test errors out."""
     report = yield
     record(item, call, report)
     return report
@@ -117,11 +117,11 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the report, and let nothing but a pass exit 0."""
+    """Write the report; the exit status is 0 only if every check passed."""
     selected = functools.partial(selection.selected_checkpoints, session.config)
     reporting.finish(session, exitstatus, selected)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table of checks, and what was left out."""
+    """Print the table of checks and the checks that were skipped."""
     reporting.summarize(terminalreporter, config)

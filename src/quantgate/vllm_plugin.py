@@ -1,8 +1,8 @@
 """The `vllm.general_plugins` entry point: what quantgate adds to vLLM, and when.
 
 vLLM loads this entry point in every process it starts (engine core, workers), possibly more than
-once; `import quantgate` calls it as well, so that a plain script needs nothing else. Each patch
-waits for the module it belongs to, so registering costs nothing where vLLM is not used.
+once. `import quantgate` calls it as well, so a plain script needs nothing else. Each patch is
+applied when its module is imported, so registering costs nothing if vLLM is not used.
 """
 
 import functools
@@ -22,10 +22,10 @@ from quantgate.patches.scoremode.hooks import (
     install_hooks,
 )
 
-# Each declares its hooks as it is imported.
+# Importing each of these declares its hooks.
 HOOKED = (inputs, outputs, params, prefix_cache, runner_v1, runner_v2, pooling_api, emulation)
 
-# What is added to vLLM's modules besides hooks, each by one function that gets the module.
+# Patches other than hooks, by module: the feature, and a function that takes the module.
 PATCHES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "vllm.outputs": (POOLING, pooling_api.patch_outputs),
     "vllm.sampling_params": (SCORE_MODE, params.patch_sampling_params),

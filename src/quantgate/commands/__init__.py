@@ -1,1 +1,1 @@
-"""What is run from a command line besides the gate."""
+"""The commands besides the gate."""

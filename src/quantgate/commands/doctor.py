@@ -1,4 +1,4 @@
-"""What this machine can certify: vLLM, devices, the kernel of each format, what is missing."""
+"""Report what this machine can certify: vLLM, devices, each format's kernel, what is missing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ UNQUANTIZED_KERNEL = "Unquantized"
 
 @dataclass(frozen=True)
 class FormatKernel:
-    """What vLLM serves a format's linears with on this machine, of its own accord."""
+    """The kernels that vLLM chooses for a format's linears on this machine."""
 
     scheme: str
     kernels: str
-    """Kernel names; or why it cannot be served."""
+    """Kernel names, or why the format cannot be served."""
     certifies: bool
-    """Whether a verdict on this format says something about the real kernel."""
+    """Whether a verdict on this format is evidence about the real kernel."""
 
 
 def linear_kernels(directory: Path, settings: EngineSettings) -> tuple[list[str], bool]:
-    """Load a checkpoint and return what serves its linears, and whether any of it is emulated."""
+    """Load a checkpoint; return the kernels of its linears, and whether any is emulated."""
     from quantgate.measuring.engine import running_engine
     from quantgate.measuring.session import kernel_fingerprint
 
@@ -39,7 +39,7 @@ def linear_kernels(directory: Path, settings: EngineSettings) -> tuple[list[str]
 
 
 def names_of_linears(kernels: Mapping[str, str]) -> list[str]:
-    """Return the kernels of the quantized linears in a fingerprint, or of all if none is."""
+    """Return the kernels of a fingerprint's quantized linears, or of all if none is quantized."""
     linears = (joined for kind, joined in kernels.items() if kind.endswith("_proj"))
     names = dict.fromkeys(name for joined in linears for name in joined.split(" + "))
     quantized = [name for name in names if not name.startswith(UNQUANTIZED_KERNEL)]
@@ -66,7 +66,7 @@ def format_kernels(checkpoints: Mapping[str, Checkpoint]) -> Iterator[FormatKern
 
 
 def machine() -> dict[str, str]:
-    """Return what verdicts depend on: versions, processor, GPUs."""
+    """Return the versions, processor and GPUs that verdicts depend on."""
     import torch
 
     from quantgate.measuring.environment import library_versions
@@ -90,14 +90,14 @@ def gpu_names() -> str:
 
 
 def device_name() -> str:
-    """Return what a figure was measured on: GPUs and their driver, or the processor."""
+    """Return the device of a measurement: GPUs and their driver, or the processor."""
     if (gpus := gpu_names()) and (driver := driver_version()):
         return f"{gpus}, driver {driver}"
     return gpus or processor_name()
 
 
 def driver_version() -> str:
-    """Return the version of NVIDIA's driver; "" where none says it."""
+    """Return the version of NVIDIA's driver, or "" if it is unknown."""
     try:
         said = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -111,7 +111,7 @@ def driver_version() -> str:
 
 
 def missing(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """Return what is not there and what it is for."""
+    """Return what is missing and what it is needed for."""
     from quantgate.measuring.engine import lacking
 
     found = lacking()
@@ -130,7 +130,7 @@ def missing(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
 
 
 def cache_state(directory: Path) -> str:
-    """Return how many measurements a cache holds, and how large they are."""
+    """Return the number and total size of a cache's measurements."""
     entries = list(directory.glob("*.safetensors")) if directory.is_dir() else []
     size = sum(entry.stat().st_size for entry in entries)
     return f"{directory}: {len(entries)} measurements, {size / 2**20:.0f} MiB"
@@ -139,7 +139,7 @@ def cache_state(directory: Path) -> str:
 def report(
     root: Path, checkpoints: Mapping[str, Checkpoint], announce: Callable[[str], None]
 ) -> str:
-    """Return all of it as text; loading every format takes about a second each."""
+    """Return the whole report as text; each format takes about a second to load."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

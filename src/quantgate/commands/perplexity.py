@@ -1,7 +1,7 @@
-"""Perplexity of a text by the protocols that published numbers use, in bounded memory.
+"""Perplexity of a text under the protocols of published numbers, in bounded memory.
 
-A protocol cuts a stream of token ids into windows and says which tokens of each are scored. Numbers
-of different protocols do not compare: more context before a token makes it more probable.
+A protocol cuts a stream of token ids into windows and decides which tokens of each are scored.
+Numbers from different protocols are not comparable: more context makes a token more probable.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from quantgate.judging.stats import clustered_mean
 if TYPE_CHECKING:
     from vllm import LLM
 
-# Tokens that are handed to the engine at a time: enough to fill its batches, little to hold.
+# Tokens passed to the engine at a time: enough to fill its batches, few enough to hold in memory.
 BATCH_TOKENS = 65536
 
 
 @dataclass(frozen=True)
 class ScoredWindow:
-    """One prompt: tokens `score_from` … end are scored, each from all tokens before it."""
+    """One prompt: tokens `score_from` … end are scored, each given all tokens before it."""
 
     ids: list[int]
     score_from: int
@@ -38,9 +38,9 @@ class ScoredWindow:
 class Protocol:
     """How a text is tokenized, cut and scored.
 
-    `context` is the most tokens a prompt has. `special_tokens`: the tokenizer adds its own at the
-    start. `per_document`: every document is cut for itself; otherwise all are joined by a blank
-    line. `windows` cuts the ids of one text; its second argument is the beginning-of-text token.
+    `context` is the largest number of tokens in a prompt. `special_tokens`: the tokenizer adds its
+    own at the start. `per_document`: each document is cut separately; otherwise all are joined with
+    blank lines. `windows` cuts the ids of one text; its second argument is the BOS token.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Protocol:
 def exl3(context: int = 2048, rows: int | None = 100) -> Protocol:
     """exllamav3's `eval/ppl.py`: disjoint rows, all but the first token of each scored.
 
-    A row is only taken where more text follows it, and 100 of them by default.
+    A row is used only if more text follows it; the default is the first 100 rows.
     """
 
     def windows(ids: Iterable[int], _: int | None) -> Iterator[ScoredWindow]:
@@ -82,7 +82,7 @@ def exl3(context: int = 2048, rows: int | None = 100) -> Protocol:
 def llama_cpp(context: int = 512) -> Protocol:
     """llama.cpp's `perplexity`: disjoint chunks, the first token BOS, the second half scored.
 
-    Tokens context / 2 + 1 … context - 1 are scored; a rest that fills no chunk is dropped.
+    Tokens context / 2 + 1 … context - 1 are scored; an incomplete last chunk is dropped.
     """
     first = context // 2 + 1
 
@@ -105,9 +105,9 @@ def llama_cpp(context: int = 512) -> Protocol:
 def sliding(context: int = 2048, stride: int | None = None) -> Protocol:
     """Hugging Face's "Perplexity of fixed-length models": every token but the first, once.
 
-    Windows of `context` tokens begin every `stride` tokens; each scores what the one before had not
-    reached, so that a token has context - stride tokens before it at least, but near the start.
-    The stride is a quarter of the context where it is left out.
+    Windows of `context` tokens begin every `stride` tokens. Each scores the tokens that the one
+    before did not reach, so a token has at least context - stride tokens before it, except near the
+    start. The default stride is a quarter of the context.
     """
     step = max(1, context // 4) if stride is None else stride
     if not 1 <= step < context:
@@ -121,7 +121,7 @@ def sliding(context: int = 2048, stride: int | None = None) -> Protocol:
         if len(window) > 1:
             yield ScoredWindow(list(window), 1)
         while new := list(itertools.islice(stream, step)):
-            for _ in range(step):  # at the end of the text too, where the window gets shorter
+            for _ in range(step):  # also at the end of the text, where the window is shorter
                 window.popleft()
             window.extend(new)
             yield ScoredWindow(list(window), len(window) - len(new))
@@ -131,8 +131,8 @@ def sliding(context: int = 2048, stride: int | None = None) -> Protocol:
         context,
         special_tokens=True,
         per_document=False,
-        description=f"windows of {context} tokens every {step}, each token but the first scored "
-        f"once, from {context - step} tokens of context at least but near the start",
+        description=f"windows of {context} tokens every {step}, each token except the first scored "
+        f"once, with at least {context - step} tokens of context except near the start",
         windows=windows,
     )
 
@@ -140,8 +140,9 @@ def sliding(context: int = 2048, stride: int | None = None) -> Protocol:
 def rolling(context: int = 2048) -> Protocol:
     """lm-evaluation-harness' `loglikelihood_rolling`: every token of every document, once.
 
-    A document begins with the prefix token (BOS, or else EOS); a later window begins with one token
-    of context, and the last one is filled up with context to its full length.
+    The first window of a document begins with the prefix token (BOS, or EOS if there is none).
+    Later windows begin with one token of context, and the last one is extended to full length by
+    more context.
     """
 
     def windows(ids: Iterable[int], prefix: int | None) -> Iterator[ScoredWindow]:
@@ -169,7 +170,7 @@ PROTOCOLS = {"exl3": exl3, "llama.cpp": llama_cpp, "sliding": sliding, "rolling"
 
 @dataclass
 class Tally:
-    """What is kept of a text as it goes by: two numbers a window, whatever its length."""
+    """Running sums over a text: two numbers per window, whatever its length."""
 
     sums: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -181,11 +182,11 @@ class Tally:
     words: int = 0
 
     def add(self, nll: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-        """Take one window's negative log-probabilities [n], in nats."""
+        """Add one window's NLL per token [n], in nats."""
         self.sums.append(float(nll.sum()))
         self.counts.append(len(nll))
         self.tokens += len(nll)
-        self.total += self.sums[-1]  # for the progress shown; the result adds up without rounding
+        self.total += self.sums[-1]  # for progress only; the result uses math.fsum
         self.squares += float(nll @ nll)
         self.not_finite += len(nll) - int(np.isfinite(nll).sum())
 
@@ -194,9 +195,10 @@ class Tally:
 class Perplexity:
     """The result. Errors are standard errors, by the delta method: d exp(x) = exp(x) dx.
 
-    `standard_error` takes windows as independent, tokens within one not; it is None for one window.
-    `standard_error_iid` takes every token as independent, as llama.cpp prints it. `bits_per_byte`
-    and `word_perplexity` are lm-evaluation-harness', for protocols that score whole documents.
+    `standard_error` treats windows as independent, but not the tokens within one; it is None for a
+    single window. `standard_error_iid` treats all tokens as independent, as llama.cpp does.
+    `bits_per_byte` and `word_perplexity` are lm-evaluation-harness', for protocols that score whole
+    documents.
     """
 
     perplexity: float
@@ -210,7 +212,7 @@ class Perplexity:
 
 
 def result_of(tally: Tally, protocol: Protocol) -> Perplexity:
-    """Return the perplexity of all that `tally` has seen; `BadInput` where that is nothing."""
+    """Return the perplexity of all tokens in `tally`; `BadInput` if there are none."""
     n = tally.tokens
     if not n:
         raise BadInput(
@@ -251,7 +253,7 @@ def evaluate(
 ) -> Tally:
     """Score `texts` by `protocol`, `BATCH_TOKENS` tokens at a time.
 
-    `texts` are documents or, where the protocol joins them, pieces of one text.
+    `texts` are documents or, if the protocol joins them, pieces of one text.
     """
     tally = Tally()
     for batch in batches(all_windows(texts, protocol, tokenizer, tally)):
@@ -264,7 +266,7 @@ def evaluate(
 def all_windows(
     texts: Iterable[str], protocol: Protocol, tokenizer: Any, tally: Tally
 ) -> Iterator[ScoredWindow]:
-    """Cut all texts; each document for itself, or all as one."""
+    """Cut all texts into windows, each document separately or all as one text."""
     first = tokenizer.bos_token_id
     if not protocol.per_document:
         ids = itertools.chain.from_iterable(tokenized(texts, protocol, tokenizer))
@@ -278,7 +280,7 @@ def all_windows(
 
 
 def tokenized(texts: Iterable[str], protocol: Protocol, tokenizer: Any) -> Iterator[list[int]]:
-    """Tokenize pieces of one text; special tokens come once, at its start."""
+    """Tokenize pieces of one text; special tokens are added once, at its start."""
     for number, text in enumerate(texts):
         yield encode(tokenizer, text, special=protocol.special_tokens and number == 0)
 
@@ -314,7 +316,7 @@ def batches(windows: Iterable[ScoredWindow]) -> Iterator[list[ScoredWindow]]:
 def score_windows(
     llm: LLM, windows: list[ScoredWindow]
 ) -> Iterator[np.ndarray[Any, np.dtype[np.float64]]]:
-    """Return each window's negative log-probabilities [scored tokens], in nats."""
+    """Yield each window's NLL per scored token, in nats."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 

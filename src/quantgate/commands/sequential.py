@@ -1,7 +1,7 @@
-"""What quantization costs, on as much text as it takes to know: stop as soon as it is clear.
+"""Measure what quantization costs, and stop as soon as the answer is clear.
 
-For text beyond the probe, on a machine that is paid for by the minute. The bounds hold after every
-block at once (`stats.confidence_sequence`), so looking after each of them is no cheating.
+For text beyond the probe, on a machine billed by the minute. The bounds hold after all blocks at
+once (`stats.confidence_sequence`), so looking at them after each block is valid.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from quantgate.subject.probe import Probe, Window
 
 BLOCK = 8
 CHARACTERS = 2000
-_ORDER = 0  # the seed of the order in which documents are looked at
+_ORDER = 0  # the seed for the order of the documents
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known after some documents: bounds of mean ΔNLL, nat per token."""
+    """The state after some documents: bounds on mean ΔNLL, in nat per token."""
 
     documents: int
     tokens: int
@@ -41,10 +41,10 @@ class Progress:
 
 
 def probe_of_text(texts: Iterable[str], directory: Path) -> Probe:
-    """Return texts in a checkpoint's tokens, in windows that are documents of their own.
+    """Return a probe of texts in a checkpoint's tokens; each window is its own document.
 
-    Windows end at line ends, where they reach `CHARACTERS`; longer lines are cut. Tokens are scored
-    from each window's second on.
+    A window ends at the first line end after `CHARACTERS` characters; longer lines are cut. All
+    tokens of a window except its first are scored.
     """
     from transformers import AutoTokenizer
 
@@ -56,7 +56,9 @@ def probe_of_text(texts: Iterable[str], directory: Path) -> Probe:
             if len(ids) > 1:
                 windows.append(Window(f"text-{len(windows):05}", "text", 1, ids, part))
     if not windows:
-        raise BadInput("the text has no two tokens, so there is nothing to score.")
+        raise BadInput(
+            "the text has fewer than two tokens, so there is nothing to score; give a longer text."
+        )
     return Probe("text", len(tokenizer), tuple(windows), tokenizer=directory)
 
 
@@ -73,10 +75,10 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def quality_until_clear(case: Case, probe: Probe, margin: float) -> Iterator[Progress]:
-    """Score a checkpoint block by block, and say after each what is known; the last one decides.
+    """Score a checkpoint block by block and yield the state after each; the last one decides.
 
-    The base has scored everything before (its scores are kept on disk): two models need not fit
-    side by side.
+    The base scores everything first, and its scores are cached on disk, so the two models need not
+    fit in memory together.
     """
     checkpoint = case.checkpoint
     if case.base is None:

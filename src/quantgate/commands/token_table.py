@@ -1,4 +1,4 @@
-"""A label and its probability for each token of a text: what the scripts of `tools/` print."""
+"""Label the tokens of texts, with probabilities; used by the scripts in `tools/`."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class LabelledToken:
     token: str
     id: int
     label: str
-    """The one with the largest logit."""
+    """The label with the largest logit."""
     probability: float
-    """Of that label, by the config's activation."""
+    """The label's probability, under the config's activation."""
     logits: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a model says of some texts."""
+    """A model's labels for some texts."""
 
     model: str
     dtype: str
     labels: tuple[str, ...]
     emulated: tuple[str, ...]
-    """Emulated kernels among those that served it."""
+    """The emulated kernels among those that served it."""
     texts: tuple[tuple[LabelledToken, ...], ...]
 
 
@@ -50,8 +50,8 @@ def label_texts(
 ) -> Labelled:
     """Serve the texts and label their tokens.
 
-    `task` is the seeds' "token_classification" or "token_reward". `BadInput` or `EngineFailure` say
-    in a sentence what is wrong with the model or with a text.
+    `task` is "token_classification" or "token_reward". `BadInput` or `EngineFailure` say in one
+    sentence what is wrong with the model or a text.
     """
     settings = {} if labels is None else {"num_labels": labels}
     try:
@@ -127,7 +127,7 @@ def show(found: Labelled) -> None:
         rows.add_column("label", no_wrap=True)
         rows.add_column("probability", justify="right")
         for token in tokens:
-            # Text, not markup, and nothing that a terminal obeys: both come from the checkpoint.
+            # Text, not markup, and without control characters: both come from the checkpoint.
             cells = (repr(token.token)[1:-1], token.label, f"{token.probability:.4f}")
             rows.add_row(*(Text("".join(c if c.isprintable() else "?" for c in x)) for x in cells))
         console.print(rows)

@@ -1,1 +1,1 @@
-"""What quantized tensors mean, from the formats' definitions, independent of compressed-tensors."""
+"""The quantized formats, from their definitions and independent of compressed-tensors."""

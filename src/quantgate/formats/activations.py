@@ -1,9 +1,9 @@
-"""Quantize a linear layer's input as vLLM does, and give back the values that its codes stand for.
+"""Quantize a linear layer's input as vLLM does, and dequantize it again.
 
-compressed-tensors' rules are not vLLM's: it takes 127.5 for int8's largest code, and divides by an
-FP8 scale where vLLM multiplies by its reciprocal. These were checked bit for bit against vLLM
-0.32.0's own CPU code; its GPU code is still to be checked. Where builds differ, the installed one
-is asked (`builds`). All take x [rows, H] in any floating dtype and return float32.
+compressed-tensors' rules differ from vLLM's: it uses 127.5 as int8's largest code, and divides by
+an FP8 scale where vLLM multiplies by its reciprocal. These functions agree bit for bit with vLLM
+0.32.0's CPU code; its GPU code is still to be checked. Where builds differ, the rule is that of the
+installed one (`builds`). All take x [rows, H] in any floating dtype and return float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NVFP4_GROUP = 16
 
 
 def int8_per_token(x: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
-    """Dynamic int8, a scale for each row: amax / 127, or (max - min) / 255 with a zero point."""
+    """Dynamic int8, one scale per row: amax / 127, or (max - min) / 255 with a zero point."""
     x = x.float()
     if symmetric:
         largest = x.abs().amax(dim=1, keepdim=True)
@@ -38,7 +38,7 @@ def int8_per_token(x: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
 def int8_per_tensor(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Static int8: the checkpoint's one scale and, for asymmetric inputs, zero point."""
+    """Static int8: the checkpoint's per-tensor scale and, for asymmetric inputs, zero point."""
     x, scale = x.float(), scale.float()
     if zero_point is None:
         return _values(symmetric_rule().static(x, scale), scale)
@@ -49,13 +49,13 @@ def int8_per_tensor(
 def _values(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what int8 codes stand for, clamped. A row of zeros, whose scale is 0, stays zero."""
+    """Dequantize int8 codes, clamped first. A row of zeros, whose scale is 0, stays zero."""
     codes = codes.clamp(INT8_LOWEST, INT8_HIGHEST)
     return ((codes if zero_point is None else codes - zero_point) * scale).where(scale != 0, 0.0)
 
 
 def fp8_per_token(x: torch.Tensor) -> torch.Tensor:
-    """Dynamic FP8 (E4M3), a scale for each row: amax / 448, with a floor."""
+    """Dynamic FP8 (E4M3), one scale per row: amax / 448, with a lower bound."""
     x = x.float()
     scale = fp8_scale_per_token(x)
     return _e4m3(x * scale.reciprocal()) * scale
@@ -67,13 +67,13 @@ def fp8_scale_per_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Static FP8 (E4M3): the checkpoint's one scale."""
+    """Static FP8 (E4M3): the checkpoint's per-tensor scale."""
     scale = scale.float()
     return _e4m3(x.float() * scale.reciprocal()) * scale
 
 
 def fp8_per_group(x: torch.Tensor, group_size: int = 128) -> torch.Tensor:
-    """Dynamic FP8 (E4M3), a scale for each `group_size` columns of a row, for FP8_BLOCK weights.
+    """Dynamic FP8 (E4M3), one scale per `group_size` columns of a row, for FP8_BLOCK weights.
 
     Here vLLM divides by the scale. The last group may be shorter.
     """
@@ -100,7 +100,7 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """NVFP4: E2M1 codes, an E4M3 scale for each 16 columns, divided by the checkpoint's global one.
+    """NVFP4: E2M1 codes, one E4M3 scale per 16 columns, divided by the checkpoint's global scale.
 
     Group scale = e4m3(min(448, global x amax / 6)).
     """
@@ -118,9 +118,9 @@ def nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
 
 
 def _e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Round to E2M1's 0, 0.5, 1, 1.5, 2, 3, 4 and 6: between powers of two its steps are equal.
+    """Round to E2M1's 0, 0.5, 1, 1.5, 2, 3, 4 and 6, which are evenly spaced between powers of two.
 
-    A tie goes to an even mantissa, which is the even multiple of the step. x is within ±6.
+    Ties round to the even mantissa, i.e. to the even multiple of the step. x is within ±6.
     """
     magnitude = x.abs()
     step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
@@ -134,5 +134,5 @@ def _reciprocal_or_zero(x: torch.Tensor) -> torch.Tensor:
 
 
 def fp8_cached(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """What an FP8 (E4M3) KV cache gives back of x, in x's dtype: vLLM divides by the scale."""
+    """Return x as read from an FP8 (E4M3) KV cache, in x's dtype; vLLM divides by the scale."""
     return (_e4m3(x.float() / scale) * scale).to(x.dtype)

@@ -1,10 +1,10 @@
-"""What one build of vLLM computes otherwise than another: asked of the one installed, not assumed.
+"""How the installed vLLM build rounds, where builds differ: measured, not assumed.
 
 vLLM's CPU builds differ by processor. The AVX-512 builds quantize an asymmetric int8 input with a
-fused multiply-add, the AVX2 build with two roundings; and the AVX2 build's own operators, of which
-an engine takes the rotary embedding and attention, cut a float32 result to bfloat16 where the
-AVX512-BF16 build rounds it to nearest. CUDA kernels add a zero point to a rounded product. None of
-this is a fault of a checkpoint, so the reference does as the build at hand does.
+fused multiply-add, the AVX2 build with two roundings. The AVX2 build's own operators, of which an
+engine uses the rotary embedding and attention, truncate a float32 result to bfloat16; the
+AVX512-BF16 build rounds it to nearest. CUDA kernels add the zero point to a rounded product. None
+of this is a fault of a checkpoint, so the reference rounds as the installed build does.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 if TYPE_CHECKING:
     import torch
 
-# x, the scale and the zero point, all float32, to codes that are not clamped yet.
+# Maps x, the scale and the zero point, all float32, to codes that are not clamped yet.
 Int8Rule = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 Rule = TypeVar("Rule")
 Narrowing = Literal["rounds", "truncates"]
-"""How a build's own operators turn float32 into bfloat16."""
+"""How a build's own operators convert float32 to bfloat16."""
 
-# Settings from outside that change how a CPU computes: a measurement under others is another.
+# Environment variables that change how a CPU computes; they are part of a measurement's identity.
 _SETTINGS = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
@@ -36,12 +36,12 @@ _SETTINGS = (
 
 
 def arithmetic(device: str | None = None) -> dict[str, str]:
-    """Return what makes this machine round otherwise than another that serves the same bytes.
+    """Return everything that determines how a computation on `device` rounds.
 
-    Of a computation on `device`, by default the one that vLLM serves on here.
-    Instruction set, vLLM's native library, threads, how bfloat16 and int8 come about, and the
-    settings that choose among them. Two machines that agree in all of it agree bit for bit in what
-    is not left to the order of threads.
+    The default device is the one that vLLM serves on here. On a CPU: the instruction set, vLLM's
+    native library, the number of threads, the rules for bfloat16 and int8, and the environment
+    variables that select among them. Two machines that agree in all of these agree bit for bit,
+    except where a result depends on the order of threads.
     """
     import torch
 
@@ -58,7 +58,7 @@ def arithmetic(device: str | None = None) -> dict[str, str]:
 
 
 def _native_library() -> str:
-    """Return which of its libraries vLLM takes on this processor (vllm/platforms/cpu.py)."""
+    """Return the native library that vLLM loads on this processor (vllm/platforms/cpu.py)."""
     import torch
 
     if not torch.cpu._is_avx512_supported():
@@ -68,18 +68,18 @@ def _native_library() -> str:
 
 @functools.cache
 def narrowing() -> Narrowing:
-    """Ask the build how its own operators turn float32 into bfloat16."""
+    """Find out how the build's own operators convert float32 to bfloat16."""
     import torch
 
     operators = _operators()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.linspace(0.5, 2.0, 1024, device=device).bfloat16().view(4, 256)
-    # SiLU(x) * 1.5, of which the second half of each row is the factor.
+    # SiLU(x) * 1.5; the second half of each row holds the factor.
     joined = torch.cat([x, torch.full_like(x, 1.5)], dim=1)
     given = torch.empty_like(x)
     operators.silu_and_mul(given, joined)
     exact = (torch.nn.functional.silu(x.double()) * 1.5).float()
-    # CUDA's operator rounds SiLU(x) before it multiplies, so that not every product is the nearest.
+    # CUDA's operator rounds SiLU(x) before multiplying, so not every product is the nearest.
     nearest, cut = (
         int((given == narrowed).sum())
         for narrowed in (exact.bfloat16(), truncate_to_bfloat16(exact))
@@ -88,7 +88,7 @@ def narrowing() -> Narrowing:
 
 
 def truncate_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
-    """Return float32 x in bfloat16, its lower 16 bits cut off."""
+    """Return float32 x truncated to bfloat16."""
     import torch
 
     bits = x.contiguous().view(torch.int32) & ~0xFFFF
@@ -96,17 +96,17 @@ def truncate_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fused(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """One rounding before the last: a float64 sum of float32's exact product."""
+    """Round the exact product plus the zero point to float32 once, then to an integer."""
     return (x.double() * scale.reciprocal().double() + zero_point.double()).float().round()
 
 
 def _separate(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """The product is rounded to float32, then the sum."""
+    """Round the product to float32, then the sum to float32, then to an integer."""
     return (x * scale.reciprocal() + zero_point).round()
 
 
 def _rounded_first(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """The product is rounded to an integer, then the zero point is added."""
+    """Round the product to an integer, then add the zero point."""
     return (x * scale.reciprocal()).round() + zero_point
 
 
@@ -120,7 +120,7 @@ UNKNOWN = "unknown"
 
 @functools.cache
 def int8_rule_name() -> str:
-    """Ask the build which of `INT8_RULES` it quantizes asymmetric inputs by; "unknown" if none."""
+    """Find out which of `INT8_RULES` the build uses for asymmetric inputs; "unknown" if none."""
     import torch
 
     _operators()
@@ -136,9 +136,9 @@ def int8_rule_name() -> str:
 
 
 def _inputs_near_ties() -> torch.Tensor:
-    """Return inputs that tell rules apart, on the device that vLLM serves on.
+    """Return inputs that tell the rules apart, on the device that vLLM serves on.
 
-    Products of 8-bit significands fall near ties often: the asymmetric rules part in 1 of 11,000.
+    Products of 8-bit significands are often near ties: the asymmetric rules differ in 1 of 11,000.
     """
     import torch
 
@@ -148,17 +148,17 @@ def _inputs_near_ties() -> torch.Tensor:
 
 
 def int8_rule() -> Int8Rule:
-    """Return how this build quantizes an asymmetric int8 input; `ValueError` if it is not known."""
+    """Return this build's rule for asymmetric int8 inputs; `ValueError` if it is not known."""
     return _known(int8_rule_name(), INT8_RULES, "with a zero point")
 
 
 class SymmetricRule(NamedTuple):
-    """How a build finds the codes of int8 inputs without a zero point, not clamped yet."""
+    """How a build computes the codes of int8 inputs without a zero point, before clamping."""
 
     dynamic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """Of x [rows, H] and each row's largest magnitude [rows, 1]."""
+    """From x [rows, H] and each row's largest magnitude [rows, 1]."""
     static: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """Of x and the checkpoint's scale [1]."""
+    """From x and the checkpoint's scale [1]."""
 
 
 def _by_reciprocal(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -170,8 +170,8 @@ SYMMETRIC_RULES: Mapping[str, SymmetricRule] = {
     "product with the scale's reciprocal": SymmetricRule(
         lambda x, largest: _by_reciprocal(x, largest / 127), _by_reciprocal
     ),
-    # CUDA (csrc, `dynamic_scaled_int8_quant_kernel` and `static_scaled_int8_quant_kernel`): where
-    # it was asked, 398 codes of 1,048,576 differed from those of the other rule.
+    # CUDA (csrc, `dynamic_scaled_int8_quant_kernel` and `static_scaled_int8_quant_kernel`): when
+    # measured, 398 codes of 1,048,576 differed from those of the other rule.
     "product with 127 over the largest, static quotient": SymmetricRule(
         lambda x, largest: (x * (127 / largest)).round(), lambda x, scale: (x / scale).round()
     ),
@@ -180,15 +180,15 @@ SYMMETRIC_RULES: Mapping[str, SymmetricRule] = {
 
 @functools.cache
 def symmetric_rule_name() -> str:
-    """Ask the build which of `SYMMETRIC_RULES` it quantizes by; "unknown" if none."""
+    """Find out which of `SYMMETRIC_RULES` the build uses; "unknown" if none."""
     import torch
 
     _operators()
     from vllm._custom_ops import scaled_int8_quant
 
     x = _inputs_near_ties()
-    # Many inputs are in the middle of two codes of this scale, and 1.5 times it, multiplied by its
-    # rounded reciprocal, is less than 1.5.
+    # With this scale many inputs lie midway between two codes, and 1.5 times the scale, multiplied
+    # by its rounded reciprocal, is less than 1.5.
     scale = torch.tensor([7 / 256], device=x.device)
     dynamic, _, _ = scaled_int8_quant(x, None, None, symmetric=True)
     static, _, _ = scaled_int8_quant(x, scale, None, symmetric=True)
@@ -203,15 +203,16 @@ def symmetric_rule_name() -> str:
 
 
 def symmetric_rule() -> SymmetricRule:
-    """Return how this build quantizes an int8 input; `ValueError` if it is not known."""
+    """Return this build's rule for symmetric int8 inputs; `ValueError` if it is not known."""
     return _known(symmetric_rule_name(), SYMMETRIC_RULES, "without a zero point")
 
 
 def _known(name: str, rules: Mapping[str, Rule], of: str) -> Rule:
     if name == UNKNOWN:
         raise ValueError(
-            "vLLM's scaled_int8_quant follows none of the rules that are known for int8 inputs "
-            f"{of} ({', '.join(rules)}), so there is no reference for them."
+            "this vLLM build's scaled_int8_quant follows none of the rules known for int8 inputs "
+            f"{of} ({', '.join(rules)}), so there is no reference to judge it by; use another vLLM "
+            "build, or add its rule to quantgate/formats/builds.py."
         )
     return rules[name]
 

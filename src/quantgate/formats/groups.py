@@ -12,15 +12,15 @@ Group = Mapping[str, Any]
 FUSED_PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
-    ("query", "key", "value"),  # a BERT's
+    ("query", "key", "value"),  # BERT
 )
 
 
 def group_of(name: str, kind: str, quantization_config: Mapping[str, Any] | None) -> Group | None:
-    """Return the config group of the module `name`, of class `kind`; None where it has none.
+    """Return the config group of the module `name`, of class `kind`; None if it has none.
 
-    A target or an ignored name is a module's name, the name of its class, or `re:` and a regular
-    expression that its name begins with. A `ValueError` names an expression that is none.
+    A target or an ignored name is a module's name, its class name, or `re:` and a regular
+    expression that matches the start of its name. A `ValueError` names an invalid expression.
     """
     config = quantization_config or {}
     if _is_named(name, kind, config.get("ignore") or ()):

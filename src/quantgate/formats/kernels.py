@@ -1,8 +1,8 @@
-"""What vLLM's kernels of linears make of a format: whose inputs they quantize, and how scales are.
+"""How vLLM's linear kernels treat each format: which inputs they quantize, and how scales round.
 
-A format's name does not say it: NVFP4 under Marlin keeps its inputs in 16 bits, under Cutlass they
-are quantized. The engine says which kernel serves each linear; the reference takes the rule of that
-kernel from `RULES`, and what has no rule there is not judged.
+A format's name does not determine this: Marlin keeps NVFP4 inputs in 16 bits, Cutlass quantizes
+them. The engine reports the kernel of each linear, and the reference looks up that kernel's rule in
+`RULES`. A kernel without a rule is not judged.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from typing import Any, Literal, NamedTuple
 from quantgate.errors import BadInput
 from quantgate.subject.scheme import is_mx
 
-# What a group's inputs are quantized to; "packed" are weights of a few bits, whatever inputs are.
+# The kind of quantization in a config group; "packed" is low-bit integer weights with any inputs.
 Family = Literal["int8", "fp8", "nvfp4", "mx", "packed"]
-# "format": quantized where the format says so. "kept": in the dtype that is served all the same.
-# "unknown": quantized by a rule that the reference does not have.
+# "format": quantized if the format says so. "kept": always in the serving dtype. "unknown":
+# quantized by a rule that the reference does not have.
 Inputs = Literal["format", "kept", "unknown"]
 
 
 class KernelRule(NamedTuple):
-    """What a kernel does, and where vLLM says so."""
+    """What a kernel does, and where in vLLM's sources."""
 
     family: Family
     inputs: Inputs
     source: str
-    """In vllm/model_executor/kernels/linear, or a module of this package."""
+    """A file in vllm/model_executor/kernels/linear, or a module of this package."""
     fp8_products: bool = False
-    """Whether a group's scale is E4M3 with a float32 scale for each channel, and the product of a
-    code and its group's scale is rounded to E4M3."""
+    """Whether group scales are E4M3 with a float32 scale per channel, and the product of a code
+    and its group's scale is rounded to E4M3."""
 
 
 @dataclass(frozen=True)
 class LinearRules:
-    """What the kernels of one engine make of its linears, as far as formats leave it open."""
+    """How one engine's kernels treat its linears, as far as the formats leave it open."""
 
     kept: frozenset[Family] = frozenset()
-    """The families whose inputs are not quantized, whatever the format says."""
+    """The families whose inputs are never quantized, whatever the format says."""
     fp8_products: bool = False
-    """As `KernelRule.fp8_products`, of packed weights whose inputs are in FP8."""
+    """As `KernelRule.fp8_products`, for packed weights with FP8 inputs."""
 
 
-# Of kernels that do what the format says.
+# The rules of kernels that follow the format.
 FORMATS_RULES = LinearRules()
 
 
@@ -60,24 +60,24 @@ def family_of(group: Any) -> Family:
 
 
 def rules_of(kernels: Iterable[str]) -> LinearRules:
-    """Return the rules of the kernels that an engine names, one or several (" + ") in a string.
+    """Return the rules of an engine's kernels; a string may name several, joined by " + ".
 
-    Raises `BadInput` for a kernel of linears that has no rule here, or whose rule is not known.
-    Other names (attention, unquantized linears) are passed over.
+    Raises `BadInput` for a linear kernel that has no rule here or whose rule is unknown. Other
+    names (attention, unquantized linears) are ignored.
     """
     used = [name for name in _names(kernels) if name.endswith("Kernel")]
     for name in used:
         if name not in RULES:
             raise BadInput(
-                f"{name}: the reference has no rule for what this kernel of vLLM's does to inputs "
-                "and scales, so it cannot judge it; have vLLM use another kernel, or add its rule "
-                "to quantgate/formats/kernels.py."
+                f"{name}: the reference has no rule for how this vLLM kernel treats inputs and "
+                f"scales, so it cannot judge it; set VLLM_DISABLED_KERNELS={name} to use another "
+                "kernel, or add its rule to quantgate/formats/kernels.py."
             )
         if (rule := RULES[name]).inputs == "unknown":
             raise BadInput(
-                f"{name}: this kernel of vLLM's quantizes inputs by a rule of its own "
-                f"({rule.source}), which the reference does not have, so it cannot judge it; have "
-                "vLLM use another kernel."
+                f"{name}: this vLLM kernel quantizes inputs by a rule of its own "
+                f"({rule.source}), which the reference does not have, so it cannot judge it; set "
+                f"VLLM_DISABLED_KERNELS={name} to use another kernel."
             )
     return LinearRules(_kept(used), any(RULES[name].fp8_products for name in used))
 
@@ -87,11 +87,11 @@ def _kept(used: Collection[str]) -> frozenset[Family]:
     for name in used:
         ways.setdefault(RULES[name].family, {})[RULES[name].inputs] = name
     for family, by_way in ways.items():
-        if len(by_way) > 1 and family != "mx":  # of those the reference keeps inputs anyhow
+        if len(by_way) > 1 and family != "mx":  # the reference keeps MX inputs anyway
             raise BadInput(
-                f"{' and '.join(by_way.values())} both serve linears of the {family} formats, and "
-                "one of them quantizes inputs where the other does not; the reference has one rule "
-                "for all."
+                f"{' and '.join(by_way.values())} both serve linears of the {family} formats, but "
+                "only one of them quantizes inputs, and the reference has one rule for all; "
+                "disable one of them with VLLM_DISABLED_KERNELS."
             )
     return frozenset(family for family, by_way in ways.items() if "kept" in by_way)
 
@@ -101,7 +101,7 @@ def _names(kernels: Iterable[str]) -> list[str]:
 
 
 def explained(kernels: Iterable[str]) -> list[str]:
-    """Return what the kernels do otherwise than their formats say, a sentence for each."""
+    """Return one sentence for each way in which the kernels deviate from their formats."""
     said = []
     for name in _names(kernels):
         if (rule := RULES.get(name)) is None:
@@ -114,11 +114,11 @@ def explained(kernels: Iterable[str]) -> list[str]:
 
 
 def _rules(family: Family, inputs: Inputs, **sources: str) -> dict[str, KernelRule]:
-    """Return rows for kernels of one kind, by name: their sources."""
+    """Return rules for kernels of one kind, from their names and sources."""
     return {name: KernelRule(family, inputs, source) for name, source in sources.items()}
 
 
-# Every kernel that vLLM 0.26.0 to 0.33.0 may choose on a CPU or on sm_80 to sm_120, and ours.
+# Every kernel that vLLM 0.26.0 to 0.33.0 may choose on a CPU or on sm_80 to sm_120, and our own.
 RULES: dict[str, KernelRule] = {
     # Integers of 4 or 8 bits; inputs are in 16 bits, or in FP8 where a format is W4AFP8.
     **_rules(

@@ -1,4 +1,4 @@
-"""Dequantized weights by the compressed-tensors library: the second opinion on our own."""
+"""Weights dequantized by the compressed-tensors library, as a second opinion on our own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def library_dequantize(tensors: Tensors, group: Group) -> torch.Tensor:
-    """Return the weight float32 [out, in] that compressed-tensors makes of a module's tensors.
+    """Return a module's weight, float32 [out, in], dequantized by compressed-tensors.
 
-    It works in the dtype of the scales, which are therefore given in float32, except for NVFP4,
-    MXFP4 and MXFP8: their scales' dtype is the format's, and it works in bfloat16.
+    The library computes in the dtype of the scales, so they are converted to float32 first. For
+    NVFP4, MXFP4 and MXFP8 the format fixes the scales' dtype, and the library uses bfloat16.
     """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -35,9 +35,9 @@ def library_dequantize(tensors: Tensors, group: Group) -> torch.Tensor:
 
 
 def largest_disagreement(directory: Path) -> tuple[str, float]:
-    """Return the linear on whose weight our dequantizer and the library's differ most.
+    """Return the linear on which our dequantizer and the library's differ most, and by how much.
 
-    And how far: the largest difference of an element, relative to ours; NaN where one side has it.
+    The difference is the largest of an element, relative to ours; NaN if either side has a NaN.
     """
     stored = StoredTensors(directory)
     quantization = read_config(directory).get("quantization_config")

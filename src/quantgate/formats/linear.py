@@ -1,8 +1,8 @@
-"""A quantized linear layer as vLLM computes it: its weight, and what is done to its input.
+"""A quantized linear layer as vLLM computes it: its weight, and the quantizer of its input.
 
-vLLM loads q/k/v and gate/up into one layer each and fuses their scales: FP8 weights of one scale a
-tensor are quantized again to the largest of them (`requantize_with_max_scale`), NVFP4 takes the
-largest global scale of weights and of inputs, static FP8 inputs the largest scale. (vLLM 0.32.0,
+vLLM loads q/k/v and gate/up into one layer each and fuses their scales: FP8 weights with per-tensor
+scales are requantized to the largest of them (`requantize_with_max_scale`), NVFP4 uses the largest
+global scale for weights and for inputs, and static FP8 inputs use the largest scale. (vLLM 0.32.0,
 layers/quantization/compressed_tensors/schemes.)
 """
 
@@ -31,12 +31,12 @@ Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """What stands for one linear of a checkpoint."""
+    """One linear of a checkpoint, dequantized."""
 
     weight: torch.Tensor
     """float32 [out, in]."""
     quantize_input: Quantizer | None
-    """x [rows, in] to what its codes stand for, float32; None where inputs stay as they are."""
+    """Quantizes and dequantizes x [rows, in], to float32; None if inputs are not quantized."""
 
 
 def read_linear(
@@ -46,7 +46,7 @@ def read_linear(
     dequantize: Dequantizer,
     rules: LinearRules = FORMATS_RULES,
 ) -> QuantizedLinear:
-    """Read one linear as vLLM fuses and serves it; `BadInput` says what does not fit.
+    """Read one linear as vLLM fuses and serves it; `BadInput` if its tensors do not fit the format.
 
     `rules` are those of the kernels that serve it.
     """
@@ -80,8 +80,8 @@ def _fp8_products(
 ) -> torch.Tensor:
     """Return W4AFP8 weights as Cutlass multiplies them.
 
-    A channel's scales are quantized to E4M3 as a row of inputs is; an eighth of them is kept, so
-    that eight times one stays in range; and their products with codes are rounded to E4M3.
+    Each channel's scales are quantized to E4M3 like a row of inputs, and stored divided by eight so
+    that products with codes stay in range; these products are rounded to E4M3.
     """
     import torch
 
@@ -93,14 +93,14 @@ def _fp8_products(
 
 
 def _requantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Quantize FP8 weights again to the scale of their fused layer, by way of float16 as vLLM."""
+    """Requantize FP8 weights to the scale of their fused layer, by way of float16 as vLLM does."""
     import torch
 
     return activations.fp8_per_tensor(weight.to(torch.float16), scale)
 
 
 def _largest(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
-    """Return the largest of a scale over the linears that vLLM fuses with one, float32 [1]."""
+    """Return a scale's maximum over the linears that vLLM fuses with this one, float32 [1]."""
     import torch
 
     scales = [
@@ -129,7 +129,7 @@ def _input_quantizer(stored: TensorsByName, name: str, group: Group) -> Quantize
 
 def _int8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) -> Quantizer:
     symmetric = bool(inputs.get("symmetric", True))
-    # A rule that is not known is refused here, where the checkpoint and its layer can be named.
+    # Refuse an unknown rule here, where the message can name the checkpoint and layer.
     (symmetric_rule if symmetric else int8_rule)()
     if inputs.get("dynamic"):
         return lambda x: activations.int8_per_token(x, symmetric=symmetric)
@@ -139,9 +139,9 @@ def _int8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) ->
 
 
 def _the_one(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
-    """Return a static int8 input's scale or zero point, one for all that vLLM fuses.
+    """Return a static int8 input's scale or zero point, which all fused linears must share.
 
-    vLLM keeps whichever of several it loads last, so a checkpoint must not hold different ones.
+    vLLM keeps the one it loads last, so a checkpoint must not hold different ones.
     """
     values = {
         float(stored.read(f"{shard}.{part}"))
@@ -150,8 +150,8 @@ def _the_one(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
     }
     if len(values) > 1:
         raise ValueError(
-            f"{part} is not the same for the layers that vLLM fuses ({sorted(values)}); vLLM keeps "
-            "whichever it loads last."
+            f"{part} differs between the layers that vLLM fuses ({sorted(values)}), and vLLM would "
+            "use the last one for all; export the checkpoint again with one value."
         )
     return stored.read(f"{name}.{part}").reshape(1)
 

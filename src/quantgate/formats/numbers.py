@@ -1,4 +1,4 @@
-"""The number formats that codes and scales are stored in, decoded to float32.
+"""Decode the number formats of codes and scales to float32.
 
 Sources: OCP Microscaling Formats (MX) specification 1.0 for E2M1, E8M0 and MX's use of E4M3; the
 compressed-tensors format documentation for the packing of integers.
@@ -20,16 +20,16 @@ E8M0_OF_0 = 1 << (MANTISSA_BITS - 1)
 
 
 def unpack_integers(packed: torch.Tensor, bits: int, size: int, dim: int = 1) -> torch.Tensor:
-    """Return signed codes, int32, from int32 words that hold 32 // bits of them along `dim`.
+    """Return signed codes, int32, from int32 words that each hold 32 // bits codes along `dim`.
 
     The first code is in a word's lowest bits. Codes are stored with an offset of 2^(bits - 1), so
-    that they are not negative. `size` is how many there are along `dim`; the rest is padding.
+    that they are not negative. `size` is the number of codes along `dim`; the rest is padding.
     """
     import torch
 
     if packed.dtype != torch.int32 or packed.ndim != 2 or not 1 <= bits <= 8:
         raise ValueError(
-            f"packed integers are int32 [rows, words] of 1 … 8 bits, got {packed.dtype} "
+            f"packed integers must be int32 [rows, words] of 1 … 8 bits, got {packed.dtype} "
             f"{list(packed.shape)} of {bits}."
         )
     words = packed if dim == 1 else packed.T
@@ -42,12 +42,13 @@ def unpack_integers(packed: torch.Tensor, bits: int, size: int, dim: int = 1) ->
 
 
 def decode_e2m1(packed: torch.Tensor) -> torch.Tensor:
-    """Return float32 [rows, 2 × bytes] from uint8 [rows, bytes]; a byte's low half comes first."""
+    """Return float32 [rows, 2 × bytes] from uint8 [rows, bytes], low half of each byte first."""
     import torch
 
     if packed.dtype != torch.uint8 or packed.ndim != 2:
         raise ValueError(
-            f"packed E2M1 is uint8 [rows, bytes], got {packed.dtype} {list(packed.shape)}."
+            f"packed E2M1 codes must be uint8 [rows, bytes], got {packed.dtype} "
+            f"{list(packed.shape)}."
         )
     magnitudes = torch.tensor(E2M1_MAGNITUDES, device=packed.device)
     values = torch.cat([magnitudes, -magnitudes])  # bit 3 is the sign
@@ -56,11 +57,11 @@ def decode_e2m1(packed: torch.Tensor) -> torch.Tensor:
 
 
 def decode_e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """Return the powers of two, float32, that uint8 E8M0 scales stand for; 255 is NaN."""
+    """Return uint8 E8M0 scales as float32 powers of two; 255 is NaN."""
     import torch
 
     if exponents.dtype != torch.uint8:
-        raise ValueError(f"E8M0 scales are uint8, got {exponents.dtype}.")
-    # By bits: a power function need not be exact on every device. 0 is 2^-127, a subnormal.
+        raise ValueError(f"E8M0 scales must be uint8, got {exponents.dtype}.")
+    # By shifting bits: pow() need not be exact on every device. 0 is 2^-127, a subnormal.
     bits = (exponents.to(torch.int32) << MANTISSA_BITS).where(exponents != 0, E8M0_OF_0)
     return bits.view(torch.float32).masked_fill(exponents == E8M0_NAN, torch.nan)

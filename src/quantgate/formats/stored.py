@@ -19,23 +19,23 @@ PAGE = 4096
 
 
 class TensorsByName(Protocol):
-    """A checkpoint's tensors by name, from disk or loaded."""
+    """A checkpoint's tensors by name, on disk or in memory."""
 
     @property
     def directory(self) -> Path:
-        """The checkpoint's."""
+        """The checkpoint's directory."""
 
     def __contains__(self, name: str) -> bool: ...
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor; `BadInput` where the checkpoint has none of that name."""
+        """Return one tensor; `BadInput` if the checkpoint has none of that name."""
 
     def of_module(self, name: str) -> dict[str, torch.Tensor]:
-        """Return a module's own tensors, named without its prefix; {} where it has none."""
+        """Return a module's own tensors, named without its prefix; {} if it has none."""
 
 
 class StoredTensors:
-    """Finds tensors by name over all of a checkpoint's files; nothing stays in memory."""
+    """A checkpoint's tensors by name, over all of its files; nothing stays in memory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -51,11 +51,11 @@ class StoredTensors:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The names of all modules that have tensors of their own."""
+        """The names of all modules with tensors of their own."""
         return tuple(self._parts)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor; `BadInput` where the checkpoint has none of that name."""
+        """Return one tensor; `BadInput` if the checkpoint has none of that name."""
         from safetensors import safe_open
 
         if name not in self._file_of:
@@ -65,10 +65,10 @@ class StoredTensors:
             return tensor
 
     def in_memory(self, prefix: str, *, pinned: bool) -> dict[str, torch.Tensor]:
-        """Return the tensors whose names begin with `prefix`, read from disk to the last byte.
+        """Return the tensors whose names begin with `prefix`, fully read from disk.
 
         `read` maps a file and leaves its bytes on disk until they are used. `pinned` copies them to
-        memory that a GPU fetches from while this process does something else.
+        pinned memory, from which a GPU can copy asynchronously.
         """
         tensors = {name: self.read(name) for name in self.names if name.startswith(prefix)}
         for name, tensor in tensors.items():
@@ -79,7 +79,7 @@ class StoredTensors:
         return tensors
 
     def of_module(self, name: str) -> dict[str, torch.Tensor]:
-        """Return a module's own tensors, named without its prefix; {} where it has none."""
+        """Return a module's own tensors, named without its prefix; {} if it has none."""
         return {part: self.read(f"{name}.{part}") for part in self.parts_of(name)}
 
     def parts_of(self, name: str) -> tuple[str, ...]:
@@ -97,36 +97,36 @@ class StoredTensors:
 
 @dataclass(frozen=True)
 class LoadedTensors:
-    """A checkpoint's tensors on a device, some of them read from disk before."""
+    """A checkpoint's tensors on a device, some of them read from disk in advance."""
 
     stored: StoredTensors
     device: torch.device
     ahead: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By full name, on the CPU."""
+    """The tensors read in advance, by full name, on the CPU."""
 
     @property
     def directory(self) -> Path:
-        """The checkpoint's."""
+        """The checkpoint's directory."""
         return self.stored.directory
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor on the device; `BadInput` where the checkpoint has none of that name.
+        """Return one tensor on the device; `BadInput` if the checkpoint has none of that name.
 
-        A copy from pinned memory may be under way still; what the device does next waits for it.
+        A copy from pinned memory may still be in progress; the device's next work waits for it.
         """
         tensor = self.ahead[name] if name in self.ahead else self.stored.read(name)
         return tensor.to(self.device, non_blocking=True)
 
     def of_module(self, name: str) -> dict[str, torch.Tensor]:
-        """Return a module's own tensors, named without its prefix; {} where it has none."""
+        """Return a module's own tensors, named without its prefix; {} if it has none."""
         return {part: self.read(f"{name}.{part}") for part in self.stored.parts_of(name)}
 
 
 def _touch(tensor: torch.Tensor) -> None:
-    """Have every page of a mapped tensor read; by NumPy, which starts no threads for it."""
+    """Read every page of a mapped tensor; NumPy starts no threads for this."""
     import torch
 
     tensor.reshape(-1).view(torch.uint8).numpy()[::PAGE].max(initial=0)

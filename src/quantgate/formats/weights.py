@@ -1,6 +1,6 @@
-"""Dequantize a linear layer's weight, in float32, from the tensors of a checkpoint.
+"""Dequantize a linear layer's weight in float32 from a checkpoint's tensors.
 
-`weights` is a config group's `weights` in `config.json`, as it was written.
+`weights` is a config group's `weights` in `config.json`, unchanged.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Tensors = Mapping[str, "torch.Tensor"]
 
 
 def dequantize_weight(tensors: Tensors, weights: Mapping[str, Any]) -> torch.Tensor:
-    """Return the weight float32 [out, in] that a module's tensors stand for.
+    """Return a module's dequantized weight, float32 [out, in].
 
     `tensors` are named as in the checkpoint, without the module's prefix: `weight` or
-    `weight_packed`, `weight_scale`, and what the format has besides. Value = (code - zero point) x
+    `weight_packed`, `weight_scale`, and the format's other tensors. Value = (code - zero point) x
     scale, with the scale of the code's group; NVFP4's group scales are divided by its global scale.
-    A `ValueError` names what is missing or does not fit.
+    A `ValueError` names a tensor that is missing or has the wrong shape.
     """
     codes = _codes(tensors, weights)
     scale = _scale(tensors)
@@ -43,7 +43,10 @@ def _codes(tensors: Tensors, weights: Mapping[str, Any]) -> torch.Tensor:
     rows, columns = (int(size) for size in _needed(tensors, "weight_shape"))
     codes = unpack_integers(packed, int(weights["num_bits"]), columns)
     if len(codes) != rows:
-        raise ValueError(f"weight_shape says {rows} rows, weight_packed has {len(codes)}.")
+        raise ValueError(
+            f"weight_shape says {rows} rows, but weight_packed has {len(codes)}; export the "
+            "checkpoint again."
+        )
     return codes.float()
 
 
@@ -69,7 +72,8 @@ def _zero_point(
         stored = unpack_integers(stored, int(weights["num_bits"]), len(codes), dim=0)
     if stored.shape != scale.shape:
         raise ValueError(
-            f"weight_zero_point is {list(stored.shape)}, weight_scale {list(scale.shape)}."
+            f"weight_zero_point has shape {list(stored.shape)}, but weight_scale has "
+            f"{list(scale.shape)}, and both must be the same; export the checkpoint again."
         )
     return stored.float()
 
@@ -77,7 +81,7 @@ def _zero_point(
 def _spread(
     parameters: torch.Tensor, codes: torch.Tensor, tensors: Tensors, weights: Mapping[str, Any]
 ) -> torch.Tensor:
-    """Return scales or zero points as they apply to codes [out, in]: broadcastable to that."""
+    """Return scales or zero points in a shape that broadcasts to the codes' [out, in]."""
 
     rows, columns = codes.shape
     strategy = weights.get("strategy")
@@ -98,7 +102,7 @@ def _spread(
 
 
 def _groups_of_columns(tensors: Tensors, columns: int, size: int, groups: int) -> torch.Tensor:
-    """Return the group of each column, int64: in order, or as act-order's `weight_g_idx` says."""
+    """Return the group of each column, int64: in order, or from act-order's `weight_g_idx`."""
     import torch
 
     given = tensors.get("weight_g_idx")

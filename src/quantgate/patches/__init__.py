@@ -1,1 +1,1 @@
-"""All that alters vLLM: score mode, emulated kernels, pooling."""
+"""Everything that alters vLLM: score mode, emulated kernels, pooling."""

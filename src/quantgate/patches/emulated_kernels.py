@@ -1,10 +1,10 @@
 """The emulated kernels: dequantize, multiply in float32, and round once to the input's dtype.
 
-Imported once vLLM's kernels are, and before its layers are, which import kernels. Inputs are
-quantized by vLLM's own code where it has any for the CPU; where it has none, by the format's
-definition. Products of 16-bit numbers are exact in float32, so that such a product differs from a
-16-bit one only in the precision of its sums; and it is the same on every processor, where a 16-bit
-one is ten times slower on one without AVX512-BF16.
+Import this after vLLM's kernels and before its layers, which import kernels. Inputs are quantized
+by vLLM's own code if it has any for the CPU, and by the format's definition otherwise. Products of
+16-bit numbers are exact in float32, so a float32 matrix product differs from a 16-bit one only in
+the precision of its sums. It is also the same on every processor, and a 16-bit one is ten times
+slower without AVX512-BF16.
 """
 
 from __future__ import annotations
@@ -45,35 +45,35 @@ E4M3 = torch.float8_e4m3fn
 
 
 class DequantizingLinearKernel(MPLinearKernel):  # type: ignore[misc]
-    """Integer weights, W4A16, W8A16 and W4AFP8: dequantized once, after loading."""
+    """Integer weights (W4A16, W8A16, W4AFP8), dequantized once after loading."""
 
     emulated = True
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Return -1: any machine will do."""
+        """Return -1: any machine is supported."""
         return -1
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-        """Decline where the build has a kernel of its own that runs, and portable is not asked."""
+        """Decline if the build has a working native kernel, unless portable is requested."""
         if not portable_wanted() and _has_native_wna16(c):
-            return False, "this build has a kernel of its own"
+            return False, "this build has a native kernel"
         if 32 % c.weight_type.size_bits:
             return False, f"{c.weight_type} does not divide 32 bits"
         if getattr(c, "has_g_idx", False):
-            return False, "columns in an order of their own (act-order) are not emulated"
+            return False, "act-order (g_idx) is not emulated"
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the packed weight by `weight` [out, in] in the dtype it is multiplied in."""
-        # vLLM 0.26 gives the order of its columns too, which `can_implement` lets be none there.
+        """Replace the packed weight with `weight` [out, in] in the dtype of the product."""
+        # vLLM 0.26 also returns the column order, which is None because of `can_implement`.
         packed, scale, zero_point, *_ = self._get_weight_params(layer)
         weight_type = self.config.weight_type
         # [out, in]: the checkpoint's layout, packed along the input dimension.
         code = unpack_quantized_values_into_int32(packed, weight_type, packed_dim=1)
         if zero_point is None:
-            # Stored without a sign whatever vLLM calls the type, e.g. int4 for W4AFP8.
+            # Stored unsigned, whatever vLLM calls the type, e.g. int4 for W4AFP8.
             offset = torch.full_like(scale, 1 << (weight_type.size_bits - 1), dtype=torch.int32)
         else:
             offset = unpack_quantized_values_into_int32(zero_point, weight_type, packed_dim=0)
@@ -99,24 +99,24 @@ class DequantizingLinearKernel(MPLinearKernel):  # type: ignore[misc]
 
 
 class DequantizingInt8LinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[misc]
-    """W8A8-int8: inputs quantized by vLLM's own operator, then a product in float32."""
+    """W8A8-int8: inputs are quantized by vLLM's own operator and multiplied in float32."""
 
     emulated = True
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """Decline where the build's own kernel may be used: every CPU build has one."""
+        """Decline if the native kernel may be used; every CPU build has one."""
         return portable_wanted() or _is_disabled(
             CPUInt8ScaledMMLinearKernel
-        ), "a native one is there"
+        ), "this build has a native kernel"
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-        """Accept every kind of W8A8-int8."""
+        """Accept every variant of W8A8-int8."""
         return True, None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Replace the int8 weight by `weight` float32 [out, in]."""
+        """Replace the int8 weight with `weight` float32 [out, in]."""
         weight, scale, _, _, _ = self._get_layer_params(layer)
         if not self.config.is_channelwise:
             from vllm.model_executor.layers.quantization.utils.w8a8_utils import (
@@ -145,7 +145,7 @@ class DequantizingInt8LinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
 
 
 class DequantizingFp8LinearKernel(FP8ScaledMMLinearKernel):  # type: ignore[misc]
-    """FP8, scaled per tensor, channel or token: inputs quantized by vLLM's torch code."""
+    """FP8 with scales per tensor, channel or token; vLLM's torch code quantizes inputs."""
 
     emulated = True
 
@@ -156,12 +156,14 @@ class DequantizingFp8LinearKernel(FP8ScaledMMLinearKernel):  # type: ignore[misc
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-        """Decline dynamic scales unless portable is asked: every CPU build has them of its own."""
+        """Decline dynamic scales unless portable is requested; every CPU build supports them."""
         static = c.activation_quant_key.scale.static
-        return portable_wanted() or (static_fp8_is_missing() and static), "a native kernel is there"
+        return portable_wanted() or (
+            static_fp8_is_missing() and static
+        ), "this build has a native kernel"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the FP8 weight [in, out] by `weight` float32 [out, in]."""
+        """Replace the FP8 weight [in, out] with `weight` float32 [out, in]."""
         weight, scale, _, _ = self._get_layer_params(layer)
         _hold(layer, weight.t().float() * scale.float().view(-1, 1))
 
@@ -179,23 +181,23 @@ class DequantizingFp8LinearKernel(FP8ScaledMMLinearKernel):  # type: ignore[misc
 
 
 class DequantizingFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
-    """FP8_BLOCK: inputs quantized in groups by vLLM's torch code."""
+    """FP8_BLOCK: vLLM's torch code quantizes inputs in groups."""
 
     emulated = True
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """Decline where the build has a kernel of its own that runs: it needs AMX."""
+        """Decline if the native kernel runs here; it needs AMX."""
         native = torch.cpu._is_amx_tile_supported()
-        return portable_wanted() or not native, "this machine has a kernel of its own"
+        return portable_wanted() or not native, "this machine has a native kernel"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the FP8 weight by `weight` float32 [out, in]."""
+        """Replace the FP8 weight with `weight` float32 [out, in]."""
         super().process_weights_after_loading(layer)
         params = self._get_layer_params(layer)
         shape = self.weight_group_shape
         rows, columns = params.weight.shape
-        # What compressed-tensors calls `weight_scale` is `weight_scale_inv` to other exporters.
+        # Some exporters call compressed-tensors' `weight_scale` `weight_scale_inv`.
         block_scale = params.weight_scale
         if params.weight_scale_inv is not None:
             block_scale = params.weight_scale_inv
@@ -218,7 +220,7 @@ class DequantizingFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: i
 
 
 class _WeightOnlyFp4:
-    """What weight-only NVFP4 and MXFP4 share: no build has a CPU kernel for either."""
+    """Shared by weight-only NVFP4 and MXFP4; no build has a CPU kernel for either."""
 
     emulated = True
 
@@ -234,7 +236,7 @@ class _WeightOnlyFp4:
         codes = decode_e2m1(layer.get_parameter("weight").data)
         scale = self.group_scale(layer, layer.get_parameter("weight_scale").data)
         spread = scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
-        # vLLM loads under the dtype that is served, in which a real kernel would read the weight.
+        # The default dtype while vLLM loads is the serving dtype, which a real kernel would use.
         _hold(layer, (codes * spread).to(torch.get_default_dtype()).float())
 
     def group_scale(self, layer: torch.nn.Module, scale: torch.Tensor) -> torch.Tensor:
@@ -247,24 +249,24 @@ class _WeightOnlyFp4:
 
 
 class DequantizingMxFp4LinearKernel(_WeightOnlyFp4, MxFp4LinearKernel):  # type: ignore[misc]
-    """MXFP4A16: dequantized once, after loading."""
+    """MXFP4A16, dequantized once after loading."""
 
 
 class DequantizingNvFp4LinearKernel(_WeightOnlyFp4, NvFp4LinearKernel):  # type: ignore[misc]
-    """NVFP4A16: dequantized once, after loading."""
+    """NVFP4A16, dequantized once after loading."""
 
     def group_scale(self, layer: torch.nn.Module, scale: torch.Tensor) -> torch.Tensor:
-        """Return the scales float32 [out, groups]; vLLM has inverted the global one by now."""
+        """Return the scales float32 [out, groups]; vLLM has already inverted the global scale."""
         return scale.float() * layer.get_parameter("weight_global_scale").float()
 
 
 class DequantizingNvFp4InputsLinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
-    """NVFP4: inputs quantized by vLLM's torch code, the weight dequantized once, after loading."""
+    """NVFP4: vLLM's torch code quantizes inputs; the weight is dequantized once after loading."""
 
     emulated = True
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the packed weight by `weight` float32 [out, in], rounded to what is served."""
+        """Replace the packed weight with float32 `weight` [out, in], rounded as served."""
         super().process_weights_after_loading(layer)
         weight = dequantize_to_dtype(
             layer.get_parameter("weight").data.view(torch.uint8),
@@ -286,12 +288,12 @@ class DequantizingNvFp4InputsLinearKernel(EmulationNvFp4LinearKernel):  # type: 
 
 
 class DequantizingMxfp8LinearKernel(EmulationMxfp8LinearKernel):  # type: ignore[misc]
-    """MXFP8: dequantized once, after loading, by vLLM's own code; inputs stay as they are."""
+    """MXFP8, dequantized once after loading by vLLM's own code; inputs are not quantized."""
 
     emulated = True
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the MXFP8 weight by `weight` float32 [out, in]."""
+        """Replace the MXFP8 weight with `weight` float32 [out, in]."""
         weight, scale = layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data
         rows, columns = weight.shape
         blocks = scale[:rows, : columns // MXFP8_BLOCK_SIZE].contiguous()
@@ -309,7 +311,7 @@ def weight_only_nvfp4() -> NvFp4LinearKernel:
     return DequantizingNvFp4LinearKernel(NvFp4LinearLayerConfig())
 
 
-# vLLM's tables of kernels, and what is put in front of each on CPU.
+# vLLM's tables of kernels, and the kernels to insert at the front of each on CPU.
 KERNELS: dict[str, list[type]] = {
     "_POSSIBLE_KERNELS": [DequantizingLinearKernel],
     "_POSSIBLE_INT8_KERNELS": [DequantizingInt8LinearKernel],
@@ -348,14 +350,14 @@ def _multiply(
 
 
 def _is_disabled(kernel: type) -> bool:
-    """Whether a person took a kernel of vLLM's away (`VLLM_DISABLED_KERNELS`)."""
+    """Whether the user disabled this vLLM kernel (`VLLM_DISABLED_KERNELS`)."""
     from vllm import envs
 
     return kernel.__name__ in envs.VLLM_DISABLED_KERNELS
 
 
 def _has_native_wna16(config: Any) -> bool:
-    """Whether vLLM's own kernel runs: AVX-512 builds have it, for 4 bits and 16-bit activations."""
+    """Whether vLLM's own kernel runs; AVX-512 builds have one for 4 bits, 16-bit activations."""
     return (
         hasattr(torch.ops._C, "cpu_gemm_wna16")
         and not _is_disabled(CPUWNA16LinearKernel)

@@ -1,11 +1,12 @@
-"""Kernels for formats that this machine's vLLM build lacks; always visible in the verdict.
+"""Emulated kernels for formats that this machine's vLLM build lacks; verdicts always name them.
 
-vLLM's own loading, sharding and fusing of q/k/v still run, which is where most real bugs live: only
-the product is emulated. An emulated kernel never counts as evidence about the real one.
+Only the matrix product is emulated. vLLM's own loading, sharding and fusing of q/k/v still run,
+and that is where most real bugs are. An emulated kernel never counts as evidence about the real
+one.
 
-An engine is asked for one of two kinds (`[engine] kernels`). "native": a kernel of vLLM's wherever
-the build has one, an emulated one elsewhere. "portable": emulated ones everywhere, so that a golden
-holds on every x86-64 machine. Only vLLM's CPU platform is touched.
+`[engine] kernels` selects one of two kinds. "native": vLLM's kernel if the build has one, an
+emulated one otherwise. "portable": always an emulated one, so that a golden holds on every x86-64
+machine. Only vLLM's CPU platform is patched.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors
 
 
 def engine_arguments(kernels: str, kv_cache_scheme: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what `vllm.LLM` is given for a kind of kernels.
+    """Return the arguments of `vllm.LLM` for a kind of kernels.
 
-    A quantized KV cache is emulated on CPU by quantizing keys and values on their way into an
-    unquantized one, so vLLM must not be told of it: its CPU kernel needs AVX-512 or AMX.
+    On CPU a quantized KV cache is emulated by quantizing keys and values before they enter an
+    unquantized one. The scheme is hidden from vLLM, whose own CPU kernel needs AVX-512 or AMX.
     """
     wanted: dict[str, Any] = {"kernels": kernels}
     arguments: dict[str, Any] = {"additional_config": {ADDITIONAL_CONFIG_KEY: wanted}}
@@ -51,7 +52,7 @@ def _without_kv_cache_scheme(config: Any) -> Any:
 
 
 def register_kernels(module: ModuleType) -> None:
-    """Offer the emulated kernels to vLLM's choice of kernels on CPU (vllm…kernels.linear)."""
+    """Add the emulated kernels to vLLM's tables for the CPU (vllm…kernels.linear)."""
     from vllm.platforms import PlatformEnum, current_platform
 
     from quantgate.patches.emulated_kernels import KERNELS
@@ -60,8 +61,8 @@ def register_kernels(module: ModuleType) -> None:
         return
 
     for table, kernels in KERNELS.items():
-        # First, not last: vLLM's CPU kernels claim builds in which their operator does not exist.
-        # An emulated one declines where it is not wanted.
+        # First, because vLLM's CPU kernels accept builds in which their operator does not exist.
+        # An emulated kernel declines if it is not wanted.
         possible = getattr(module, table).setdefault(PlatformEnum.CPU, [])
         possible[:0] = kernels
 
@@ -73,7 +74,7 @@ def register_kernels(module: ModuleType) -> None:
     cpu_only=True,
 )
 def init_nvfp4_linear_kernel(stock: Any, use_a16: Any = False, *args: Any, **kwargs: Any) -> Any:
-    """Let NVFP4A16 load on CPU, where vLLM would insist on Marlin."""
+    """Let NVFP4A16 load on CPU, where vLLM would require Marlin."""
     if use_a16:
         from quantgate.patches.emulated_kernels import weight_only_nvfp4
 
@@ -90,7 +91,7 @@ def init_nvfp4_linear_kernel(stock: Any, use_a16: Any = False, *args: Any, **kwa
 def is_fp8_w4a8_sm90(
     stock: Any, cls: Any, weight_quant: Any, input_quant: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Let W4AFP8 load on CPU: vLLM's scheme asks for SM 9.0; its loading does not."""
+    """Let W4AFP8 load on CPU: vLLM's scheme requires SM 9.0, but its loading does not."""
     return cls._is_fp8_w4a8(weight_quant, input_quant)
 
 
@@ -103,7 +104,7 @@ def is_fp8_w4a8_sm90(
 def process_weights_after_loading(
     stock: Any, method: Any, layer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Keep KV scales where the cache is emulated."""
+    """Keep the KV scales if the cache is emulated."""
     answer = stock(layer, *args, **kwargs)
     if wanted().get("kv_cache") == "fp8":
         setattr(layer, EMULATED_KV_SCALES, (layer._k_scale_float, layer._v_scale_float))
@@ -112,7 +113,7 @@ def process_weights_after_loading(
 
 @hook("vllm._custom_ops", "scaled_fp8_quant", feature=EMULATION, cpu_only=True)
 def scaled_fp8_quant(stock: Any, input: Any, scale: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Give static FP8 quantization a body: vLLM's CPU builds have an empty stub of it."""
+    """Implement static FP8 quantization, an empty stub in vLLM's CPU builds."""
     if scale is not None and (portable_wanted() or static_fp8_is_missing()):
         from quantgate.formats.activations import to_e4m3
 
@@ -130,14 +131,14 @@ def scaled_fp8_quant(stock: Any, input: Any, scale: Any = None, *args: Any, **kw
 def process_unquantized_linear(
     stock: Any, method: Any, layer: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Multiply 16-bit numbers in float32 where portable kernels are asked for.
+    """Multiply 16-bit numbers in float32 if portable kernels are requested.
 
-    What a build has for 16-bit products differs from processor to processor, in how it adds up and,
-    without AVX512-BF16, tenfold in speed.
+    A build's own 16-bit product sums differently from processor to processor and is ten times
+    slower without AVX512-BF16.
     """
     if not portable_wanted() or not _is_16_bit(layer.weight):
         return stock(layer, *args, **kwargs)
-    # Before the stock method, which may pack the weight for a kernel of its own.
+    # Before the stock method, which may pack the weight for its own kernel.
     float32 = layer.weight.detach().float()
     answer = stock(layer, *args, **kwargs)
     layer.cpu_linear = functools.partial(_float32_linear, float32)
@@ -166,7 +167,7 @@ def _float32_linear(float32: Any, x: Any, _weight: Any, bias: Any = None) -> Any
 def attention_forward(
     stock: Any, layer: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Quantize keys and values on their way into the cache where a quantized cache is emulated."""
+    """Quantize keys and values before they enter the cache, if a quantized cache is emulated."""
     if (scales := getattr(layer, EMULATED_KV_SCALES, None)) is not None:
         from quantgate.formats.activations import fp8_cached
 

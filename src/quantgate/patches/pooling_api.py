@@ -1,11 +1,11 @@
-"""What quantgate adds to vLLM's pooling models: their first spelling, and heads in full precision.
+"""Additions to vLLM's pooling models: their original spelling, and heads in full precision.
 
     LLM(model=…, task="token_classification", model_config={"num_labels": 5})
     llm.encode(text)[0].data
 
-mean today's `runner="pooling"`, `pooler_config={"task": "token_classify", "use_activation": False}`
-and `encode(text, pooling_task="token_classify")[0].outputs.data`. What a user says of the labels is
-checked against the checkpoint before anything is loaded.
+is the same as `runner="pooling"`, `pooler_config={"task": "token_classify", "use_activation":
+False}` and `encode(text, pooling_task="token_classify")[0].outputs.data`. `num_labels` is checked
+against the checkpoint before anything is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from quantgate.formats.groups import group_of
 from quantgate.patches.scoremode.hooks import POOLING, hook
 from quantgate.subject.task import GENERATE, HEADS, label_names, num_labels, task_of
 
-# The tasks of the first spelling; both give logits for each token.
+# The tasks of the original spelling; both return logits for each token.
 TOKEN_TASKS = ("token_classification", "token_reward")
 # What marks a head that vLLM would have loaded wrong: `get_quant_method` says why.
 REPAIRED_HEAD = "quantgate_repaired_head"
@@ -26,7 +26,7 @@ COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors
 
 @hook("vllm.entrypoints.llm", "LLM.__init__", feature=POOLING)
 def init(stock: Any, llm: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let `LLM` take `task=` and `model_config=`."""
+    """Let `LLM` accept `task=` and `model_config=`."""
     task = kwargs.pop("task", None)
     if task is None:
         return stock(model, *args, **kwargs)
@@ -40,7 +40,7 @@ def init(stock: Any, llm: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
 def encode(
     stock: Any, llm: Any, prompts: Any, *args: Any, pooling_task: Any = None, **kwargs: Any
 ) -> Any:
-    """Let `LLM.encode` know its engine's task."""
+    """Make the engine's task the default of `LLM.encode`."""
     if pooling_task is None:
         pooler = llm.llm_engine.model_config.pooler_config
         pooling_task = pooler and pooler.task
@@ -50,13 +50,13 @@ def encode(
 
 
 def token_task_options(model: Any, task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return today's options of `LLM` for a task of the first spelling, or raise a `ValueError`.
+    """Return the options of `LLM` for a task in the original spelling, or raise a `ValueError`.
 
-    `settings` may hold `num_labels`, which must be what the checkpoint says.
+    `settings` may hold `num_labels`, which must match the checkpoint.
     """
     if task not in TOKEN_TASKS:
         raise ValueError(
-            f"task='{task}' is none of {', '.join(TOKEN_TASKS)}; vLLM's own tasks are given as "
+            f"task='{task}' is not one of {', '.join(TOKEN_TASKS)}; give vLLM's own tasks as "
             'runner="pooling" and pooler_config={"task": …}.'
         )
     if unknown := sorted(set(settings) - {"num_labels"}):
@@ -93,7 +93,7 @@ def _config_of(model: Any) -> dict[str, Any]:
 
 
 def refuse_empty(prompts: Any) -> None:
-    """Raise a `ValueError` where a prompt has no token: there would be nothing to label."""
+    """Raise a `ValueError` if a prompt is empty, because it has no token to label."""
     for number, prompt in enumerate(_each(prompts)):
         content = prompt
         if isinstance(prompt, Mapping):
@@ -108,7 +108,7 @@ def _each(prompts: Any) -> Iterator[Any]:
 
 
 def patch_outputs(module: Any) -> None:
-    """Give `PoolingRequestOutput` the `data` of its outputs, unless it has one of its own."""
+    """Add `data` to `PoolingRequestOutput`, unless this vLLM has it already."""
     if hasattr(module.PoolingRequestOutput, "data"):
         return
     module.PoolingRequestOutput.data = property(lambda output: output.outputs.data)
@@ -118,11 +118,11 @@ def patch_outputs(module: Any) -> None:
 def get_quant_method(
     stock: Any, config: Any, layer: Any, prefix: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Keep heads of models that pool in full precision.
+    """Keep the heads of pooling models in full precision.
 
-    vLLM 0.32.0 gives the head of a reward model no name, so that `ignore` cannot name it: it would
-    be loaded as a quantized layer, which fails, or gives NaN. A head that is quantized on disk
-    cannot be served right with a bias, so it is refused.
+    vLLM 0.32.0 gives a reward model's head no name that `ignore` could match, so it would load the
+    head as a quantized layer, which fails or gives NaN. A head that is quantized on disk cannot be
+    served correctly with a bias and is refused.
     """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 

@@ -1,4 +1,4 @@
-"""Which kernels an engine was asked for, how an emulated one is known, what this build lacks."""
+"""The kernels requested for an engine, the marks of emulated ones, and what this build lacks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-# The key in vLLM's `additional_config`, which reaches every process of an engine.
+# The key in vLLM's `additional_config`, which is passed to every process of an engine.
 ADDITIONAL_CONFIG_KEY = "quantgate"
 PORTABLE = "portable"
 NATIVE = "native"
-# Where an attention layer keeps the scales (k, v) of an emulated FP8 KV cache.
+# The attribute of an attention layer with the scales (k, v) of an emulated FP8 KV cache.
 EMULATED_KV_SCALES = "quantgate_kv_scales"
-# What marks an unquantized layer whose products are emulated.
+# The attribute that marks an unquantized layer whose product is emulated.
 EMULATED_LINEAR = "quantgate_float32_linear"
 
 
@@ -22,7 +22,7 @@ def is_emulated(kernel: object) -> bool:
 
 
 def wanted() -> Mapping[str, Any]:
-    """Return what the engine that is being loaded was asked for."""
+    """Return quantgate's settings of the engine that is loading."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
@@ -33,7 +33,7 @@ def wanted() -> Mapping[str, Any]:
 
 
 def portable_wanted() -> bool:
-    """Whether the engine that is being loaded was asked for portable kernels."""
+    """Whether portable kernels are requested for the engine that is loading."""
     return bool(wanted().get("kernels", NATIVE) == PORTABLE)
 
 

@@ -1,1 +1,1 @@
-"""The gate as a pytest plugin; `quantgate.pytest_plugin` has its hooks."""
+"""The gate as a pytest plugin; its hooks are in `quantgate.pytest_plugin`."""

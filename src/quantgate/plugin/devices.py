@@ -1,4 +1,4 @@
-"""Which GPUs a worker owns: an equal part each, none shared."""
+"""Assign GPUs to xdist workers: an equal share each, none shared between two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 def gpus() -> list[str]:
     """Return the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
 
-    Opens no CUDA context: a worker chooses its own afterwards.
+    Opens no CUDA context, because a worker selects its GPUs only afterwards.
     """
     if (visible := os.environ.get(VISIBLE)) is not None:
         return [name for name in visible.split(",") if name]
@@ -23,9 +23,9 @@ def gpus() -> list[str]:
 
 
 def share(worker: int, workers: int, found: Sequence[str]) -> list[str]:
-    """Return the GPUs of worker number `worker` (from 0) of `workers`; none where none are.
+    """Return the GPUs of worker number `worker` (from 0) of `workers`; [] without GPUs.
 
-    Raises `BadInput` where there are fewer GPUs than workers: two engines would share one.
+    Raises `BadInput` if there are fewer GPUs than workers, because two engines would share one.
     """
     if not found:
         return []
@@ -39,7 +39,7 @@ def share(worker: int, workers: int, found: Sequence[str]) -> list[str]:
 
 
 def require_gpus(checkpoint_id: str, needed: int, owned: int, workers: int) -> None:
-    """Raise `BadInput` where a worker owns fewer GPUs than a checkpoint's engine takes."""
+    """Raise `BadInput` if a worker owns fewer GPUs than a checkpoint's engine needs."""
     if needed > owned:
         raise BadInput(
             f"{checkpoint_id}: tensor_parallel_size={needed}, but with -n {workers} a worker owns "

@@ -1,4 +1,4 @@
-"""What a suite's test holds: it asks a check, and records its verdict."""
+"""The `gate` fixture of the suites: it runs a check and records its verdict."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a suite's test holds: what it measures with, and the place where its verdict goes."""
+    """The value of the `gate` fixture: runs one test's check and records its verdict."""
 
     run: GateRun
     lab: Lab
@@ -47,7 +47,7 @@ class Gate:
         return self.run.results[self.item.nodeid].check
 
     def ask(self) -> None:
-        """Ask this test's check, one of `checks.CHECKS`, and fail unless it passes."""
+        """Run this test's check, one of `checks.CHECKS`; fail the test unless it passes."""
         __tracebackhide__ = True
         check = checks.named(self.check)
         assert check is not None, f"there is no check '{self.check}'; give judge() a verdict"
@@ -58,8 +58,8 @@ class Gate:
     def judge(self, verdict: Verdict) -> None:
         """Record the verdict of this check, and fail the test unless it is a pass.
 
-        A known failure is an expected one: it is shown and does not count, and a pass in its place
-        is a failure, so that no entry outlives what it is about.
+        A known failure is reported as an expected failure and does not count. If the check passes
+        instead, the test fails, so that outdated entries are removed.
         """
         __tracebackhide__ = True
         result = self.run.results[self.item.nodeid]
@@ -84,7 +84,7 @@ class Gate:
             pytest.fail(message, pytrace=False)
 
     def _completed(self, verdict: Verdict, checkpoint: Checkpoint) -> Verdict:
-        """Add what every check's verdict has: the noise floor, what changed since, what to do."""
+        """Add the noise floor, the changes since the golden, and the next step to a verdict."""
         if verdict.dtype is None:
             return verdict
         case = Case.of(checkpoint, verdict.dtype, self.lab)
@@ -99,7 +99,7 @@ class Gate:
 
 @pytest.fixture
 def gate(request: pytest.FixtureRequest, checkpoint: Checkpoint, device: str) -> Gate:
-    """The gate, for one check."""
+    """The gate for one check."""
     run = request.config.stash[RUN]
     if run.lab is None:
         announce = _announcer(request.config)
@@ -112,12 +112,12 @@ def gate(request: pytest.FixtureRequest, checkpoint: Checkpoint, device: str) ->
         )
         for note in run.lab.ledger.notes:
             announce(note)
-    run.lab.forget_others(checkpoint)  # they follow one another
+    run.lab.forget_others(checkpoint)  # a checkpoint's checks run consecutively
     return Gate(run, run.lab, request.node, lambda: request.getfixturevalue("snapshot"))
 
 
 def record(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-    """Give a selected check its result, whatever became of its test, and clean its report."""
+    """Record a selected check's result, even if its test errored out, and clean its report."""
     run = item.config.stash[RUN]
     if (result := run.results.get(item.nodeid)) is None:
         return
@@ -126,8 +126,8 @@ def record(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
         report.longrepr = str(error)
     elif report.failed:
         report.longrepr = _printable_lines(report.longreprtext)
-    # A check that explains itself needs no captured output, and thousands of lines that libraries
-    # log at DEBUG would bury even a traceback.
+    # A check with a message of its own needs no captured output, and the thousands of lines that
+    # libraries log at DEBUG would bury even a traceback.
     quiet = foreseen or result.verdict != PENDING
     report.sections = [] if quiet else [s for s in report.sections if "Captured log" not in s[0]]
     if result.verdict == PENDING and not report.passed:
@@ -139,7 +139,7 @@ def record(item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestRe
 
 
 def _printable_lines(text: str) -> str:
-    """Return a traceback without what a terminal would obey: a checkpoint's words may be in it."""
+    """Return a traceback without control characters, which may come from a checkpoint."""
     return "\n".join(printable(line.expandtabs()) for line in text.splitlines())
 
 
@@ -148,7 +148,7 @@ def _probes(root: Path) -> Callable[[Task, bool], Probe]:
 
 
 def _served_again(run: GateRun) -> Callable[[Case], list[Probe]]:
-    """Return what says which probes the selected checks will have served again."""
+    """Return a function that tells which probes the selected checks need rerun."""
     selected: dict[str, set[str]] = {}
     for result in run.results.values():
         selected.setdefault(result.checkpoint, set()).add(result.check)
@@ -167,7 +167,7 @@ def _served_again(run: GateRun) -> Callable[[Case], list[Probe]]:
 
 
 def _announcer(config: pytest.Config) -> Callable[[str], None]:
-    """Return a function that prints a line of progress past pytest's capturing."""
+    """Return a function that prints a line of progress despite pytest's output capturing."""
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     capture: Any = config.pluginmanager.get_plugin("capturemanager")
 

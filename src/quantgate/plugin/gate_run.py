@@ -1,4 +1,4 @@
-"""What one pytest session knows of its gate run, and of each check in it."""
+"""The state of a gate run in one pytest session."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ DEFAULT_CACHE = Path(".gate-cache")
 
 @dataclass
 class GateRun:
-    """What one pytest session knows of its gate run."""
+    """The state of a gate run in one pytest session."""
 
     root: Path
     started: float = field(default_factory=time.time)
     engines_before: int = field(default_factory=lambda: len(engine.LIVES))
     checkpoints: list[Checkpoint] | None = None
-    """The selected ones, once a suite was collected."""
+    """The selected checkpoints; None until a suite is collected."""
     schemes: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
-    """Why nothing can be judged: raised once collection is over."""
+    """Why nothing can be judged; raised at the end of collection."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    """Subject and reason."""
+    """The skipped checks: subject and reason."""
     results: dict[str, CheckResult] = field(default_factory=dict)
-    """By node id: "not-run" for every selected check, until its test has judged it."""
+    """By node id; every selected check is "not-run" until its test has judged it."""
     lab: Lab | None = None
     order: dict[str, int] = field(default_factory=dict)
-    """Where each check stands in xdist's workers' collection: results come as they are ready."""
+    """Each check's position in the xdist workers' collection, because results arrive unordered."""
     crashed: dict[str, str] = field(default_factory=dict)
-    """What xdist says of each check that a worker did not survive."""
+    """xdist's report for each check during which a worker crashed."""
     places: dict[str, int] = field(default_factory=dict)
-    """Which part of the machine each of xdist's workers has: a crashed one's goes to its heir."""
+    """Each xdist worker's share of the machine; a replacement inherits a crashed worker's."""
     notes: list[str] = field(default_factory=list)
-    """What xdist's workers want its reader to know."""
+    """Notes from the xdist workers."""
     engines: list[EngineLife] = field(default_factory=list)
-    """Those that xdist's workers started."""
+    """The engines that the xdist workers started."""
 
     @property
     def all_notes(self) -> list[str]:
-        """What the run's reader must know, wherever it was measured."""
+        """The run's notes, from all processes."""
         return [*self.notes, *(self.lab.ledger.notes if self.lab else ())]
 
     @property
     def all_engines(self) -> list[EngineLife]:
-        """The engines that were started, in whichever process."""
+        """The engines that were started, in all processes."""
         return [*self.engines, *engine.LIVES[self.engines_before :]]
 
 
@@ -66,23 +66,23 @@ RUN = pytest.StashKey[GateRun]()
 
 
 def params_of(item: pytest.Item) -> dict[str, Any]:
-    """Return a check's parameters; {} for a test that judges no checkpoint."""
+    """Return a check's parameters; {} for a test without a checkpoint."""
     params = getattr(getattr(item, "callspec", None), "params", {})
     return params if isinstance(params.get("checkpoint"), Checkpoint) else {}
 
 
 def is_check(item: pytest.Item) -> bool:
-    """Whether a test is parametrized over checkpoints, of which there may be none for it."""
+    """Whether a test is parametrized over checkpoints, even if none applies to it."""
     return "checkpoint" in getattr(getattr(item, "callspec", None), "params", {})
 
 
 def subject_of(item: pytest.Item) -> str:
-    """Return what a check judges, for a person: "tiny-llama drift-float32 on cpu"."""
+    """Return a readable name of a check, e.g. "tiny-llama drift-float32 on cpu"."""
     params = params_of(item)
     return f"{params['checkpoint'].id} {check_of(item.nodeid)} on {params['device']}"
 
 
 def cache_directory(config: pytest.Config) -> Path:
-    """Return where a run keeps measurements of references and bases."""
+    """Return the directory of the cached measurements of references and bases."""
     found: Path = config.getoption("gate_cache") or config.rootpath / DEFAULT_CACHE
     return found

@@ -1,4 +1,4 @@
-"""The end of a run: a result for every check, the reports, and the table in the terminal."""
+"""The end of a run: complete the results, write the reports, print the table."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from quantgate.reporting.write import FILES, write_reports
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
-RERUN_CRASHED = "`dmesg` says whether it was killed for want of memory; run it again without -n"
-# What the widest table needs; a narrower terminal wraps its lines, which loses nothing.
+RERUN_CRASHED = "`dmesg` shows whether it was killed for lack of memory; run it again without -n"
+# The width of the widest table. A narrower terminal wraps its lines, so nothing is lost.
 TABLE_WIDTH = 176
 
 
@@ -40,7 +40,7 @@ def _in_order(run: GateRun) -> list[CheckResult]:
 
 
 def _add_unreported(run: GateRun, selected: Callable[[], list[Checkpoint]]) -> None:
-    """Give every check that no xdist worker reported a result: one without is not a pass."""
+    """Add a not-run result for every check that no xdist worker reported."""
     unreported = {
         nodeid: check
         for nodeid in run.order
@@ -56,7 +56,7 @@ def _add_unreported(run: GateRun, selected: Callable[[], list[Checkpoint]]) -> N
             continue
         verdict = PENDING
         if (at := ended_at.get(checkpoint.id)) is not None:
-            why = run.crashed.get(nodeid, f"its worker ended while it judged {at}")
+            why = run.crashed.get(nodeid, f"its xdist worker crashed while judging {at}")
             verdict = not_run(why, RERUN_CRASHED)
         run.results[nodeid] = CheckResult(
             checkpoint.id, run.schemes[checkpoint.id], check, verdict, task=checkpoint.task
@@ -64,7 +64,7 @@ def _add_unreported(run: GateRun, selected: Callable[[], list[Checkpoint]]) -> N
 
 
 def _uphold(config: pytest.Config, run: GateRun) -> None:
-    """Let no fail stand that is one of several statistical checks by chance, in its text either."""
+    """Apply Holm's adjustment to failures among several statistical checks, in reports too."""
     before = run.results
     run.results = dict(zip(before, upheld(list(before.values())), strict=True))
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
@@ -76,7 +76,10 @@ def _uphold(config: pytest.Config, run: GateRun) -> None:
 def finish(
     session: pytest.Session, exitstatus: int, selected: Callable[[], list[Checkpoint]]
 ) -> None:
-    """Write the report, and let nothing but a pass exit 0; `selected` gives the checkpoints."""
+    """Write the report; the exit status is 0 only if every check passed.
+
+    `selected` gives the selected checkpoints.
+    """
     run = session.config.stash.get(RUN, None)
     if run is None or not (run.results or run.crashed) or session.config.option.collectonly:
         return
@@ -120,7 +123,7 @@ def _histories(run: GateRun) -> dict[str, list[dict[str, Any]]]:
 
 
 def summarize(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table of checks, and what was left out."""
+    """Print the table of checks and the checks that were skipped."""
     run = config.stash[RUN]
     if not run.results or config.option.collectonly:
         return
@@ -131,7 +134,7 @@ def summarize(terminalreporter: Any, config: pytest.Config) -> None:
     for reason, count in Counter(reason for _, reason in run.left_out).items():
         first = next(subject for subject, why in run.left_out if why == reason)
         others = f" and {count - 1} more" if count > 1 else ""
-        terminalreporter.write_line(f"left out: {first}{others}: {reason}")
+        terminalreporter.write_line(f"skipped: {first}{others}: {reason}")
     for note in run.all_notes:
         terminalreporter.write_line(printable(f"note: {note}"))
     if run.all_engines:

@@ -1,4 +1,4 @@
-"""Which checks a run has: of which checkpoints, on which device, and why others are left out."""
+"""Select the checks of a run by checkpoint and device, and record why others are skipped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OTHER_ENGINES = ("tensor-parallel", "compiled")
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
-    """Parametrize the suites over checkpoints and devices: the one place that does."""
+    """Parametrize a test over checkpoints, devices and the check's precisions."""
     if "checkpoint" not in metafunc.fixturenames:
         return
     checkpoints = selected_checkpoints(metafunc.config)
@@ -54,7 +54,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 
 
 def selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
-    """Return the checkpoints that the options select; why there are none is raised later."""
+    """Return the checkpoints that the options select; errors are raised after collection."""
     run = config.stash[RUN]
     if run.checkpoints is None:
         run.checkpoints = []
@@ -66,7 +66,7 @@ def selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
 
 
 def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
-    choose_device(config.getoption("reference_device"))  # refused now, not an hour later
+    choose_device(config.getoption("reference_device"))  # fail now rather than an hour later
     known = read_checkpoint_files(run.root)
     wanted = _wanted(config, known, run.root)
     if not config.getoption("checkpoint") and (orphans := unclaimed(run.root, known)):
@@ -89,13 +89,15 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
 
 
 def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) -> list[Checkpoint]:
-    """Return the checkpoints that the options name, or all that have a file; never none."""
+    """Return the checkpoints named by the options, or all with a file; never an empty list."""
     names, base = config.getoption("checkpoint"), config.getoption("base")
     quick = config.getoption("quick")
     if base is not None and not names:
         raise BadInput("--base goes with --checkpoint PATH; checkpoint files name their own base.")
     if quick and names:
-        raise BadInput("--quick goes without --checkpoint: the files say which ones are quick.")
+        raise BadInput(
+            "--quick cannot be combined with --checkpoint: checkpoint files say which are quick."
+        )
     if names:
         found = [find_checkpoint(name, known, root, base) for name in dict.fromkeys(names)]
         _require_distinct(found)
@@ -108,7 +110,10 @@ def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) 
         )
     found = [checkpoint for checkpoint in known.values() if checkpoint.quick or not quick]
     if not found:
-        raise BadInput(f"--quick: none of the {len(known)} files in {folder} says quick = true.")
+        raise BadInput(
+            f"--quick: none of the {len(known)} files in {folder} says quick = true; add it to "
+            "one, or leave out --quick."
+        )
     return found
 
 
@@ -116,17 +121,17 @@ def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
     counts = Counter(checkpoint.id for checkpoint in checkpoints)
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise BadInput(
-            f"--checkpoint: two of them would be called '{repeated[0]}'; give each directory its "
+            f"--checkpoint: two of them would get the id '{repeated[0]}'; give each directory its "
             "own name, or gate them one by one."
         )
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this machine or a checkpoint cannot have, and say so; refuse an empty rest."""
+    """Deselect checks that this machine or checkpoint cannot run; refuse an empty selection."""
     run = config.stash[RUN]
     if run.problem is not None:
         raise pytest.UsageError(run.problem)
-    # A suite without a checkpoint that does its task has nothing to say.
+    # Drop tests for whose task there is no checkpoint.
     items[:] = [item for item in items if params_of(item) or not is_check(item)]
     judged = [item for item in items if params_of(item)]
     if not judged:
@@ -145,7 +150,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     runnable = [item for item in judged if reasons[item] is None]
     if not runnable:
         why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
-        raise pytest.UsageError(f"all {len(judged)} selected checks are left out: {why}.")
+        raise pytest.UsageError(f"all {len(judged)} selected checks are skipped: {why}.")
     dropped = [item for item in judged if reasons[item] is not None]
     items[:] = [item for item in items if reasons.get(item) is None]
     _keep_together(items)
@@ -163,10 +168,10 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _keep_together(items: list[pytest.Item]) -> None:
-    """Let a checkpoint's checks follow one another: they share its measurements.
+    """Sort a checkpoint's checks together, because they share its measurements.
 
-    Those with engines of their own for some checks come first: as the last ones they would keep one
-    xdist worker busy while the others have nothing to do.
+    Checkpoints that need extra engines come first: at the end they would keep one xdist worker busy
+    while the others are idle.
     """
 
     def place(item: pytest.Item) -> tuple[bool, str]:
@@ -200,17 +205,17 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
 
 
 def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
-    """Return why a checkpoint does not have what a check needs on a device; None where it has."""
+    """Return why a checkpoint lacks something that a check needs on a device, or None."""
     if need == "base" and checkpoint.base is None:
         return "no base is named; give --base, or base in its file"
     if need == "golden" and not checkpoint.golden:
         return "it has no golden: given by path, or golden = false in its file"
     if need == "step_tag" and checkpoint.step_tag_id is None:
-        return "no step_tag_id is in its file"
+        return "its file has no step_tag_id"
     if need == "metric" and checkpoint.task != GENERATE and not checkpoint.has_own_metric:
-        return "it generates, and is judged by its perplexity: its embeddings have no task"
+        return "its embeddings have no task metric; judge the model's quality as task 'generate'"
     if need in OTHER_ENGINES and need not in checkpoint.invariance:
-        return f"its file does not ask for it: invariance = ['{need}']"
+        return f"its file does not ask for it (add '{need}' to invariance)"
     if need == "tensor-parallel" and device == "cuda":
         needed, there = other_parallel_size(checkpoint), len(devices.gpus())
         if there < needed:

@@ -1,4 +1,4 @@
-"""xdist's workers: what part of the machine each has, and what they send to the controller."""
+"""xdist workers: their shares of the machine, and what they send to the controller."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PLACE = "quantgate_place"
 
 
 def take_part(config: pytest.Config) -> None:
-    """Leave an xdist worker its part of the machine; do nothing in any other process."""
+    """Restrict an xdist worker to its share of the machine; do nothing in other processes."""
     if (worker := getattr(config, "workerinput", None)) is not None:
         _share_processors(worker["workercount"])
         _own_gpus(worker[PLACE], worker["workercount"])
 
 
 def send(config: Any, run: GateRun) -> None:
-    """Leave the controller what a worker knows besides its results."""
+    """Send the controller what a worker knows besides its results."""
     config.workeroutput[WORKER] = {
         "left_out": run.left_out,
         "notes": run.all_notes,
@@ -39,14 +39,14 @@ def send(config: Any, run: GateRun) -> None:
 
 
 def _share_processors(workers: int) -> None:
-    """Leave each xdist worker its part of the processors: vLLM would bind every one to the same."""
+    """Give each xdist worker a share of the CPUs; vLLM would bind all workers to the same ones."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def _own_gpus(place: int, workers: int) -> None:
-    """Leave each xdist worker GPUs of its own."""
+    """Give each xdist worker its own GPUs."""
     try:
         if owned := devices.share(place, workers, devices.gpus()):
             os.environ[devices.VISIBLE] = ",".join(owned)
@@ -54,43 +54,43 @@ def _own_gpus(place: int, workers: int) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
-@dataclass(frozen=True, eq=False)  # pluggy keeps plugins in sets: hashed by identity
+@dataclass(frozen=True, eq=False)  # eq=False: pluggy hashes plugins by identity
 class ResultCollector:
-    """Takes the results that xdist workers send; without xdist they are there already."""
+    """Collects the results from xdist workers; without xdist there is nothing to collect."""
 
     run: GateRun
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Called by pytest in the process that reports, for every phase of every test."""
+        """Store a result; pytest calls this in the controller for every phase of every test."""
         if (values := getattr(report, "quantgate", None)) is not None:
             self.run.results[report.nodeid] = CheckResult.from_dict(values)
         elif report.failed and report.nodeid in self.run.order and check_of(report.nodeid):
-            # xdist's own report, of a worker that crashed.
+            # xdist's own report of a crashed worker.
             self.run.crashed[report.nodeid] = printable(report.longreprtext)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Called by xdist before it starts a worker, also one in the place of a crashed one."""
+        """Assign a place; xdist calls this before it starts or replaces a worker."""
         taken = set(self.run.places.values())
         place = next(i for i in itertools.count() if i not in taken)
         self.run.places[node.gateway.id] = node.workerinput[PLACE] = place
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
-        """Called by xdist: keep a checkpoint on one worker, whatever loads the others."""
+        """Return the scheduler that keeps each checkpoint on one worker."""
         return CheckpointScheduling(config, log)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
-        """Called by xdist when a worker has collected: all of them the same, in one order."""
+        """Store the order of the checks; every worker collects the same ones in the same order."""
         self.run.order = {nodeid: place for place, nodeid in enumerate(ids)}
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Called by xdist when a worker has ended: all of them left out the same."""
+        """Take what an ended worker sent; every worker skips the same checks."""
         self.run.places.pop(node.gateway.id, None)
         said = getattr(node, "workeroutput", {}).get(WORKER, {})
-        if "left_out" in said:  # a crashed worker says nothing
+        if "left_out" in said:  # a crashed worker sends nothing
             self.run.left_out = [(subject, why) for subject, why in said["left_out"]]
         self.run.notes += [note for note in said.get("notes", ()) if note not in self.run.notes]
         self.run.engines += [EngineLife(*life) for life in said.get("engines", ())]

@@ -1,1 +1,1 @@
-"""Reports: what people and scripts read of a gate run."""
+"""Reports of a gate run, for people and for scripts."""

@@ -1,4 +1,4 @@
-"""All that checks allow, in one table, with where each number comes from."""
+"""The table of all limits and their sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 118
 
 
 def budgets_table(checkpoints: Iterable[Checkpoint]) -> str:
-    """Return the defaults by scheme, the limits of every scheme, and what files override."""
+    """Return the defaults by scheme, the limits for all schemes, and the files' overrides."""
     overrides = [
         (checkpoint.id, check, f"{override.margin:g} nat/token", override.reason)
         for checkpoint in checkpoints

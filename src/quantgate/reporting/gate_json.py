@@ -1,4 +1,4 @@
-"""`gate.json`: the run as a release script reads it."""
+"""`gate.json`: the run, for release scripts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = 1
 
 
 def gate_json(run: Run) -> str:
-    """Return the report, as `gate.schema.json` describes it."""
+    """Return the report; `gate.schema.json` is its schema."""
     results = list(run.results)
     ids = list(dict.fromkeys(result.checkpoint for result in results))
     content = {
@@ -58,7 +58,7 @@ def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
 
 
 def check_of_verdict(verdict: Verdict) -> dict[str, Any]:
-    """Return what a check says of itself, without its name."""
+    """Return a check's entry without its name."""
     headline = verdict.deviations[0] if verdict.deviations else None
     return {
         "verdict": verdict.outcome,
@@ -94,5 +94,5 @@ def check_of_verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no NaN and no infinity; a reader must not take either for a missing value."""
+    """Return NaN and infinity as strings, because JSON lacks them and null means missing."""
     return value if math.isfinite(value) else str(value)

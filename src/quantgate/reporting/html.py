@@ -1,4 +1,4 @@
-"""`index.html`: one page that a person can decide from, without network and without scripts."""
+"""`index.html`: a one-page summary for the release decision, without network or scripts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from quantgate.judging.verdict import KLD_DECADES, Profile, worst
 if TYPE_CHECKING:
     from quantgate.reporting.run import Run
 
-# Of a chart, in the units of its SVG.
+# The size of a chart, in SVG units.
 WIDTH, HEIGHT = 320, 72
-# A logarithmic chart has four decades, and none below what float32 can be off by.
+# A logarithmic chart spans four decades, and nothing below float32's rounding error.
 SMALLEST = 1e-9
 
 
 def index_html(run: Run) -> str:
-    """Return the page. Strings from a checkpoint are escaped by the template, all of them."""
+    """Return the page. The template escapes all strings, including those from a checkpoint."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -44,7 +44,7 @@ def index_html(run: Run) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number as a table shows it; nothing where there is none."""
+    """Format a number for a table; None gives ""."""
     return "" if value is None else f"{value:.{digits}g}"
 
 
@@ -140,9 +140,9 @@ def _chart(
     bars: Sequence[tuple[int, float, str]],
     solid: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
-    """Return bars with what each says, and solid ones before them, if any.
+    """Return bars with their tooltips, and solid bars in front of them, if any.
 
-    A bar is a stroke, the shortest way to say it: a page has thousands of them.
+    Bars are drawn as strokes, the shortest SVG for them, because a page has thousands.
     """
     step = WIDTH / places
 
@@ -158,7 +158,7 @@ def _chart(
 
 
 def _trend(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a golden's history, its first figure as a line, and its rows."""
+    """Return a golden's history: its first figure as a line, and its rows."""
     known = ("date", "reason", "versions", "before", "accepted_failing")
     rows = [
         {
@@ -182,7 +182,7 @@ def _trend(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _counted(left_out: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
-    """Return what was left out, by the reason."""
+    """Return what was skipped, grouped by reason."""
     found: dict[str, list[str]] = {}
     for subject, reason in left_out:
         found.setdefault(reason, []).append(subject)

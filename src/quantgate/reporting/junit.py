@@ -1,4 +1,4 @@
-"""`junit.xml`: the run as CI pages show it, a suite per checkpoint and a case per check."""
+"""`junit.xml`: the run for CI pages, with a suite per checkpoint and a case per check."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 if TYPE_CHECKING:
     from quantgate.judging.results import CheckResult
 
-# What JUnit calls each outcome that is not a pass. A check that did not happen is an error, never
-# a skip: CI pages show skips as green. Only a known failure is one, as pytest's expected ones are.
+# JUnit's element for each outcome other than pass. A check that did not run is an error, never a
+# skip, because CI pages show skips as green. Only a known failure is a skip, like pytest's xfail.
 ELEMENT = {"fail": "failure", "inconclusive": "failure", "not-run": "error"}
 
 
@@ -57,5 +57,5 @@ def _add_case(suite: ElementTree.Element, result: CheckResult) -> None:
 
 
 def _printable(text: str) -> str:
-    """Drop the control characters that no XML document may hold, even escaped."""
+    """Drop the control characters that XML does not allow, even escaped."""
     return "".join(c for c in text if c in "\n\t" or (c.isprintable() and c not in "\ufffe\uffff"))

@@ -1,4 +1,4 @@
-"""`gate.md`: the run as a comment on a pull request, or as GitHub's step summary."""
+"""`gate.md`: the run as a pull request comment or GitHub step summary."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from quantgate.reporting.run import Run
 
 SIGN = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "not-run": "⏸️"}
-# A comment holds 65,536 characters; a message has its full text in the other reports.
+# A comment holds 65,536 characters; the other reports have the full messages.
 MOST_MESSAGES, LONGEST_MESSAGE = 20, 2000
 
 
 def gate_md(run: Run) -> str:
-    """Return the verdict, a row for each checkpoint, and the messages of what is no pass."""
+    """Return the verdict, one row per checkpoint, and the messages of checks that did not pass."""
     results = list(run.results)
     outcome = overall(results)
     lines = [
@@ -64,7 +64,7 @@ def _message(result: CheckResult) -> list[str]:
     text = result.verdict.message(f"{result.checkpoint} {result.check}")
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[:LONGEST_MESSAGE]}…"
-    # An indented block: no run of backticks in it can end it.
+    # An indented block, which backticks in the text cannot end.
     block = [f"    {line}" for line in text.splitlines()]
     summary = escaped(f"{result.checkpoint} {result.check}: {result.verdict.outcome.upper()}")
     return [f"<details><summary>{summary}</summary>", "", *block, "", "</details>"]
@@ -75,7 +75,7 @@ def _row_of(item: tuple[str, str]) -> tuple[str, str]:
 
 
 def escaped(text: str) -> str:
-    """Return text in which neither Markdown nor HTML sees anything but text."""
+    """Escape text for Markdown and HTML."""
     found = "".join(c if c.isprintable() else "?" for c in text[:LONGEST_MESSAGE])
     for character in "\\`*_{}[]()#|~!@":
         found = found.replace(character, f"\\{character}")
@@ -83,6 +83,6 @@ def escaped(text: str) -> str:
 
 
 def markdown_table(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; its cells are Markdown."""
+    """Return a Markdown table; cells are not escaped."""
     lines = [headings, ["---"] * len(headings), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""A finished gate run: what every report is made of."""
+"""A finished gate run, the input of every report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantgate.measuring.engine import EngineLife
 
 @dataclass(frozen=True)
 class Run:
-    """The results of a run, and what a reader must know besides."""
+    """The results of a run, and the context that a reader needs."""
 
     results: Sequence[CheckResult]
     started: str
@@ -20,11 +20,11 @@ class Run:
     duration_s: float
     environment: Mapping[str, str]
     left_out: Sequence[tuple[str, str]] = ()
-    """What the machine or a checkpoint cannot have, and why."""
+    """The checks that this machine or a checkpoint cannot run, each with the reason."""
     notes: Sequence[str] = ()
     engines: Sequence[EngineLife] = ()
-    """Those that were started for it."""
+    """The engines that this run started."""
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """By checkpoint: the history of its golden in the served dtype, oldest first."""
+    """By checkpoint: the history of its golden in the serving dtype, oldest first."""
     place_of: Callable[[str], int] = lambda _: 0
-    """Where a check stands among a checkpoint's, as a person reads them; `checks.place_of`."""
+    """The position of a check in the order of display; see `checks.place_of`."""

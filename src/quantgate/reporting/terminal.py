@@ -30,10 +30,10 @@ STYLE: dict[Outcome, str] = {
 
 
 def table(results: list[CheckResult], *, width: int, color: bool) -> str:
-    """Return the results and the verdict on all of them.
+    """Return the results and the overall verdict.
 
-    One checkpoint has a row for each check. Several have one row each, in a table for each task,
-    and below them the checks that are not a pass.
+    A single checkpoint gets a row per check. Several checkpoints get one row each, in one table per
+    task, followed by the checks that did not pass.
     """
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=color, highlight=False)
@@ -51,7 +51,8 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
         line = f"\nrepaired: {REPAIRED.format(head)}; in {', '.join(checkpoints)}"
         console.print(Text(line), end="")
     for said, checkpoints in _said_of_kernels(results).items():
-        console.print(Text(f"\nby its kernel: {said}, in {', '.join(checkpoints)}"), end="")
+        line = f"\nkernel deviates from its format: {said}, in {', '.join(checkpoints)}"
+        console.print(Text(line), end="")
     for changed, checkpoints in _changed(results).items():
         console.print(Text(f"\nsince the golden: {changed} in {', '.join(checkpoints)}"), end="")
     outcome = overall(results)
@@ -108,19 +109,19 @@ def _table(*headings: str) -> Table:
 
 
 def engines_line(engines: Sequence[EngineLife]) -> str:
-    """Say how many engines were started, and where their time went."""
+    """Return one line with the number of engines started and where their time went."""
     starting = sum(life.start_s for life in engines)
     serving = sum(life.served_s for life in engines)
     longest = max(engines, key=lambda life: life.start_s + life.served_s)
     return (
-        f"engines: {len(engines)} started, {starting:.1f} s until they could serve and "
-        f"{serving:.1f} s serving; the longest {longest.start_s + longest.served_s:.1f} s: "
+        f"engines: {len(engines)} started, {starting:.1f} s starting and "
+        f"{serving:.1f} s serving; the longest took {longest.start_s + longest.served_s:.1f} s: "
         f"{printable(Path(longest.directory).name)} in {longest.dtype}"
     )
 
 
 def _emulated(results: list[CheckResult]) -> dict[str, list[str]]:
-    """Return the checkpoints that each emulated kernel served."""
+    """Return the checkpoints served by each emulated kernel."""
     return _checkpoints_by((kernel, r) for r in results for kernel in r.verdict.emulated)
 
 
@@ -132,14 +133,14 @@ def _repaired(results: list[CheckResult]) -> dict[str, list[str]]:
 
 
 def _said_of_kernels(results: list[CheckResult]) -> dict[str, list[str]]:
-    """Return the checkpoints whose kernels do otherwise than their formats say, by what."""
+    """Return the checkpoints whose kernels deviate from their formats, by deviation."""
     return _checkpoints_by(
         (said, r) for r in results for said in explained(r.verdict.kernels.values())
     )
 
 
 def _changed(results: list[CheckResult]) -> dict[str, list[str]]:
-    """Return the checkpoints whose versions or kernels are not their golden's, by what changed."""
+    """Return the checkpoints whose versions or kernels differ from their golden's, by change."""
     said = ((result.verdict.since_golden, result) for result in results)
     return _checkpoints_by((text, r) for text, r in said if text and UNCHANGED not in text)
 
@@ -152,7 +153,7 @@ def _checkpoints_by(said: Iterable[tuple[str, CheckResult]]) -> dict[str, list[s
 
 
 def _kernels(verdict: Verdict) -> str:
-    """Say which kind served a check; nothing where nothing was measured."""
+    """Return the kind of kernels that served a check; "" if nothing was measured."""
     if verdict.emulated:
         return "emulated"
     return "" if verdict.n is None else "native"
@@ -180,5 +181,5 @@ def _cells(result: CheckResult) -> list[Text]:
         "" if verdict.unpaired_mde is None else f"{verdict.unpaired_mde:.2g}",
         _kernels(verdict),
     ]
-    # Text, not markup: ids and schemes come from files.
+    # Text, not markup, because ids and schemes come from files.
     return [cell if isinstance(cell, Text) else Text(cell) for cell in cells]

@@ -1,4 +1,4 @@
-"""All reports of a run, each written whole."""
+"""Write all reports of a run, each atomically."""
 
 from __future__ import annotations
 

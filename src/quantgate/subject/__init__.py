@@ -1,1 +1,1 @@
-"""What is judged: the checkpoint, its files, its task and the probe."""
+"""The subject under test: the checkpoint, its files, its task and the probe."""

@@ -1,4 +1,4 @@
-"""A checkpoint under test, as its file says it."""
+"""A checkpoint under test, as described by its TOML file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quantgate.subject.task import (
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`[engine]`: what vLLM is started with. What is left out is vLLM's default."""
+    """`[engine]`: vLLM's engine arguments. Omitted ones keep vLLM's defaults."""
 
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None
@@ -29,8 +29,8 @@ class EngineSettings:
     gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
     kernels: Literal["native", "portable"] = "native"
-    """On CPU, "portable" dequantizes weights everywhere, even where the build has a kernel of its
-    own, so that a golden holds on every machine; native kernels are judged by fidelity."""
+    """On CPU, "portable" uses emulated kernels even if the build has a native one, so that a
+    golden holds on every machine. Native kernels are judged by fidelity."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class BudgetOverride:
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """`[[known_failure]]`: a check that is known to fail, why, and where that is followed up.
+    """`[[known_failure]]`: a check that is known to fail, the reason, and the issue that tracks it.
 
-    It must fail as long as it is listed: a check that passes after all says so, and fails, unless
-    the entry is not `strict`.
+    The check must fail for as long as it is listed. If it passes and the entry is `strict`, the
+    gate reports that as a failure.
     """
 
     check: str
@@ -55,12 +55,12 @@ class KnownFailure:
     reason: str
     issue: str
     when: str | None = None
-    """A condition of `processor.CONDITIONS`; None where it fails on every machine."""
+    """A condition of `processor.CONDITIONS`; None if it fails on every machine."""
     strict: bool = True
-    """False where it may also pass, because it fails by little."""
+    """False if it fails only narrowly and may also pass."""
 
     def applies(self, *, on_processor: bool) -> bool:
-        """Whether it fails here: a processor's condition is of kernels that run on it."""
+        """Whether it is expected to fail here; `when` applies only to kernels on the processor."""
         return self.when is None or (on_processor and CONDITIONS[self.when]())
 
 
@@ -72,30 +72,30 @@ class Checkpoint:
     source: str
     """A path that starts with `.` or `/` (relative to the project), or a hub id."""
     scheme: str | None = None
-    """What config.json must say, e.g. "W4A16"; None for a checkpoint given by path."""
+    """The scheme that config.json must have, e.g. "W4A16"; None for a checkpoint given by path."""
     base: str | None = None
     """The unquantized model, like `source`."""
     revision: str | None = None
-    """What `source` is pinned to: a 40-digit hub commit, or "sha256:" and the identity."""
+    """The pinned version of `source`: a 40-digit hub commit, or "sha256:" and the identity."""
     task: Task = GENERATE
     step_tag_id: int | None = None
-    """The token that ends a step, of a model that rewards steps."""
+    """For a process reward model: the token that ends a step."""
     invariance: tuple[Literal["tensor-parallel", "compiled"], ...] = ()
-    """What else may not matter: an engine of two ranks, a compiled one. Each is one more to load,
-    and the first needs another GPU."""
+    """Other engines that must give the same scores: one with two ranks, a compiled one. Each is
+    loaded in addition, and the first needs a second GPU."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     budget: Mapping[str, BudgetOverride] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd, compare=False)
-    """What relative paths are relative to."""
+    """The project directory; relative paths start here."""
     quick: bool = False
-    """Whether `--quick` judges it: a choice with every format, task and check in it."""
+    """Whether `--quick` includes it; the quick selection covers every format, task and check."""
     not_quick: tuple[str, ...] = ()
-    """The checks that `--quick` leaves out all the same, e.g. "invariance-float32"."""
+    """Checks of it that `--quick` skips, e.g. "invariance-float32"."""
     golden: bool = True
-    """False for a checkpoint given by path, which has no approved golden, and where a file
-    says so: native CPU kernels differ from machine to machine, and are judged by fidelity."""
+    """False for a checkpoint given by path, which has no approved golden, and if its file says
+    so: native CPU kernels differ between machines and are judged by fidelity instead."""
     is_base: bool = False
-    """Whether this is the unquantized base of the checkpoint whose engine settings it has."""
+    """Whether this is the unquantized base of another checkpoint, with that one's settings."""
     known_failure: tuple[KnownFailure, ...] = ()
 
     def __hash__(self) -> int:
@@ -108,7 +108,7 @@ class Checkpoint:
 
     @property
     def base_checkpoint(self) -> Checkpoint | None:
-        """The unquantized base under the same engine settings, if one is named."""
+        """The unquantized base under the same engine settings, or None if no base is named."""
         if self.base is None:
             return None
         return Checkpoint(
@@ -130,19 +130,23 @@ class Checkpoint:
 
     @property
     def has_own_metric(self) -> bool:
-        """Whether its task comes to a number besides perplexity.
+        """Whether its task has a metric other than perplexity.
 
-        Hidden states of a model that generates do not: perplexity judges it, in a file of its own.
+        Hidden states of a generative model have none: a separate checkpoint file with the task
+        "generate" judges that model by perplexity.
         """
         return self.task != GENERATE and task_of(read_config(self.directory)) != GENERATE
 
     @property
     def has_quality(self) -> bool:
-        """Whether `quality` compares it with a base, or it is the base that is compared with."""
+        """Whether it takes part in a `quality` comparison, as the checkpoint or as its base."""
         compared = self.is_base or self.base is not None
         return compared and (self.task == GENERATE or self.has_own_metric)
 
     def known_failure_of(self, check: str, *, on_processor: bool) -> KnownFailure | None:
-        """Return the known failure of a check whose kernels run on the processor, or do not."""
+        """Return the check's known failure that applies here, or None.
+
+        `on_processor` says whether the check's kernels run on the processor.
+        """
         known = (k for k in self.known_failure if k.check == check)
         return next((k for k in known if k.applies(on_processor=on_processor)), None)

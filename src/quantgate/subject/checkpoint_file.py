@@ -1,4 +1,4 @@
-"""The one file that names a checkpoint, and what `--checkpoint` may name instead."""
+"""Checkpoint files, and the other things that `--checkpoint` accepts."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from quantgate.subject.task import task_of
 CHECKPOINT_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PINNED_REVISION = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
-# The checks whose margin a checkpoint's file may give.
+# Checks whose margin a checkpoint's file may override.
 BUDGETS = ("drift", "quality")
 
 
-# The keys of a checkpoint file: every field but those that do not come from it.
+# The keys of a checkpoint file: all fields except those that do not come from the file.
 _NOT_IN_FILE = frozenset({"id", "root", "is_base"})
 
 
 def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
-    """Read `fixtures/checkpoints/<id>.toml`; `BadInput` names the file, the key and the remedy."""
+    """Read `fixtures/checkpoints/<id>.toml`; `BadInput` names the file, the key and the fix."""
     import msgspec
 
     if not CHECKPOINT_ID.fullmatch(path.stem):
-        raise BadInput(f"{path}: the name must match {CHECKPOINT_ID.pattern}, it is the test's id.")
+        raise BadInput(f"{path}: the name must match {CHECKPOINT_ID.pattern}; it is the test id.")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -59,7 +59,7 @@ def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
 
 
 def _refuse_contradictions(checkpoint: Checkpoint, path: Path) -> None:
-    """Raise `BadInput` for what is well-formed and means nothing."""
+    """Raise `BadInput` for values that are well-formed but meaningless."""
     if checkpoint.revision and not PINNED_REVISION.fullmatch(checkpoint.revision):
         raise BadInput(
             f"{path}: revision '{checkpoint.revision}' is not pinned; give a 40-digit commit or "
@@ -99,9 +99,9 @@ def _refuse_unknown_keys(
 
 
 def _sections(key: str, value: Any, hint: Any) -> list[tuple[str, Mapping[str, Any], type]]:
-    """Return the tables under a key, each with its name in the file and the class that it becomes.
+    """Return the tables under a key, each with its name in the file and its dataclass.
 
-    What is not of the expected shape is left to the conversion, which names what is wrong.
+    Values of another shape are left out; the conversion reports them.
     """
     found: list[tuple[str, Any, type]] = []
     if key == "budget" and isinstance(value, dict):
@@ -114,7 +114,7 @@ def _sections(key: str, value: Any, hint: Any) -> list[tuple[str, Mapping[str, A
 
 
 def read_checkpoint_files(root: Path) -> dict[str, Checkpoint]:
-    """Read every checkpoint file under `root`, by id, in order of their ids."""
+    """Read every checkpoint file under `root`; return checkpoints by id, sorted by id."""
     files = sorted((root / "fixtures" / "checkpoints").glob("*.toml"))
     return {path.stem: read_checkpoint_file(path, root) for path in files}
 
@@ -122,7 +122,7 @@ def read_checkpoint_files(root: Path) -> dict[str, Checkpoint]:
 def find_checkpoint(
     name: str, known: Mapping[str, Checkpoint], root: Path, base: str | None
 ) -> Checkpoint:
-    """Return the checkpoint that `--checkpoint NAME` means: an id, a directory or a hub id."""
+    """Return the checkpoint for `--checkpoint NAME`: an id, a directory or a hub id."""
     if name in known:
         if base is not None:
             raise BadInput(
@@ -148,7 +148,7 @@ def find_checkpoint(
 
 
 def with_own_task(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint that does what its config.json says, for one that has no file."""
+    """Return a checkpoint without a file; its task comes from its config.json."""
     return replace(checkpoint, task=task_of(read_config(checkpoint.directory)))
 
 
@@ -164,10 +164,10 @@ def _id_from(name: str) -> str:
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Check, without reading the weights, that a checkpoint can be judged; else `BadInput`.
+    """Check that a checkpoint can be judged, without loading it; raise `BadInput` otherwise.
 
-    Its directory, config, scheme, safetensors headers and, where it is pinned to an identity, the
-    bytes themselves.
+    Checks its directory, config, scheme and safetensors headers and, if it is pinned to an
+    identity, the bytes of its files.
     """
     directory = checkpoint.directory
     scheme = actual_scheme(directory)

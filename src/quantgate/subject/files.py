@@ -1,4 +1,4 @@
-"""A checkpoint's files: where they are, what they say, and whether they are whole."""
+"""A checkpoint's files: where they are, what they contain, and whether they are complete."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @functools.lru_cache(maxsize=64)
 def locate(source: str, revision: str | None, root: Path) -> Path:
-    """Return the directory that holds a source's files, downloading a hub id if need be."""
+    """Return the directory with a source's files; a hub id is downloaded if necessary."""
     if source.startswith((".", "/")):
         path = Path(source) if source.startswith("/") else root / source
         if not path.is_dir():
@@ -50,7 +50,7 @@ def _download(source: str, revision: str | None) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(
-            f"{source}: neither in the local hub cache nor to be downloaded ({reason}); "
+            f"{source}: not in the local hub cache, and the download failed ({reason}); "
             "give a local directory instead."
         ) from None
 
@@ -70,7 +70,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def actual_scheme(directory: Path) -> str:
-    """Return the scheme that a checkpoint's `config.json` says, in one short line."""
+    """Return the scheme in a checkpoint's `config.json`, as one short line."""
     said = read_config(directory).get("quantization_config")
     try:
         return printable(scheme_name(said))[:LONGEST_ID]
@@ -96,15 +96,15 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def refuse_another_task(directory: Path, task: Task) -> None:
-    """Raise `BadInput` where a checkpoint cannot do a task: it has no head for it, or another."""
+    """Raise `BadInput` if a checkpoint cannot do a task, because it has no head or another one."""
     config = read_config(directory)
     does = task_of(config)
-    # Hidden states can be had of any model; a token classifier may be a process reward model as
-    # TRL saves it.
+    # Any model has hidden states to embed; a token classifier may be a process reward model saved
+    # by TRL.
     if does == task == SEQUENCE_REWARD and (labels := num_labels(config)) != 1:
         raise BadInput(
-            f"{directory / 'config.json'}: a classifier of whole texts with {labels} labels; only "
-            "rewards, which have one, are judged."
+            f"{directory / 'config.json'}: a sequence classifier with {labels} labels; only "
+            "reward models, which have one label, can be judged."
         )
     if does == task or task == EMBED or (does, task) == ("token_classify", "token_reward"):
         return
@@ -116,7 +116,7 @@ def refuse_another_task(directory: Path, task: Task) -> None:
 
 
 def refuse_quantized_head(directory: Path, tensors: Collection[str], task: Task) -> None:
-    """Raise `BadInput` where the head of a model that pools is quantized on disk."""
+    """Raise `BadInput` if the head of a pooling model is quantized on disk."""
     if task == GENERATE:
         return
     for name in head_tensors(tensors):
@@ -129,7 +129,7 @@ def refuse_quantized_head(directory: Path, tensors: Collection[str], task: Task)
 
 
 def verify_weights(directory: Path) -> set[str]:
-    """Check that every shard is whole and that the index names nothing that is missing.
+    """Check that every shard is complete and that every tensor in the index exists.
 
     Returns the names of all tensors.
     """
@@ -155,7 +155,7 @@ def verify_weights(directory: Path) -> set[str]:
     return present
 
 
-# What makes a checkpoint that checkpoint, besides its weights.
+# The files that identify a checkpoint, besides its weights.
 _IDENTITY_FILES = (
     "config.json",
     "tokenizer.json",

@@ -12,7 +12,7 @@ LONGEST_TEXT = 200
 
 @dataclass(frozen=True)
 class Passage:
-    """A scored token in its text."""
+    """A scored token and the text around it."""
 
     before: str
     token: str
@@ -33,5 +33,5 @@ def tokenizer_of(directory: Path) -> Any:
 
 
 def in_one_line(text: str) -> str:
-    """Escape what is no character of a line, such as its end; cut what is no token's length."""
+    """Escape unprintable characters, such as line ends, and cut overlong text."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:LONGEST_TEXT])

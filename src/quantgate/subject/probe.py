@@ -1,4 +1,4 @@
-"""Probes: the frozen token ids that every source scores."""
+"""Probes: fixed token ids that the engine, the reference and the base all score."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from quantgate.subject.task import GENERATE, SEQUENCE_REWARD, Task
 
 @dataclass(frozen=True)
 class Window:
-    """One prompt: tokens `score_from` … end are scored, each from all tokens before it.
+    """One prompt: tokens `score_from` … end are scored, each given all tokens before it.
 
-    Of a pooling model these are the tokens whose outputs are taken, its last one where a whole text
-    has one output.
+    For a pooling model these are the tokens whose outputs are used: only the last one if the model
+    gives one output per text.
     """
 
     document: str
@@ -32,12 +32,12 @@ class Window:
     ids: tuple[int, ...]
     text: str
     labels: tuple[int | None, ...] = ()
-    """Of each scored token: an index into the probe's labels, or a grade; None where there is none.
-    () where the probe says nothing of what is right."""
+    """For each scored token, an index into the probe's labels, or a grade, or None; () if the probe
+    has no expected answers."""
 
     @property
     def scored(self) -> int:
-        """How many of its tokens are scored."""
+        """The number of scored tokens."""
         return len(self.ids) - self.score_from
 
 
@@ -50,9 +50,9 @@ class Probe:
     windows: tuple[Window, ...]
     task: Task = GENERATE
     labels: tuple[str, ...] = ()
-    """The names of its labels."""
+    """The label names."""
     tokenizer: Path | None = field(default=None, compare=False)
-    """The checkpoint whose tokenizer turns its ids into text again, for messages."""
+    """The checkpoint whose tokenizer decodes its ids, for messages."""
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -65,7 +65,7 @@ class Probe:
 
     @property
     def scored(self) -> int:
-        """How many tokens are scored in all."""
+        """The number of scored tokens in all windows."""
         return sum(window.scored for window in self.windows)
 
     @functools.cached_property
@@ -85,7 +85,7 @@ class Probe:
 
     @functools.cached_property
     def expected(self) -> NDArray[np.float64]:
-        """The label or grade of each scored token [n], NaN where there is none."""
+        """The label or grade of each scored token [n]; NaN for those without one."""
         labels = [w.labels or (None,) * w.scored for w in self.windows]
         return np.array([np.nan if x is None else x for row in labels for x in row], np.float64)
 
@@ -134,22 +134,24 @@ def read_probe(path: Path) -> Probe:
         if not 0 <= min(window.ids) <= max(window.ids) < probe.vocab_size:
             raise BadInput(f"{path}:{number}: a token id is outside 0 … {probe.vocab_size - 1}.")
     if not windows:
-        raise BadInput(f"{path}: a probe without windows.")
+        raise BadInput(f"{path}: the probe has no windows.")
     return probe
 
 
 def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
-    """Return the probe in a checkpoint's own token ids, and a note where that is another one.
+    """Return the probe in a checkpoint's own token ids, and a note if that is a different probe.
 
-    Where the checkpoint's tokenizer gives the frozen ids, that is `probe` itself. Where it has
-    another vocabulary, the probe's texts are tokenized once, here, and frozen for every source of
-    this run.
+    If the checkpoint's tokenizer gives the stored ids, the result is `probe` itself. Otherwise the
+    probe's texts are tokenized once, here, so that everything in this run scores the same ids.
     """
     try:
         tokenizer = tokenizer_of(directory)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"{directory}: its tokenizer cannot be loaded ({reason}).") from None
+        raise BadInput(
+            f"{directory}: its tokenizer cannot be loaded ({reason}); download or export its "
+            "tokenizer files again."
+        ) from None
     encoded = [tuple(tokenizer(window.text)["input_ids"]) for window in probe.windows]
     if encoded == [window.ids for window in probe.windows]:
         return dataclasses.replace(probe, tokenizer=directory), None
@@ -157,8 +159,8 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
         ids[:2] == (bos, bos) for ids in encoded
     ):
         raise BadInput(
-            f"{directory}: its tokenizer puts two '{tokenizer.bos_token}' in front of a text, and "
-            "a model expects one; correct tokenizer.json or its template."
+            f"{directory}: its tokenizer adds '{tokenizer.bos_token}' twice at the start of a "
+            "text, but a model expects it once; correct tokenizer.json or its template."
         )
     first = 1 if probe.task == GENERATE else 0
     windows = tuple(
@@ -178,7 +180,7 @@ CONTEXT_TOKENS = 16
 
 
 def passage(probe: Probe, row: int) -> Passage:
-    """Return a scored token in its text, escaped; its id where no tokenizer is known."""
+    """Return a scored token with its context, escaped; only its id if no tokenizer is known."""
     ends = np.cumsum([window.scored for window in probe.windows])
     index = int(np.searchsorted(ends, row, side="right"))
     window, place = probe.windows[index], int(probe.positions[row])
@@ -194,7 +196,7 @@ def passage(probe: Probe, row: int) -> Passage:
 
 
 def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:
-    """Return a window in other ids; labels of tokens are lost, a whole text's grade is not."""
+    """Return a window with other ids. Token labels are dropped; a whole text's grade is kept."""
     if task == SEQUENCE_REWARD:
         return dataclasses.replace(window, ids=ids, score_from=len(ids) - 1)
     first = 1 if task == GENERATE else 0
@@ -214,7 +216,7 @@ EMBEDDED_PROBES: Mapping[Task, str] = {
 def embedded_probe(root: Path, task: Task, *, quality: bool = False) -> Probe:
     """Return the probe in a project's `fixtures/probes` for a task.
 
-    With `quality`, the one of more documents that a task's own metric is taken of.
+    With `quality`, the larger one on which the task's own metric is computed.
     """
     name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}"
     return read_probe(root / "fixtures" / "probes" / f"{name}.jsonl")

@@ -1,4 +1,4 @@
-"""What this machine's processor can do, as far as a known failure depends on it."""
+"""The features of this machine's processor that a known failure may depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Either of these multiplies int8 by int8 without saturating 16-bit sums.
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
-# How much of VNNI oneDNN may use under each limit; every limit that is not listed allows all of it.
+# The VNNI features that oneDNN may use under each limit; limits not listed allow both.
 VNNI_UNDER: dict[str, frozenset[str]] = {
     **dict.fromkeys(("sse41", "avx", "avx2", "avx512_core"), frozenset()),
     **dict.fromkeys(("avx2_vnni", "avx2_vnni_2"), frozenset({"avx_vnni"})),
@@ -19,12 +19,12 @@ VNNI_UNDER: dict[str, frozenset[str]] = {
 
 @functools.cache
 def flags() -> frozenset[str]:
-    """Return the processor's feature flags as Linux names them; none on another system."""
+    """Return the processor's feature flags under Linux's names; none on other systems."""
     return frozenset(_cpuinfo("flags").split())
 
 
 def processor_name() -> str:
-    """Return what the processor calls itself."""
+    """Return the processor's model name."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
@@ -38,24 +38,24 @@ def _cpuinfo(field: str) -> str:
 
 
 def has_vnni() -> bool:
-    """Whether vLLM's int8 products are exact: AMX tiles, or VNNI that oneDNN is allowed to use.
+    """Whether vLLM's int8 products are exact: with AMX tiles, or with VNNI that oneDNN may use.
 
-    With AMX vLLM does not use oneDNN for them. ONEDNN_MAX_CPU_ISA limits what oneDNN uses of the
-    processor, so a known failure that depends on VNNI must follow it.
+    With AMX, vLLM does not use oneDNN for them. ONEDNN_MAX_CPU_ISA limits the instructions that
+    oneDNN uses, so a known failure that depends on VNNI must respect it.
     """
     import torch
 
     if torch.cpu.get_capabilities().get("amx_tile", False):
         return True
-    # oneDNN reads either name, in this order.
+    # oneDNN reads both names, in this order.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return bool(VNNI_UNDER.get(limit.lower(), VNNI) & flags())
 
 
 def is_x86_without_vnni() -> bool:
-    """Whether int8 products saturate: oneDNN adds pairs of them in 16 bits on such a processor."""
+    """Whether int8 products saturate, because oneDNN adds pairs of them in 16 bits."""
     return platform.machine() in ("x86_64", "AMD64") and not has_vnni()
 
 
-# What a `[[known_failure]]` may depend on, by the name that a checkpoint file gives it.
+# The conditions that `when` of a `[[known_failure]]` may name.
 CONDITIONS: dict[str, Callable[[], bool]] = {"x86-without-vnni": is_x86_without_vnni}

@@ -1,4 +1,4 @@
-"""The name of a compressed-tensors scheme, as llm-compressor's presets call it."""
+"""Names of compressed-tensors schemes, following llm-compressor's presets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,9 @@ UNQUANTIZED = "none"
 
 
 def scheme_name(quantization_config: Mapping[str, Any] | None) -> str:
-    """Name what `config.json`'s `quantization_config` says, e.g. "W4A16" or "FP8_DYNAMIC".
+    """Return the scheme of a `quantization_config` in `config.json`, e.g. "W4A16".
 
-    Several config groups are joined with "+", in order of their names; an FP8 KV cache adds
+    Several config groups are joined with "+", sorted by group name; an FP8 KV cache adds
     "+KV_FP8". A model without a `quantization_config` is "none".
     """
     if not quantization_config:
@@ -50,9 +50,9 @@ def _float_name(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
 
 
 def quantizes_activations(quantization_config: Mapping[str, Any] | None) -> bool:
-    """Whether inputs or the KV cache are quantized, which makes free-running scores chaotic.
+    """Whether vLLM quantizes inputs or the KV cache, which makes free-running scores chaotic.
 
-    By vLLM, that is: its emulation and its Marlin kernels keep the inputs of MXFP8 and MXFP4.
+    It does not for MXFP8 and MXFP4: its emulation and its Marlin kernels keep their inputs.
     """
     config = quantization_config or {}
     groups = (config.get("config_groups") or {}).values()
@@ -61,5 +61,5 @@ def quantizes_activations(quantization_config: Mapping[str, Any] | None) -> bool
 
 
 def is_mx(args: Mapping[str, Any]) -> bool:
-    """Whether quantization arguments are one of the MX formats: floats in groups of 32."""
+    """Whether quantization arguments describe an MX format: floats with group size 32."""
     return args.get("type") == "float" and args.get("group_size") == 32

@@ -1,4 +1,4 @@
-"""What a checkpoint does: generate, or pool its hidden states into labels, rewards, embeddings."""
+"""A checkpoint's task: generating, or pooling hidden states into labels, rewards, embeddings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SEQUENCE_REWARD: Task = "sequence_reward"
 EMBED: Task = "token_embed"
 
 LAYER = re.compile(r"\blayers?\.\d+\.")
-# What vLLM and transformers call the linears of heads of models that pool.
+# The names of the linears in pooling models' heads, in vLLM and transformers.
 HEADS = ("score", "score.0", "score.2", "classifier", "v_head")
 
-# Parts of the names of the architectures that do nothing else, the longest of several first.
+# Parts of architecture names that determine the task; more specific ones come first.
 _TASK_OF_ARCHITECTURE: Mapping[str, Task] = {
     "ProcessRewardModel": "token_reward",
     "RewardModel": "token_reward",
@@ -28,12 +28,12 @@ _TASK_OF_ARCHITECTURE: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """What a task is for vLLM."""
+    """A task in vLLM's terms."""
 
     task: str
     """vLLM's pooling task."""
     quantity: str
-    """What its raw output is made of."""
+    """The kind of value in its raw output."""
 
 
 POOLING: Mapping[Task, Pooling] = {
@@ -45,17 +45,17 @@ POOLING: Mapping[Task, Pooling] = {
 
 
 def quantity_of(task: Task) -> str:
-    """Return what the values of a measurement are."""
+    """Return the kind of value that a measurement of this task holds."""
     return "log-prob" if task == GENERATE else POOLING[task].quantity
 
 
 def is_classifier(task: Task) -> bool:
-    """Whether a row of its values holds a logit for each label."""
+    """Whether each row of its values holds one logit per label."""
     return task in ("token_classify", "token_reward")
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
-    """Return what a checkpoint's config.json says that it does, by its architecture."""
+    """Return a checkpoint's task, from the architecture in its config.json."""
     for architecture in config.get("architectures") or ():
         for part, task in _TASK_OF_ARCHITECTURE.items():
             if part in architecture:
@@ -64,28 +64,28 @@ def task_of(config: Mapping[str, Any]) -> Task:
 
 
 def head_tensors(names: Iterable[str]) -> list[str]:
-    """Return the names of tensors that lie outside a checkpoint's body: those of its head."""
+    """Return the names of the tensors outside a checkpoint's body, i.e. those of its head."""
     every = list(names)
     bodies = {name.partition(".")[0] for name in every if LAYER.search(name)}
     return sorted(name for name in every if name.partition(".")[0] not in bodies)
 
 
 def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the labels of a config's `id2label`, in the order of their ids; () without one."""
+    """Return the labels of a config's `id2label`, sorted by id; () if it has none."""
     labels = config.get("id2label") or {}
     return tuple(str(labels[key]) for key in sorted(labels, key=int))
 
 
 def num_labels(config: Mapping[str, Any]) -> int:
-    """Return how many labels a config says; transformers' default is two."""
+    """Return a config's number of labels; transformers' default is two."""
     return len(label_names(config)) or int(config.get("num_labels", 2))
 
 
 def activation_of(config: Mapping[str, Any], labels: int) -> Literal["softmax", "sigmoid", "none"]:
-    """Return the function that makes probabilities of a classifier's logits, by its config.
+    """Return the activation that turns a classifier's logits into probabilities, by its config.
 
-    As transformers' losses take `problem_type`: a regression has none, several labels at once are
-    independent; otherwise one of the labels holds, and of a single one, whether it does.
+    It follows `problem_type` as transformers' losses do: none for regression, sigmoid for
+    multi-label classification and for a single label, softmax otherwise.
     """
     kind = config.get("problem_type")
     if kind == "regression":

@@ -1,4 +1,4 @@
-"""One engine step of score mode, whichever model runner takes it."""
+"""One engine step of score mode, on either model runner."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """What one step gave for some rows of one request, on the worker's device.
+    """The results of one step for n rows of one request, on the worker's device.
 
     `top1` int32 [n]; `values` float32 [n, 1 + k (+ H)]: the most probable token's log-probability,
-    the targets', and the hidden states where they were asked for.
+    the targets', and the hidden states if requested.
     """
 
     top1: torch.Tensor
@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 @dataclass
 class InProgress:
-    """A request's scores so far: a long prompt gets them chunk by chunk."""
+    """A request's scores so far; a long prompt is scored chunk by chunk."""
 
     request: ScoreRequest
     parts: list[Part] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Chunk:
     """The scored rows of one request that one engine step computed.
 
     `first` counts from the request's first scored row, `batch_row` from the step's first row.
-    `last` marks the step that ends the prompt, which is when the scores go back.
+    `last` marks the step that ends the prompt, after which the scores are returned.
     """
 
     request_id: str
@@ -58,9 +58,9 @@ def chunk_of(
     prompt_tokens: int,
     batch_row: int,
 ) -> Chunk:
-    """Return what a step scores that continues a prompt after `computed` tokens by `scheduled`.
+    """Return the rows to score in a step of `scheduled` tokens, after `computed` earlier ones.
 
-    `batch_row` is where the step's hidden states for this request begin.
+    `batch_row` is the first row of this request's hidden states in the step.
     """
     skipped = max(0, request.start - computed)  # rows before the first scored one
     first = computed + skipped - request.start
@@ -78,13 +78,13 @@ def score_step(
     """Score all rows of a step in one call; return the `LogprobsTensors` of finished requests.
 
     `compute_logits` is the model's bound method, `hidden_states` [tokens, H] the step's. Finished
-    requests leave `in_progress`. A model whose head cannot be scored exactly, or a prompt of which
-    rows were not computed here, says so in its requests' results: an exception here would end the
-    engine.
+    requests are removed from `in_progress`. If the model's head cannot be scored exactly, or some
+    rows of a prompt were not computed here, the requests' results carry the reason instead: an
+    exception here would end the engine.
     """
     from quantgate.patches.scoremode.head import HeadRefused
 
-    # In the order of their rows: they are then one range of the step, which need not be copied.
+    # Sorted by row, they often form one range of the step, which need not be copied.
     scored = sorted((chunk for chunk in chunks if chunk.rows), key=lambda chunk: chunk.batch_row)
     finished = [chunk.request_id for chunk in chunks if chunk.last]
     try:
@@ -117,7 +117,7 @@ def _score_chunks(
     offset = 0
     for chunk in chunks:
         mine, own = in_progress[chunk.request_id], slice(offset, offset + chunk.rows)
-        if chunk.first == 0:  # for the first time, or again after a preemption
+        if chunk.first == 0:  # first time, or restarted after a preemption
             mine.parts.clear()
         part = values[own, : 1 + mine.request.columns]
         if mine.request.hidden_states:
@@ -127,7 +127,7 @@ def _score_chunks(
 
 
 def _uploaded(targets: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """Return targets on the device; from pinned memory, since the host would wait for any other."""
+    """Copy targets to the device, from pinned memory so that the host does not wait."""
     import torch
 
     on_host = torch.from_numpy(targets)
@@ -137,7 +137,7 @@ def _uploaded(targets: np.ndarray[Any, Any], device: torch.device) -> torch.Tens
 
 
 def _rows(hidden_states: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
-    """Return the chunks' rows; without a copy where one begins where the one before ends."""
+    """Return the chunks' rows, without a copy if each chunk begins where the previous one ends."""
     import torch
 
     ranges: list[list[int]] = []
@@ -156,7 +156,7 @@ def _targets(request: ScoreRequest, chunk: Chunk) -> np.ndarray[Any, np.dtype[np
 
 
 def _padded(blocks: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Stack [rows, k] blocks of different k, padded with a target that matches no token."""
+    """Stack [rows, k] blocks of different k, padded with `PAD`, which matches no token."""
     width = max(block.shape[1] for block in blocks)
     if all(block.shape[1] == width for block in blocks):
         return np.concatenate(blocks, dtype=np.int64)
@@ -171,8 +171,8 @@ def _padded(blocks: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.i
 def _answers(finished: dict[str, InProgress], hidden_size: int) -> dict[str, Any]:
     """Return each request's scores on the host, or the sentence that refuses it.
 
-    Requests whose values are equally wide share one transfer, which has not ended when this
-    returns; three for each request would take longer than to score it.
+    Requests with equally wide values share one asynchronous transfer. Three transfers per request
+    would take longer than scoring it.
     """
     import torch
     from vllm.v1.outputs import LogprobsTensors
@@ -187,7 +187,7 @@ def _answers(finished: dict[str, InProgress], hidden_size: int) -> dict[str, Any
             )
         elif one.parts:
             by_width.setdefault(one.parts[0].values.shape[1], []).append(name)
-        else:  # a prompt of one token, or one scored from its last row on
+        else:  # no row to score: a prompt of one token, or score_start at its last row
             answers[name] = _no_scores(one.request, hidden_size)
     for names in by_width.values():
         parts = [part for name in names for part in finished[name].parts]
@@ -215,16 +215,17 @@ def _no_scores(request: ScoreRequest, hidden_size: int) -> Any:
 
 
 def _columns(top1: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return what vLLM's container holds, which scheduler and sockets carry as it is.
+    """Return the fields of vLLM's container, which scheduler and sockets pass on unchanged.
 
-    `logprob_token_ids` [rows, 1], the most probable tokens; `logprobs`, the values of `Part`; and
-    the tokens again for the ranks, which nobody reads: they would cost a pass over the vocabulary.
+    `logprob_token_ids` [rows, 1] are the most probable tokens, `logprobs` the values of `Part`. The
+    third field would be the ranks, which are not used and would cost a pass over the vocabulary; it
+    repeats the tokens.
     """
     return top1.unsqueeze(1), values, top1
 
 
 def _refused(reason: str) -> Any:
-    """Pack a sentence instead of scores: its code points, and no values."""
+    """Pack a refusal in place of scores: its code points as token ids, and no values."""
     import torch
     from vllm.v1.outputs import LogprobsTensors
 

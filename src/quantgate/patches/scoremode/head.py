@@ -1,4 +1,4 @@
-"""Find the language-model head of a loaded vLLM model, whatever the architecture calls it."""
+"""Find the language-model head of a loaded vLLM model of any architecture."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class HeadRefused(ValueError):
 def find_head(
     compute_logits: Callable[[torch.Tensor], Any], hidden: torch.Tensor
 ) -> tuple[Head, torch.Tensor]:
-    """Return the head that a model applies, and the rows [n, H] that it applies it to.
+    """Return a model's head, and the rows [n, H] that the model applies it to.
 
-    `compute_logits`, the model's bound method, is called with vLLM's `LogitsProcessor` held back:
-    what a model does to the hidden rows before is in the returned rows. A model that changes the
-    logits afterwards, or builds them another way, or whose head is quantized, is refused by name
-    (`HeadRefused`): its scores would be wrong.
+    `compute_logits`, the model's bound method, is called with vLLM's `LogitsProcessor` intercepted,
+    so the returned rows include whatever the model does to hidden states first. `HeadRefused` names
+    the model if it changes the logits afterwards, computes them another way, or has a quantized
+    head, because scores would be wrong.
     """
     with _logits_processor_held_back() as calls:
         answer = compute_logits(hidden)
@@ -40,7 +40,7 @@ def find_head(
         raise HeadRefused(f"score mode does not support {model}: it has no language-model head.")
     try:
         return _head(processor, lm_head, bias), rows
-    except AttributeError as error:  # a head that this vLLM builds otherwise
+    except AttributeError as error:  # this vLLM builds the head differently
         raise HeadRefused(f"score mode does not support the head of {model}: {error}.") from error
 
 

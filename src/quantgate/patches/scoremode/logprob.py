@@ -2,8 +2,8 @@
 
 *Exact* means the log-softmax, in float32, of the logits that the head gives for a hidden row, with
 the product accumulated in float32 and never rounded to the serving dtype. `[rows, vocab]` is never
-held: the vocabulary goes by in blocks that stay in cache, with a running maximum and sum. On a GPU
-`logprob_triton` does the same in one fused kernel.
+materialized: the vocabulary is processed in blocks that stay in cache, with a running maximum and
+sum. On a GPU `logprob_triton` does the same in one fused kernel.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from quantgate.patches.scoremode.reduction import Head, Reduction, Scores, merge
 if TYPE_CHECKING:
     import torch
 
-# 1024 rows × 512 columns of float32 are 2 MiB: one block of logits stays in a core's cache, and a
-# block of the head, converted to float32 once, serves all of those rows.
+# 1024 rows × 512 columns of float32 are 2 MiB: a block of logits stays in a core's cache, and each
+# block of the head is converted to float32 once for all of these rows.
 ROW_BLOCK = 1024
 VOCAB_BLOCK = 512
 DEPTH_BLOCK = 128
@@ -26,7 +26,7 @@ DEPTH_BLOCK = 128
 def score_rows(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Score `targets` (int64 [n, k]) as predictions from `hidden` [n, H], any floating dtype.
 
-    A target outside the vocabulary, such as the padding -1, scores -inf.
+    A target outside the vocabulary, such as the padding value -1, scores -inf.
     """
     reduced = _reduction_for(hidden)(head, hidden, targets)
     if head.all_gather is not None:
@@ -37,7 +37,7 @@ def score_rows(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Score
 def _reduction_for(
     hidden: torch.Tensor,
 ) -> Callable[[Head, torch.Tensor, torch.Tensor], Reduction]:
-    """Return the fused kernel where Triton runs: on a GPU, or anywhere in its interpreter."""
+    """Return the fused kernel if Triton can run: on a GPU, or anywhere in its interpreter."""
     import importlib.util
     import os
 
@@ -92,10 +92,10 @@ def _logits(head: Head, hidden: list[torch.Tensor], start: int, stop: int) -> to
 
 
 def _product(hidden: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """Return hidden [n, H], in blocks of `DEPTH_BLOCK`, times weight [columns, H]ᵀ, in float32.
+    """Return hidden [n, H] times weight [columns, H]ᵀ in float32, in blocks of `DEPTH_BLOCK`.
 
-    One chain of H additions rounds more the longer it is. At H = 4096, for logits of 3, its rms
-    error is 1.7e-6 and that of blocks 6.9e-7; MKL, which blocks as well, has 7.9e-7.
+    The rounding error of one chain of H additions grows with H. At H = 4096, for logits of 3, its
+    rms error is 1.7e-6; with blocks it is 6.9e-7, and 7.9e-7 in MKL, which also uses blocks.
     """
     total, first = _linear(hidden[0], weight), hidden[0].shape[1]
     for block in hidden[1:]:
@@ -105,10 +105,10 @@ def _product(hidden: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x [n, d] times the first d columns of weight, transposed; on a CPU by oneDNN.
+    """Return x [n, d] times the first d columns of weight, transposed; on a CPU with oneDNN.
 
-    torch gives float32 products to MKL, which on other makers' processors runs at half of oneDNN's
-    speed (136 against 320 GFLOP/s on an AMD EPYC with AVX-512, 141 against 180 with AVX2 only).
+    torch uses MKL for float32 products, which is slower than oneDNN on processors not made by Intel
+    (136 against 320 GFLOP/s on an AMD EPYC with AVX-512, 141 against 180 with AVX2 only).
     """
     import torch
 
@@ -129,16 +129,16 @@ def _add_block(
     """
     block_max = logits.amax(dim=1)
     maximum = running.maximum.maximum(block_max)
-    # Finding the position of a maximum costs ten times the maximum on a CPU, and few rows have a
-    # new one in a given block. A tie goes to the lower token id, as in argmax over the whole row.
+    # On a CPU, finding a maximum's position takes ten times as long as the maximum, and few rows
+    # have a new one in a given block. Ties go to the lower token id, as in argmax over the row.
     better = (block_max > running.maximum).nonzero().squeeze(1)
     top1 = running.top1.index_copy(0, better, logits[better].argmax(dim=1) + first_token)
     total = running.total * (running.maximum - maximum).exp()
     column = targets - first_token
     inside = (column >= 0) & (column < logits.shape[1])
     own = logits.gather(1, column.clamp(0, logits.shape[1] - 1))
-    # The block's own sum of exp(logit - block_max) is one over its largest softmax: torch's fused
-    # softmax takes half the time of subtracting, exponentiating and adding up.
+    # The block's sum of exp(logit - block_max) is one over its largest softmax value. torch's fused
+    # softmax takes half the time of subtracting, exponentiating and summing.
     block_total = logits.softmax(dim=1).amax(dim=1).reciprocal()
     total += block_total * (block_max - maximum).exp()
     return Reduction(maximum, total, own.where(inside, running.target), top1)
@@ -147,8 +147,8 @@ def _add_block(
 def _merge_ranks(mine: Reduction, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> Reduction:
     """Combine every rank's maximum, sum, most probable token and targets.
 
-    3 + k float32 a row and rank cross the wire instead of the rank's logits; token ids below 2**24
-    are exact in float32.
+    Each rank sends 3 + k float32 per row instead of its logits; token ids below 2**24 are exact in
+    float32.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""The scoring core as one fused Triton kernel, for GPUs: product, log-sum-exp and targets at once.
+"""The scoring core as one fused Triton kernel for GPUs: product, log-sum-exp and targets.
 
-Imported only where Triton is. Each program keeps a tile of logits in registers and goes through
-one group of columns of the vocabulary; what it writes is three numbers a row. `head_plan` says how
-columns are grouped: for few rows more finely, so that the whole chip works. A logit is the same in
-any grouping; merging the groups moves a score by the last bit of its float32 at most.
+Import this only if Triton is installed. Each program keeps a tile of logits in registers, goes
+through one group of columns of the vocabulary, and writes three numbers per row. `head_plan`
+chooses the groups: smaller ones for few rows, so that the whole chip works. Grouping does not
+change a logit; merging groups moves a score by at most the last bit of its float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_COLUMN = 2**31 - 1
 
 @triton.jit
 def _add_kept(part, kept):  # type: ignore[no-untyped-def]  # Triton's own types are not Python's
-    """Return the even and the odd columns of part [ROWS, COLUMNS] plus what was kept of them.
+    """Return the even and the odd columns of part [ROWS, COLUMNS] plus their kept upper halves.
 
     `kept` [ROWS, COLUMNS / 2] holds two bfloat16 in each uint32.
     """
@@ -37,7 +37,7 @@ def _add_kept(part, kept):  # type: ignore[no-untyped-def]  # Triton's own types
 
 @triton.jit
 def _rest_of(whole, high):  # type: ignore[no-untyped-def]
-    """Return what the upper 16 bits of float32 sums leave over; nothing of infinity or NaN."""
+    """Return float32 sums minus their upper 16 bits; 0 for infinity and NaN."""
     rest = whole - (high << 16).to(tl.float32, bitcast=True)
     return tl.where(rest == rest, rest, 0.0)
 
@@ -46,9 +46,9 @@ def _rest_of(whole, high):  # type: ignore[no-untyped-def]
 def _keep(part, kept):  # type: ignore[no-untyped-def]
     """Move sums out of the accumulator: their upper 16 bits into `kept`; return both.
 
-    Nothing is lost, and what stays is less than 1/128 of a sum: tensor cores truncate it by that
-    much less. Whole float32 sums would need twice the registers, more than a thread of the large
-    tile has.
+    No bit is lost. The remainder is less than 1/128 of a sum, so tensor cores truncate that much
+    less. Whole float32 sums would need twice the registers, more than a thread has in the large
+    tile.
     """
     even, odd = _add_kept(part, kept)
     even_high = even.to(tl.uint32, bitcast=True) >> 16
@@ -62,7 +62,7 @@ def _product(  # type: ignore[no-untyped-def]
     hidden_rows, weight_rows, is_row, is_column, part, low, high, hidden_size,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Add the product over the depths [low, high) to part [ROWS, COLUMNS], and return it."""
+    """Add the product over the depth range [low, high) to part [ROWS, COLUMNS], and return it."""
     for start in range(low, high, DEPTH):
         depth = start + tl.arange(0, DEPTH)[None, :]
         inside = depth < hidden_size
@@ -74,7 +74,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _place(program, row_tiles, groups, band):  # type: ignore[no-untyped-def]
-    """Return a program's tile of rows and group of columns: down a band of rows, group by group."""
+    """Return a program's tile of rows and group of columns; a band's rows vary fastest."""
     first_tile = program // (band * groups) * band
     width = tl.minimum(band, row_tiles - first_tile)
     within = program - first_tile * groups
@@ -124,13 +124,13 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
             wanted = tl.load(targets_ptr + row.to(tl.int64) * k + j, mask=is_row, other=-1)
             wanted -= first_token
             here = (wanted >= first) & (wanted < tl.minimum(first + COLUMNS, vocab)) & is_row
-            # Few tiles hold a target: to look for it in all of them would take as long as the sum.
+            # Few tiles hold a target; searching all of them would take as long as the sum.
             if tl.max(here.to(tl.int32), axis=0) > 0:
                 own = tl.where(column[None, :] == wanted.to(tl.int32)[:, None], logits, 0.0)
                 tl.store(target_ptr + row.to(tl.int64) * k + j, tl.sum(own, axis=1), mask=here)
         logits = tl.where(is_column[None, :], logits, float("-inf"))
         tile_max = tl.max(logits, axis=1)
-        # A tie goes to the lower token id, as in argmax over the whole row.
+        # Ties go to the lower token id, as in argmax over the whole row.
         best = tl.min(tl.where(logits == tile_max[:, None], column[None, :], NO_COLUMN), axis=1)
         top1 = tl.where(tile_max > maximum, best + first_token, top1)
         higher = tl.maximum(maximum, tile_max)
@@ -143,8 +143,8 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 def reduce_fused(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Reduction:
-    """Reduce this rank's columns in one kernel; the arguments are `score_rows`' own."""
-    # Triton's interpreter, on a CPU, would multiply the bits of bfloat16 as integers.
+    """Reduce this rank's columns in one kernel; same arguments as `score_rows`."""
+    # Triton's interpreter on a CPU would multiply bfloat16 bit patterns as integers.
     if hidden.dtype != head.weight.dtype or not hidden.is_cuda:
         hidden = hidden.float()
     plan = head_plan.plan_for(len(hidden), hidden.shape[1], len(head.weight))
@@ -154,7 +154,7 @@ def reduce_fused(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Red
 def reduce_planned(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor, tile: Tile, plan: Plan
 ) -> Reduction:
-    """Reduce this rank's columns as a plan says; hidden is in the weight's dtype, or in float32."""
+    """Reduce this rank's columns by a plan; hidden is in the weight's dtype or in float32."""
     import torch
 
     hidden, targets, weight = hidden.contiguous(), targets.contiguous(), head.weight.contiguous()

@@ -18,11 +18,11 @@ Row = dict[int, Any]
 class PromptScores(Sequence[Row | None]):
     """`RequestOutput.prompt_logprobs` of a scoring request.
 
-    Reads like vLLM's own list (`None` where nothing was scored, then `{token_id: Logprob}` a
-    token), built row by row as it is read. Code that scores text should take the arrays instead,
-    one row for each scored prompt token, from token `start + 1` on:
+    Reads like vLLM's own list (`None` for tokens not scored, otherwise `{token_id: Logprob}`), but
+    builds each row on access. Code that scores text should use the arrays instead, with one row
+    per scored prompt token, from token `start + 1` on:
 
-    `token_ids`      int32 [rows], or [rows, k] where k targets a row were given
+    `token_ids`      int32 [rows], or [rows, k] with k targets per row
     `logprobs`       float32, of the same shape, in nats; -inf in padded columns
     `top1`           int32 [rows], the most probable token
     `top1_logprobs`  float32 [rows], its log-probability
@@ -41,7 +41,7 @@ class PromptScores(Sequence[Row | None]):
 
     @property
     def as_list(self) -> bool:
-        """Whether the caller, a server, needs a plain list."""
+        """Whether the caller (a server) needs a plain list."""
         return self._request.as_list
 
     @property
@@ -51,7 +51,7 @@ class PromptScores(Sequence[Row | None]):
         return np.equal(self.token_ids, top1, dtype=bool)
 
     def receive(self, tensors: Any) -> None:
-        """Take the worker's `LogprobsTensors`, made by `batch`; they come once, whole."""
+        """Store the worker's `LogprobsTensors`, made by `batch`; they arrive once, complete."""
         values = tensors.logprobs.numpy()
         end = 1 + self._request.columns
         if not values.shape[1]:
@@ -63,7 +63,7 @@ class PromptScores(Sequence[Row | None]):
                 f"{end} values were asked for, and {list(values.shape)} came back."
             )
             return
-        values = np.array(values, np.float32)  # the worker's belong to a whole step
+        values = np.array(values, np.float32)  # copied: a view would keep the whole step's values
         self.logprobs = values[:, 1:end].reshape(self.token_ids.shape)
         self.top1 = np.array(tensors.logprob_token_ids[:, 0].numpy(), np.int32)
         self.top1_logprobs = values[:, 0]
@@ -81,7 +81,7 @@ class PromptScores(Sequence[Row | None]):
             delattr(self, name)
 
     def __getattr__(self, name: str) -> Any:
-        """Raise a `ValueError` for what a model that score mode refuses did not give."""
+        """Raise a `ValueError` with the reason if score mode refused the request's model."""
         if refusal := self.__dict__.get("_refusal"):
             raise ValueError(refusal)
         raise AttributeError(f"PromptScores has no {name!r}")
@@ -130,7 +130,7 @@ class PromptScores(Sequence[Row | None]):
 def new_logprobs_processor(
     stock: Any, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Give a scoring request's `LogprobsProcessor` the arrays to fill."""
+    """Attach a `PromptScores` to a scoring request's `LogprobsProcessor`."""
     processor = stock(tokenizer, request, *args, **kwargs)
     if is_score_request(request.sampling_params):
         asked = ScoreRequest.from_params(request.sampling_params)
@@ -141,7 +141,7 @@ def new_logprobs_processor(
 
 @hook("vllm.v1.engine.logprobs", "LogprobsProcessor.update_from_output")
 def update_from_output(stock: Any, self: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let `LogprobsProcessor` collect a scoring request's arrays as they are."""
+    """Store a scoring request's arrays in its `PromptScores`."""
     scores: PromptScores | None = getattr(self, "quantgate_scores", None)
     if scores is None:
         return stock(output, *args, **kwargs)
@@ -153,13 +153,13 @@ def update_from_output(stock: Any, self: Any, output: Any, *args: Any, **kwargs:
 
 
 def _whole_prompt(asked: ScoreRequest, request: Any) -> list[int]:
-    """Return the caller's prompt; the engine's lacks the last token."""
+    """Return the caller's prompt; the engine's copy lacks the last token."""
     last = [] if asked.last_token is None else [asked.last_token]
     return [*request.prompt_token_ids, *last]
 
 
 def _as_list(scores: PromptScores, processor: Any) -> list[Row | None] | None:
-    """Return the rows with their tokens' texts, as a server answers; None, logged, if refused."""
+    """Return the rows with token texts, as a server needs; None, with a log line, if refused."""
     try:
         rows = list(scores)
     except ValueError as refusal:
@@ -184,7 +184,7 @@ def _as_list(scores: PromptScores, processor: Any) -> list[Row | None] | None:
 def new_request_state(
     stock: Any, cls: Any, tokenizer: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Give a scoring request's whole prompt back."""
+    """Return a scoring request's whole prompt to the caller."""
     state = stock(tokenizer, request, *args, **kwargs)
     if (scores := getattr(state.logprobs_processor, "quantgate_scores", None)) is not None:
         state.prompt_token_ids = scores.prompt_token_ids

@@ -11,23 +11,23 @@ FIELDS = ("score_mode", "score_start", "score_hidden_states")
 
 
 def patch_sampling_params(module: ModuleType) -> None:
-    """Replace `vllm.sampling_params.SamplingParams` by a subclass that knows `score_mode`.
+    """Replace `vllm.sampling_params.SamplingParams` with a subclass that has `score_mode`.
 
-    A `msgspec.Struct` takes no new field in place. The subclass keeps the wire format: vLLM's
-    own class, in a process that decodes before this patch is there, ignores the extra fields, and
-    the request itself travels in `extra_args`.
+    A `msgspec.Struct` cannot gain fields in place. The subclass keeps the wire format: in a
+    process that decodes before this patch is applied, vLLM's own class ignores the extra fields,
+    and the request itself is in `extra_args`.
     """
     stock: Any = module.SamplingParams
 
     class SamplingParams(stock, omit_defaults=True, dict=True):  # type: ignore[misc, call-arg]
         """vLLM's `SamplingParams` with quantgate's score mode.
 
-        `score_mode=True` returns the natural-log probability of every prompt token from the
-        second on, in float32, and generates nothing. `max_tokens=0` is allowed there, and only
-        there. `score_start` is the first row to score (row i predicts prompt token i + 1); the
-        prefix cache is read up to it. `score_hidden_states=True` returns the last hidden states of
-        the scored rows as well. `prompt_logprobs=1` adds the most probable token to each row's
-        dict. Over HTTP the same names are `vllm_xargs`.
+        `score_mode=True` returns the natural log-probability of every prompt token from the
+        second on, in float32, and generates nothing. Only then may `max_tokens` be 0.
+        `score_start` is the first row to score (row i predicts prompt token i + 1); the prefix
+        cache is read up to it. `score_hidden_states=True` also returns the last hidden states of
+        the scored rows. `prompt_logprobs=1` adds the most probable token to each row's dict. Over
+        HTTP, set the same names in `vllm_xargs`.
         """
 
         score_mode: bool = False
@@ -44,14 +44,14 @@ def patch_sampling_params(module: ModuleType) -> None:
 
         @property
         def beam_width(self) -> int:
-            """Refuse `LLM.beam_search`, which reads this of what it is given."""
+            """Refuse `LLM.beam_search`, which reads this attribute of its parameters."""
             if self.score_mode:
                 raise ValueError(NO_BEAM_SEARCH)
             raise AttributeError("SamplingParams has no beam_width; use BeamSearchParams.")
 
         @staticmethod
         def from_optional(*arguments: Any, **options: Any) -> Any:
-            """Return vLLM's own `from_optional`, which also takes score mode's fields."""
+            """Return vLLM's `from_optional`, extended by score mode's fields."""
             ours = {name: options.pop(name) for name in FIELDS if name in options}
             if ours.get("score_mode") and options.get("max_tokens") == 0:
                 options["max_tokens"] = 1
@@ -66,8 +66,8 @@ def patch_sampling_params(module: ModuleType) -> None:
     SamplingParams.__qualname__ = stock.__qualname__
     module.SamplingParams = SamplingParams  # type: ignore[attr-defined]
     _patch_beam_search_params(module)
-    # Where vLLM was imported first (an engine core), it goes on making objects of its own class,
-    # which pickle would no longer find under its name.
+    # If vLLM was imported first (an engine core), it keeps creating objects of its own class,
+    # which pickle would no longer find under that name.
     stock.__reduce__ = _reduce
 
 
@@ -97,7 +97,7 @@ def _patch_beam_search_params(module: ModuleType) -> None:
     feature=HTTP,
 )
 def to_beam_search_params(stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a completion request that asks for beam search and, in `vllm_xargs`, for scoring."""
+    """Refuse a completion request that combines beam search with scoring in `vllm_xargs`."""
     if (getattr(request, "vllm_xargs", None) or {}).get("score_mode"):
         raise ValueError(NO_BEAM_SEARCH)
     return stock(*args, **kwargs)
@@ -114,7 +114,7 @@ def _rebuild(*values: Any) -> Any:
 
 
 def _read_request_arguments(params: Any) -> None:
-    """Take score mode's fields from `extra_args`, where a server puts a request's `vllm_xargs`."""
+    """Read score mode's fields from `extra_args`, where a server puts `vllm_xargs`."""
     given = dict(params.extra_args or {})
     if "score_mode" not in given:
         return
@@ -125,20 +125,20 @@ def _read_request_arguments(params: Any) -> None:
     params.score_start = given.get("score_start", 0)
     if given.get("score_hidden_states"):
         raise ValueError(
-            "score_hidden_states is not for vllm_xargs: an OpenAI response has no place for them; "
+            "score_hidden_states is not for vllm_xargs: an OpenAI response has no field for it; "
             f"got {given['score_hidden_states']!r}."
         )
     if params.logprobs is not None and TARGETS in given:
         raise ValueError(
-            f"{TARGETS} cannot be combined with logprobs, which are of the prompt's own tokens; "
+            f"{TARGETS} cannot be combined with logprobs, which score the prompt's own tokens; "
             "leave logprobs out and read prompt_logprobs."
         )
-    params.logprobs = None  # OpenAI's parameter means the echoed prompt's here
-    params.extra_args[SCORE_KEY] = {"as_list": True}  # JSON takes nothing but a list
+    params.logprobs = None  # here OpenAI's parameter asks for the echoed prompt's
+    params.extra_args[SCORE_KEY] = {"as_list": True}  # a JSON response needs a plain list
 
 
 def _flag(value: Any) -> bool:
-    """Return what a client means by 1, 1.0, true or "true"; JSON clients send all of them."""
+    """Parse a boolean sent as 1, 1.0, true or "true"; JSON clients send all of them."""
     meaning = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     try:
         return meaning[str(value).lower()]
@@ -153,11 +153,11 @@ def _prepare_for_scoring(params: Any) -> None:
     params.max_tokens = 1
     params.ignore_eos = True
     params.prompt_logprobs = params.prompt_logprobs or 0
-    # A server's answer holds the tokens' texts.
+    # A server's response contains token texts.
     params.detokenize = bool((params.extra_args or {}).get(SCORE_KEY, {}).get("as_list"))
-    # Rows before the first scored one may come from the prefix cache.
+    # Only rows before the first scored one may come from the prefix cache.
     params.skip_reading_prefix_cache = params.score_start == 0
-    # `inputs` puts the request itself here, once the prompt is known.
+    # `inputs` stores the request itself here once the prompt is known.
     params.extra_args = {SCORE_KEY: {}, **(params.extra_args or {})}
 
 

@@ -13,7 +13,7 @@ MANAGER = "vllm.v1.core.kv_cache_manager"
 class _ReadUpTo(wrapt.ObjectProxy):  # type: ignore[type-arg]
     """A vLLM request whose cache lookup ends after `start` tokens.
 
-    vLLM looks up one token less than a request has, so that there is one left to compute.
+    vLLM looks up one token fewer than a request has, so that there is one left to compute.
     """
 
     def __init__(self, request: Any, start: int) -> None:
@@ -37,13 +37,13 @@ def get_computed_blocks(
 ) -> Any:
     """End the cache lookup of a scoring request at `score_start`.
 
-    A row that is read from the cache has no hidden state in this step, so it cannot be scored.
-    Each kind of cache (full attention, sliding window, Mamba) then finds the longest hit that it
-    can resume from. `max_cache_hit_length` is there from vLLM 0.33.0 on.
+    A row read from the cache has no hidden state in this step, so it cannot be scored. Each kind
+    of cache (full attention, sliding window, Mamba) finds the longest hit that it can resume
+    from. `max_cache_hit_length` exists from vLLM 0.33.0 on.
     """
     limit = max_cache_hit_length
     params = getattr(request, "sampling_params", None)
-    # One that scores from row 0 on does not read the cache at all: `params` sees to it.
+    # A request that scores from row 0 on does not read the cache at all (see `params`).
     if is_score_request(params) and (start := ScoreRequest.from_params(params).start):
         request = _ReadUpTo(request, start)
         limit = None if limit is None else min(limit, start)

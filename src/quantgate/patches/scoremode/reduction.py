@@ -1,4 +1,4 @@
-"""What the scoring core takes and gives: a head, a log-sum-exp in progress, scores."""
+"""The scoring core's data: a head, a partial log-sum-exp, and scores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ if TYPE_CHECKING:
 
 
 class Scores(NamedTuple):
-    """What scoring returns for n rows; log-probabilities are natural, in float32.
+    """The scores of n rows; log-probabilities are natural, in float32.
 
-    `logprob` [n, k], of the targets. `top1` int64 [n], the most probable token, and
-    `top1_logprob` [n].
+    `logprob` [n, k] of the targets; `top1` int64 [n], the most probable token; `top1_logprob` [n].
     """
 
     logprob: torch.Tensor
@@ -26,9 +25,9 @@ class Scores(NamedTuple):
 class Head:
     """A language-model head, or one tensor-parallel rank's shard of it.
 
-    `weight` [size, H] in any floating dtype and `bias` [size] make `size` logits a row, the first
-    of which is token `first_token`'s; then come the soft cap and the scale. With `all_gather`
-    (tensor parallelism), a function that turns this rank's [n, w] into every rank's [n, ranks * w].
+    `weight` [size, H] in any floating dtype and `bias` [size] give `size` logits per row, the
+    first for token `first_token`; the soft cap and the scale apply afterwards. Under tensor
+    parallelism, `all_gather` turns this rank's [n, w] into every rank's [n, ranks * w].
     """
 
     weight: torch.Tensor
@@ -40,7 +39,7 @@ class Head:
 
 
 class Reduction(NamedTuple):
-    """Log-sum-exp in progress over some columns of n rows, in float32.
+    """A partial log-sum-exp over some columns of n rows, in float32.
 
     `maximum` [n] of the logits, `total` [n] of exp(logit - maximum), `target` [n, k] the targets'
     own logits (-inf where another column holds them), `top1` int64 [n].
@@ -55,7 +54,7 @@ class Reduction(NamedTuple):
 def merge_parts(maximum: torch.Tensor, total: torch.Tensor, top1: torch.Tensor) -> Reduction:
     """Combine partial reductions [n, parts] over disjoint columns, in ascending order of column.
 
-    The returned `target` is empty: the parts' own are the caller's to combine.
+    The returned `target` is empty; the caller combines the parts' targets.
     """
     whole, winner = maximum.max(dim=1)
     scaled = total * (maximum - whole.unsqueeze(1)).exp()
@@ -66,6 +65,6 @@ def merge_parts(maximum: torch.Tensor, total: torch.Tensor, top1: torch.Tensor) 
 def scores_of(whole: Reduction) -> Scores:
     """Return the scores of a reduction over the whole vocabulary."""
     log_total = whole.total.log()
-    # In this order: the maximum, which may be large, leaves before a small number is rounded to it.
+    # Subtract the maximum first: it may be large, and would round off the small number.
     logprob = (whole.target - whole.maximum.unsqueeze(1)) - log_total.unsqueeze(1)
     return Scores(logprob, whole.top1, -log_total)

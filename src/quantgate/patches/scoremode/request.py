@@ -1,4 +1,4 @@
-"""What one scoring request asks for, and its way from the caller to the worker."""
+"""A scoring request, and how it travels from the caller to the worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# The key in `SamplingParams.extra_args`, the one field that crosses to the worker unchanged.
+# The key in `SamplingParams.extra_args`, the only field that reaches the worker unchanged.
 SCORE_KEY = "quantgate_score"
 TARGETS = "target_token_ids"
 PAD = -1
@@ -19,7 +19,7 @@ PAD = -1
 def is_score_request(sampling_params: Any) -> bool:
     """Whether a vLLM `SamplingParams` (or None, for pooling requests) asks for score mode."""
     extra = getattr(sampling_params, "extra_args", None)
-    # A client may put anything there over HTTP, but JSON has no bytes.
+    # Over HTTP a client can put anything there except bytes, which JSON does not have.
     return extra is not None and isinstance(extra.get(SCORE_KEY), bytes)
 
 
@@ -27,12 +27,12 @@ def is_score_request(sampling_params: Any) -> bool:
 class ScoreRequest:
     """The rows of a prompt to score. Row i predicts prompt token i + 1.
 
-    `targets` int32 [rows] or [rows, k], for rows `start`, `start + 1`, …; `PAD` marks a column that
-    a row does not use. `last_token` is the prompt's last token, which predicts nothing: the engine
-    is not given it, so that a prompt of `max_model_len` tokens leaves room for the token that the
-    engine always samples. None for a prompt of one token, which the engine must be given.
-    `hidden_states` asks for the scored rows' last hidden states, `top1` for the most probable token
-    beside the targets in each row as vLLM's own dict, `as_list` for a plain list of those.
+    `targets` int32 [rows] or [rows, k], for rows `start`, `start + 1`, …; `PAD` marks unused
+    columns. `last_token` is the prompt's last token, which predicts nothing. The engine does not
+    get it, so that a prompt of `max_model_len` tokens leaves room for the token that the engine
+    always samples. It is None for a prompt of one token, which the engine must get.
+    `hidden_states` requests the scored rows' last hidden states, `top1` the most probable token
+    beside the targets in each row's dict, `as_list` a plain list of these dicts.
     """
 
     targets: NDArray[np.int32]
@@ -44,16 +44,16 @@ class ScoreRequest:
 
     @property
     def rows(self) -> int:
-        """How many rows are scored."""
+        """The number of scored rows."""
         return len(self.targets)
 
     @property
     def columns(self) -> int:
-        """How many targets a row has, with padding."""
+        """The number of targets per row, padding included."""
         return 1 if self.targets.ndim == 1 else self.targets.shape[1]
 
     def to_wire(self) -> bytes:
-        """Return a header and the targets, in one value: it is copied and carried as it is."""
+        """Return a header and the targets as one value, which is copied and sent unchanged."""
         k = self.targets.shape[1] if self.targets.ndim == 2 else 0
         flags = self.hidden_states | self.top1 << 1 | self.as_list << 2
         last_token = PAD if self.last_token is None else self.last_token
@@ -62,7 +62,7 @@ class ScoreRequest:
 
     @classmethod
     def from_params(cls, sampling_params: Any) -> ScoreRequest:
-        """Read the request back from a `SamplingParams` that carries one."""
+        """Read the request from a `SamplingParams` that carries one."""
         wire = sampling_params.extra_args[SCORE_KEY]
         k, start, last_token, flags = _HEADER.unpack_from(wire)
         targets = np.frombuffer(wire, "<i4", offset=_HEADER.size)
@@ -88,9 +88,9 @@ def make_score_request(
     vocab_size: int,
     **wishes: bool,
 ) -> ScoreRequest:
-    """Check what the caller gave; a `ValueError` names the parameter and the value.
+    """Check the caller's arguments; a `ValueError` names the parameter and the value.
 
-    Without `target_token_ids` every row is asked for the token that follows it. `wishes` are the
+    Without `target_token_ids`, each row's target is the token that follows it. `wishes` are the
     flags of `ScoreRequest`.
     """
     prompt = _int32(prompt_token_ids)
@@ -111,7 +111,7 @@ def make_score_request(
 
 
 def _int32(ids: Sequence[int]) -> NDArray[np.int32]:
-    """Convert a list of token ids, which `struct` does four times as fast as NumPy."""
+    """Convert a list of token ids; `struct` is four times as fast as NumPy here."""
     try:
         return np.frombuffer(struct.pack(f"={len(ids)}i", *ids), np.int32)
     except struct.error as error:

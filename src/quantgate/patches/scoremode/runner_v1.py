@@ -11,7 +11,7 @@ from quantgate.patches.scoremode.request import ScoreRequest, is_score_request
 if TYPE_CHECKING:
     import torch
 
-# Where a runner keeps the scores of prompts that are still being prefilled, by request id.
+# The runner's attribute with the scores of prompts still in prefill, by request id.
 IN_PROGRESS = "_quantgate_in_progress"
 
 
@@ -24,7 +24,7 @@ def get_prompt_logprobs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Answer scoring requests where the runner answers `prompt_logprobs`."""
+    """Score scoring requests where the runner computes `prompt_logprobs`."""
     wanted = getattr(runner, "num_prompt_logprobs", {})
     scoring = {
         request_id: wanted.pop(request_id)
@@ -50,7 +50,7 @@ def _score(
         if request_id not in in_progress:
             params = runner.requests[request_id].sampling_params
             in_progress[request_id] = InProgress(ScoreRequest.from_params(params))
-    # A request that is not scheduled was preempted while in prefill.
+    # A request that is not scheduled was preempted during prefill.
     chunks = [
         _chunk(runner, name, in_progress[name].request, scheduled[name])
         for name in scoring

@@ -8,7 +8,7 @@ from quantgate.patches.scoremode.batch import InProgress, chunk_of, score_step
 from quantgate.patches.scoremode.hooks import V2_RUNNER, hook
 from quantgate.patches.scoremode.request import ScoreRequest, is_score_request
 
-# Where a worker keeps the scores of prompts that are still being prefilled, by request id.
+# The worker's attribute with the scores of prompts still in prefill, by request id.
 IN_PROGRESS = "_quantgate_in_progress"
 
 
@@ -22,7 +22,7 @@ def add_request(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Keep a scoring request here, and out of what the runner itself answers."""
+    """Register a scoring request, and hide it from the runner's own `prompt_logprobs`."""
     answer = stock(req_id, req_idx, sampling_params, *args, **kwargs)
     if is_score_request(sampling_params):
         worker.uses_prompt_logprobs[req_idx] = False
@@ -33,7 +33,7 @@ def add_request(
 
 @hook(V2_RUNNER, "PromptLogprobsWorker.remove_request")
 def remove_request(stock: Any, worker: Any, req_id: Any, *args: Any, **kwargs: Any) -> Any:
-    """Forget a request that is finished, aborted, or preempted and to be added again."""
+    """Drop a request that is finished, aborted or preempted; a preempted one is added again."""
     worker.__dict__.get(IN_PROGRESS, {}).pop(req_id, None)
     return stock(req_id, *args, **kwargs)
 
@@ -51,7 +51,7 @@ def compute_prompt_logprobs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Answer scoring requests where the runner answers `prompt_logprobs`."""
+    """Score scoring requests where the runner computes `prompt_logprobs`."""
     results = stock(
         logits_fn,
         hidden_states,

@@ -159,6 +159,15 @@ def test_the_tables_of_checks_name_each_of_them(root: Path, file: str, tasks: se
     assert sorted(found) == sorted(expected)
 
 
+def test_every_check_is_listed_with_its_question() -> None:
+    command = [sys.executable, "-m", "quantgate", "checks"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    assert [name for line in lines if line[0] != " " for name in line.split(", ")] == [
+        name for check in CHECKS for name in check.names
+    ]
+    assert "  do two ranks give what one gives? (needs tensor-parallel)" in lines
+
+
 def test_an_override_is_printed_with_its_reason(tmp_path: Path) -> None:
     folder = tmp_path / "fixtures" / "checkpoints"
     folder.mkdir(parents=True)

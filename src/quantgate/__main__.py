@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     budgets.set_defaults(run=_budgets)
     doctor = commands.add_parser("doctor", help="print what this machine can certify")
     doctor.set_defaults(run=_doctor)
+    checks = commands.add_parser("checks", help="list every check and what it asks")
+    checks.set_defaults(run=_checks)
     for command in (gate, budgets, doctor):
         command.add_argument(
             "--project", type=Path, default=Path.cwd(), help="where suites and fixtures lie"
@@ -62,6 +64,13 @@ def _budgets(given: argparse.Namespace) -> int:
     from quantgate.reporting.budgets import budgets_table
 
     print(budgets_table(read_checkpoint_files(given.project).values()), end="")
+    return 0
+
+
+def _checks(given: argparse.Namespace) -> int:
+    from quantgate.reporting.checks import checks_list
+
+    print(checks_list(), end="")
     return 0
 
 

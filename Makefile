@@ -28,7 +28,7 @@ test-slow: checkpoints
 gpu:
 	$(PYTHON) tools/make_env.py $(GPU_VENV) --extras gpu,dev $(if $(VLLM),--require vllm==$(VLLM))
 	$(GPU_VENV)/bin/python tools/quantize_tiny.py
-	$(GPU_VENV)/bin/python tools/gpu.py --out $(GPU_FIGURES)
+	$(GPU_VENV)/bin/python tools/measure_gpu.py --out $(GPU_FIGURES)
 
 env:
 	$(PYTHON) tools/make_env.py $(VENV)

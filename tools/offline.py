@@ -6,7 +6,7 @@
 
 Packages that the machine already has (torch, vLLM …) are not packed and keep their versions. There,
 run.sh unpacks the rest beside the machine's own packages, builds the embedded checkpoints, and
-passes its arguments to tools/gpu.py.
+passes its arguments to tools/measure_gpu.py.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GLIBC_MINORS = range(17, 40)
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 RUN = """#!/usr/bin/env bash
-# Made by tools/offline.py. Measures what needs a GPU; arguments go to tools/gpu.py.
+# Made by tools/offline.py. Measures what needs a GPU; arguments go to tools/measure_gpu.py.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${{PYTHON:-python3}}
@@ -45,7 +45,7 @@ if [ ! -e site/.ready ]; then
 fi
 export PYTHONPATH="$PWD/site${{PYTHONPATH:+:$PYTHONPATH}}" HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 "$python" source/tools/quantize_tiny.py
-exec "$python" source/tools/gpu.py "$@"
+exec "$python" source/tools/measure_gpu.py "$@"
 """
 
 

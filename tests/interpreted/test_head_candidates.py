@@ -3,12 +3,12 @@
 On a CPU a product in float32 stands in for cuBLAS's; the kernel that folds the blocks is the same.
 """
 
-import head_candidates
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu import head_candidates
 from quantgate.patches.scoremode import logprob as core
 from quantgate.patches.scoremode.reduction import Head
 

@@ -3,8 +3,7 @@
 No stock `prompt_logprobs` here: where vLLM takes Triton for usable, V1's hang on a CPU.
 """
 
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -117,10 +116,12 @@ def test_an_aborted_request_leaves_the_runner_clean(llm: Any, large_probe: Probe
 
 
 def test_the_benchmarks_native_mode_gives_what_score_mode_does(
-    llm: Any, large_probe: Probe, tool: Callable[[str], ModuleType]
+    llm: Any, large_probe: Probe
 ) -> None:
+    from gpu.score_modes import vllm_modes
+
     prompts = [{"prompt_token_ids": list(window.ids[:100])} for window in large_probe.windows[:3]]
-    modes = tool("bench_score").vllm_modes(llm, prompts)
+    modes: Any = vllm_modes(llm, prompts)
     if not llm.llm_engine.vllm_config.use_v2_model_runner:
         assert "native" not in modes
         return

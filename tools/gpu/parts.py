@@ -33,7 +33,7 @@ from quantgate.subject.probe import embedded_probe, probe_for
 from quantgate.subject.scheme import UNQUANTIZED
 from quantgate.subject.task import GENERATE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DTYPES = ("bfloat16", "float16")
 SHAPES = ("8b", "0.5b")
 SCHEMES = ("none", "W4A16", "FP8_DYNAMIC")

@@ -1,8 +1,8 @@
 """Measure what needs a GPU, and write the figures as JSON: what `make gpu` runs.
 
-    python tools/gpu.py --out build/gpu
-    python tools/gpu.py --out build/gpu --part formats --only "w4a16 float16"
-    python tools/gpu.py --list
+    python tools/measure_gpu.py --out build/gpu
+    python tools/measure_gpu.py --out build/gpu --part formats --only "w4a16 float16"
+    python tools/measure_gpu.py --list
 
 Each part is a list of items. A worker process measures them and writes each at once, so what a GPU
 does to one of them takes nothing from the others: an item that fails, ends its process or hangs
@@ -15,31 +15,26 @@ import argparse
 import datetime
 import hashlib
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import PARTS, ROOT, Checkpoints
-from gpu_tables import markdown
-
+from gpu.journal import Journal
+from gpu.parts import PARTS, ROOT, Checkpoints
+from gpu.tables import markdown
+from gpu.workers import supervise, work
 from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
 from quantgate.errors import BadInput
 from quantgate.measuring.cache import code_version
-from quantgate.measuring.engine_failure import EngineFailure, LostDevice, first_line
 from quantgate.measuring.environment import available_devices, library_versions
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
-# The scripts that say how figures are taken: with others they are measured again.
-MEASURING = ("gpu_parts.py", "bench_score.py", "bench_head.py", "head_candidates.py")
-POLL_SECONDS = 0.2
+# With other code in tools/ figures are measured again, but for what only keeps and shows them.
+MEASURING = ("bench_score.py", "bench_head.py", "gpu/*.py")
+NOT_MEASURING = ("journal.py", "tables.py", "workers.py")
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -58,122 +53,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-@dataclass(frozen=True)
-class Journal:
-    """What was measured of one part: a file for each item."""
-
-    directory: Path
-
-    def path(self, item: str) -> Path:
-        """Return where an item's figures lie."""
-        return self.directory / f"{hashlib.sha256(item.encode()).hexdigest()[:16]}.json"
-
-    def read(self, item: str) -> dict[str, Any] | None:
-        """Return what was written of an item; None of one that has not ended."""
-        try:
-            found: dict[str, Any] = json.loads(self.path(item).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return found
-
-    def write(self, item: str, **said: Any) -> None:
-        """Write what became of an item, and no longer that it is being measured."""
-        text = json.dumps({"item": item, **said}, indent=2, ensure_ascii=False)
-        write_atomically(self.path(item), text + "\n")
-        self.running.unlink(missing_ok=True)
-
-    @property
-    def running(self) -> Path:
-        """The file that names the item that is being measured."""
-        return self.directory / "running"
-
-    def start(self, item: str) -> None:
-        """Write that an item is being measured."""
-        write_atomically(self.running, item)
-
-    def started(self) -> tuple[str, float] | None:
-        """Return the item that is being measured, and since when; None without one."""
-        try:
-            return self.running.read_text(encoding="utf-8"), self.running.stat().st_mtime
-        except FileNotFoundError:
-            return None
-
-    def everything(self) -> list[dict[str, Any]]:
-        """Return what was written of every item, of earlier runs too."""
-        found = [json.loads(path.read_text("utf-8")) for path in self.directory.glob("*.json")]
-        return sorted(found, key=lambda said: str(said["item"]))
-
-    def waiting(self, items: Sequence[str]) -> list[str]:
-        """Return the items that have not ended."""
-        return [item for item in items if self.read(item) is None]
-
-
-def supervise(
-    command: Sequence[str],
-    journal: Journal,
-    items: Sequence[str],
-    seconds: float,
-    environment: Mapping[str, str],
-) -> None:
-    """Run `command` until each item has ended; one that ends it, or hangs, is not run."""
-    journal.running.unlink(missing_ok=True)
-    while waiting := journal.waiting(items):
-        with subprocess.Popen(
-            command, env={**os.environ, **environment}, start_new_session=True
-        ) as process:
-            try:
-                why = _watch(process, journal, seconds)
-            finally:
-                _kill(process)
-        started = journal.started()
-        if started is not None:
-            journal.write(started[0], not_run=why)
-        elif journal.waiting(items) == waiting:
-            for item in waiting:
-                journal.write(item, not_run=f"its process did not begin: {why}")
-
-
-def _watch(process: subprocess.Popen[bytes], journal: Journal, seconds: float) -> str:
-    """Return how a worker ended; one that hangs is left for its caller to kill."""
-    while process.poll() is None:
-        time.sleep(POLL_SECONDS)
-        if (started := journal.started()) and time.time() - started[1] > seconds:
-            return f"it took longer than {seconds:g} s"
-    return f"its process ended with status {process.returncode} on the way"
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a worker and all it started: an engine would keep its GPU."""
-    try:
-        os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        return
-
-
-def work(part: str, journal: Journal, items: Sequence[str], known: Checkpoints, out: Path) -> None:
-    """Measure a part's items one after another, in this process."""
-    for item in journal.waiting(items):
-        print(f"  {part}: {item}", file=sys.stderr, flush=True)
-        journal.start(item)
-        started = time.monotonic()
-        try:
-            figures = PARTS[part].measure(item, known, out)
-        except LostDevice:  # to the item before: a new process has the device again
-            journal.running.unlink()
-            return
-        except Exception as error:
-            said = str(error)
-            if not isinstance(error, BadInput | EngineFailure):
-                traceback.print_exc()
-                said = f"{type(error).__name__}: {first_line(error)}"
-            journal.write(item, not_run=said)
-            continue
-        journal.write(item, seconds=time.monotonic() - started, figures=figures)
-
-
 def fingerprint() -> dict[str, Any]:
     """Return what figures are of: code, versions, device."""
-    tools = [(ROOT / "tools" / name).read_bytes() for name in MEASURING]
+    found = (path for pattern in MEASURING for path in sorted((ROOT / "tools").glob(pattern)))
+    tools = [path.read_bytes() for path in found if path.name not in NOT_MEASURING]
     code = hashlib.sha256(b"".join([code_version().encode(), *tools])).hexdigest()
     return {"device": device_name(), "versions": library_versions(), "code": code}
 
@@ -220,7 +103,7 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
         work(part, journals[part], chosen[part], known, out)
         return 0
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
-    # Whoever lends a machine for minutes ends what runs on it: the figures so far are written.
+    # A machine that is lent for minutes ends what runs on it: the figures so far are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         for name, items in chosen.items():

@@ -15,7 +15,7 @@ Rows = list[list[str]]
 def markdown(content: Mapping[str, Any]) -> str:
     """Return every part's table, and what was not run."""
     versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
-    command = " ".join(["python tools/gpu.py", *content["command"]])
+    command = " ".join(["python tools/measure_gpu.py", *content["command"]])
     lines = [f"{content['date'][:10]}, {content['device']}; {versions}; `{escaped(command)}`.\n"]
     for name, (headings, rows_of) in TABLES.items():
         measured = [said for said in content["parts"].get(name, ()) if "figures" in said]

@@ -20,7 +20,7 @@ from quantgate.subject.checkpoint_file import read_checkpoint_file
 from quantgate.subject.probe import Probe, Window, embedded_probe
 from quantgate.subject.task import Task
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROVENANCE = Provenance("engine", "cpu", "cpu", "float32")
 
 

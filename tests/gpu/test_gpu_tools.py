@@ -226,7 +226,7 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(
     import argparse
     import importlib.util
 
-    path = Path(__file__).resolve().parent.parent / "tools" / "bench_score.py"
+    path = Path(__file__).resolve().parents[2] / "tools" / "bench_score.py"
     spec = importlib.util.spec_from_file_location("bench_score", path)
     assert spec is not None
     assert spec.loader is not None

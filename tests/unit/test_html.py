@@ -2,14 +2,12 @@
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import jsonschema
 import pytest
+from pages import CHROMIUM, browse, elements
 
 from quantgate.judging.checks import place_of
 from quantgate.judging.evidence import POSITION_BINS, WORST_TOKENS
@@ -24,7 +22,6 @@ from quantgate.reporting.run import Run
 from quantgate.reporting.write import FILES, write_reports
 from quantgate.subject.probe import Passage
 
-CHROMIUM = shutil.which("chromium")
 MEGABYTE = "<i>A</i>" * 130_000
 HOSTILE = [
     "<script>document.title='owned';console.log('owned')</script>",
@@ -76,27 +73,6 @@ def run_of(results: list[CheckResult], text: str = "text") -> Run:
         [EngineLife(text[:99], "bfloat16", 0.5, 2.0)],
         {"x": [entry, {**entry, "mean_nll": 1.25}]},
     )
-
-
-class Elements(HTMLParser):
-    """Counts elements and keeps what could load or run something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: dict[str, int] = {}
-        self.loads: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] = self.tags.get(tag, 0) + 1
-        for name, value in attrs:
-            if name.startswith("on") or name in ("src", "href", "action", "srcset"):
-                self.loads.append(f"{name}={value}")
-
-
-def elements(page: str) -> Elements:
-    found = Elements()
-    found.feed(page)
-    return found
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:20]))
@@ -193,19 +169,6 @@ def test_a_known_failure_is_no_failure_in_the_comment() -> None:
     assert comment.startswith("## ✅ Quantgate: PASS\n")
     assert "quality FAIL \\(known\\)" in comment
     assert 'failures="0"' in junit_xml([known])
-
-
-def browse(page: Path, folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    """Show a page in the browser that there is; prints what became of it."""
-    assert CHROMIUM is not None
-    return subprocess.run(
-        [
-            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            "--disable-background-networking", "--disable-component-update", "--no-first-run",
-            f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="not run: no chromium here, apt-get install chromium")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_logits import sides
 
 from quantgate.measuring import divergence as dv
 from quantgate.measuring.divergence import (
@@ -16,25 +17,6 @@ from quantgate.measuring.divergence import (
     kl_divergence,
     llama_cpp_statistics,
 )
-
-
-def linear(weight: torch.Tensor) -> dv.Logits:
-    return lambda hidden: hidden @ weight.T
-
-
-def sides(
-    rows: int, width: int, vocabulary: int, moved: float, seed: int = 0
-) -> tuple[Side, Side, np.ndarray]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=generator)
-    head = torch.randn(vocabulary, width, generator=generator) * 3 / width**0.5
-    other = hidden + moved * torch.randn(rows, width, generator=generator)
-    targets = torch.randint(0, vocabulary, (rows,), generator=generator).numpy()
-    return (
-        Side(hidden.numpy(), linear(head), vocabulary),
-        Side(other.numpy(), linear(head), vocabulary),
-        targets,
-    )
 
 
 def exact(base: Side, other: Side) -> np.ndarray:

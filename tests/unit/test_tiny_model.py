@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "fixtures/tiny/llama"
 PROBES = {name: ROOT / f"fixtures/probes/{name}.jsonl" for name in ("tiny", "tiny-quality")}
 

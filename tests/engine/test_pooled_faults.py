@@ -23,7 +23,7 @@ from quantgate.subject.files import identity
 from quantgate.subject.probe import Probe, embedded_probe, probe_for
 from quantgate.subject.task import Task
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from harness import RunGate
+from pages import CHROMIUM, browse, elements
 from safetensors.torch import load_file, save_file
-from test_html import CHROMIUM, browse, elements
 
 pytestmark = pytest.mark.slow(reason="a gate run for each hostile checkpoint")
 

@@ -9,7 +9,7 @@ from quantgate.subject.files import actual_scheme
 
 pytestmark = pytest.mark.slow(reason="the whole gate on seven checkpoints")
 
-BUILD = Path(__file__).resolve().parent.parent / LLMCOMPRESSOR
+BUILD = Path(__file__).resolve().parents[2] / LLMCOMPRESSOR
 # By the name of their recipe in tools/make_llmcompressor.py.
 SCHEMES = {
     "fp8-dynamic": "FP8_DYNAMIC",

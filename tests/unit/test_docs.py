@@ -58,12 +58,12 @@ def test_every_slow_test_is_listed_with_its_file(root: Path) -> None:
     """Nobody's test leaves `make test` unnoticed."""
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     slow = {
-        f"tests/{path.name}"
-        for path in (root / "tests").glob("test_*.py")
+        f"tests/{path.parent.name}/{path.name}"
+        for path in (root / "tests").glob("*/test_*.py")
         if re.search(r"^[^\"\n]*pytest\.mark\.slow\(", path.read_text(), re.MULTILINE)
     }
     rows = [line for line in text.splitlines() if line.startswith("| `tests/")]
-    assert {name for row in rows for name in re.findall(r"`(tests/\w+\.py)`", row)} == slow
+    assert {name for row in rows for name in re.findall(r"`(tests/\w+/\w+\.py)`", row)} == slow
 
 
 def test_ci_calls_what_the_readme_calls(readme: str, root: Path) -> None:
@@ -175,7 +175,7 @@ def test_an_override_is_printed_with_its_reason(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-DOCUMENTS = [path.stem for path in sorted((Path(__file__).parent.parent / "docs").glob("*.md"))]
+DOCUMENTS = [path.stem for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

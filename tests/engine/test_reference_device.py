@@ -16,8 +16,8 @@ from harness import RunGate
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_device import DEVICE, made_up_device
-from test_divergence import linear, sides
-from test_reference import SHORT, quiet, save_random, small_models
+from made_up_logits import linear, sides
+from small_models import SHORT, quiet, save_random, small_models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantgate.errors import BadInput

@@ -1,6 +1,6 @@
 """Whoever is killed, at any moment, damages nothing: goldens and cache are whole.
 
-`KILLS=20 pytest tests/test_killed.py` kills as often as a release of the project is tried with.
+`KILLS=20 pytest tests/gate/test_killed.py` kills as often as before a release of the project.
 """
 
 import json

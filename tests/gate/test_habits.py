@@ -37,7 +37,7 @@ def test_what_will_be_skipped_is_said_at_the_start(root: Path, tmp_path: Path) -
     (browser := tmp_path / "bin" / "chromium").parent.mkdir()
     browser.write_text("#!/bin/sh\n")
     browser.chmod(0o755)
-    command = [sys.executable, "-m", "pytest", "tests/test_stats.py", "--co"]
+    command = [sys.executable, "-m", "pytest", "tests/unit/test_stats.py", "--co"]
     for path, said in ((tmp_path, True), (browser.parent, False)):
         environment = {**os.environ, "PATH": str(path)}
         header = subprocess.run(

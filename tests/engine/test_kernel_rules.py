@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RunGate
 
-from quantgate.errors import BadInput
 from quantgate.formats import builds
-from quantgate.formats.kernels import FORMATS_RULES, RULES, LinearRules, explained, rules_of
+from quantgate.formats.kernels import FORMATS_RULES, RULES, rules_of
 from quantgate.judging import compare
 from quantgate.judging.budget import REPLAY_MODULE_16_BIT
 from quantgate.judging.verdict import Verdict
@@ -61,37 +59,6 @@ def test_every_kernel_that_the_installed_vllm_may_choose_has_a_rule() -> None:
     for held in choices.values():
         for platform in (PlatformEnum.CUDA, PlatformEnum.CPU):
             assert {kernel.__name__ for kernel in held.get(platform, ())} <= RULES.keys()
-
-
-def test_rules_are_those_of_the_kernels_in_use() -> None:
-    served = ["UnquantizedLinearMethod", "FlashAttentionImpl", "MacheteLinearKernel"]
-    assert rules_of(served) == FORMATS_RULES
-    assert rules_of([*served, "MarlinNvFp4LinearKernel"]).kept == {"nvfp4"}
-    assert rules_of(["CutlassNvFp4LinearKernel"]) == FORMATS_RULES
-    assert rules_of(["MarlinFP8ScaledMMLinearKernel + MacheteLinearKernel"]).kept == {"fp8"}
-    assert rules_of(["CutlassW4A8LinearKernel"]) == LinearRules(fp8_products=True)
-    assert explained(served) == []
-    (said,) = explained(["MarlinNvFp4LinearKernel + MacheteLinearKernel"])
-    assert said == "MarlinNvFp4LinearKernel keeps inputs in 16 bits, and so does the reference"
-
-
-@pytest.mark.parametrize(
-    ("kernels", "message"),
-    [
-        (["TurboLinearKernel"], "TurboLinearKernel: the reference has no rule for what this"),
-        (
-            ["FlashInferCutlassMxfp8LinearKernel"],
-            r"FlashInferCutlassMxfp8LinearKernel: .* rule of its own \(mxfp8/flashinfer.py\)",
-        ),
-        (
-            ["MarlinNvFp4LinearKernel", "CutlassNvFp4LinearKernel"],
-            "CutlassNvFp4LinearKernel and MarlinNvFp4LinearKernel both serve linears of the nvfp4",
-        ),
-    ],
-)
-def test_what_has_no_rule_is_refused_by_name(kernels: list[str], message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        rules_of(kernels)
 
 
 def judged(directory: Path, probe: Probe, into: Path) -> tuple[Measurement, dict[str, Verdict]]:
@@ -219,30 +186,3 @@ def test_asymmetric_static_int8_under_cutlass_is_replayed_by_its_rounding(
         (module,) = (name for name, error in wrong.items() if error > LIMIT)
         assert module == "model.layers.3.mlp.down_proj"
         assert 5e-3 < wrong[module] < 2e-2
-
-
-WITHOUT_A_RULE = """
-import quantgate.formats.kernels as kernels
-del kernels.RULES["DequantizingLinearKernel"]
-"""
-
-
-def test_a_kernel_without_a_rule_is_not_run_by_name(project: Path) -> None:
-    """A whole gate run: what needs the reference is not judged, and no verdict calls it a fault."""
-    with (project / "conftest.py").open("a") as stream:
-        stream.write(WITHOUT_A_RULE)
-    run_gate = RunGate(project)
-    done = run_gate("suites", "-k", "float32 and (fidelity or replay or drift)",
-                    "--gate-report", "report")  # fmt: skip
-    assert done.returncode == 1
-    (one,) = run_gate.report["checkpoints"]
-    checks = {check["name"]: check for check in one["checks"]}
-    assert one["verdict"] == "not-run"
-    assert {name: check["verdict"] for name, check in checks.items()} == {
-        "fidelity-float32": "not-run",
-        "replay-float32": "not-run",
-        "drift-float32": "pass",
-    }
-    for name in ("fidelity-float32", "replay-float32"):
-        assert "DequantizingLinearKernel: the reference has no rule" in checks[name]["detail"]
-    assert "Traceback" not in done.stdout

@@ -7,7 +7,7 @@ import pytest
 from harness import ENGINE_ENVIRONMENT
 from preloaded import run_python
 
-from quantgate.patches.pooling_api import refuse_empty, token_task_options
+from quantgate.patches.pooling_api import token_task_options
 from quantgate.subject.task import Task
 
 NER = "build/tiny-ner-bert-w4a16"
@@ -119,20 +119,6 @@ def test_bad_input_is_one_sentence(
     with pytest.raises(ValueError, match=message) as caught:
         token_task_options(root / model, task, settings)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("prompts", ["", [""], ["a", ""], [], {"prompt": ""}, [{"prompt": ""}]])
-def test_what_is_empty_is_refused(prompts: object) -> None:
-    if prompts == []:
-        refuse_empty(prompts)  # no request at all is vLLM's to answer
-        return
-    with pytest.raises(ValueError, match=r"prompt \d is empty"):
-        refuse_empty(prompts)
-
-
-def test_what_is_not_empty_is_not() -> None:
-    for prompts in ("a", ["a", "b"], [3, 4], [[3], [4]], {"prompt_token_ids": [1]}):
-        refuse_empty(prompts)
 
 
 def test_vllm_refuses_a_quantized_head_by_name(root: Path, tmp_path: Path) -> None:

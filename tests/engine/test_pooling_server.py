@@ -14,6 +14,8 @@ from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import embedded_probe
 from quantgate.subject.task import POOLING, Task
 
+pytestmark = pytest.mark.long
+
 # float32 sums of the same terms, in batches of other sizes.
 SAME = 1e-5
 

@@ -1,6 +1,5 @@
 """The reference on another device than the CPU: through the same code, with the same scores."""
 
-import json
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import RunGate
-from hypothesis import given
-from hypothesis import strategies as st
 from made_up_device import DEVICE, made_up_device
 from made_up_logits import linear, sides
 from small_models import SHORT, quiet, save_random, small_models
@@ -28,8 +24,6 @@ from quantgate.measuring import empty_model, engine, reference, reference_device
 from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.divergence import Side, divergence
 from quantgate.measuring.measurement import Measurement, Provenance
-from quantgate.measuring.read_ahead import read_ahead
-from quantgate.measuring.reference_device import TOKENS_PER_STEP, choose_device, exactly, together
 from quantgate.measuring.replay import replay
 from quantgate.measuring.sources import Sources
 from quantgate.measuring.streamed_model import StreamedModel
@@ -37,6 +31,8 @@ from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.probe import Probe, embedded_probe, probe_for
 from quantgate.subject.task import GENERATE, Task
+
+pytestmark = pytest.mark.long
 
 ONE_BY_ONE = 0  # tokens a step: the CPU's way
 
@@ -145,20 +141,6 @@ def test_a_forgotten_transfer_is_an_error(
         both(root / "build" / name, probe)
 
 
-# Windows together -------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 3 * TOKENS_PER_STEP // 2), max_size=40))
-def test_only_windows_of_one_length_go_together(lengths: list[int]) -> None:
-    groups = together(lengths, torch.device("cuda"))
-    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
-    for group in groups:
-        assert len({lengths[place] for place in group}) == 1
-        assert len(group) == 1 or len(group) * lengths[group[0]] <= TOKENS_PER_STEP
-    assert together(lengths, torch.device("cpu")) == [[place] for place in range(len(lengths))]
-    assert together([96] * 5, torch.device("cuda")) == [[0, 1, 2, 3, 4]]
-
-
 def test_windows_that_go_together_have_their_own_scores(
     root: Path, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,23 +160,6 @@ def test_windows_that_go_together_have_their_own_scores(
     assert seen == {(1, 95), (1, 49), (2, 95)}
     np.testing.assert_allclose(there.values, here.values, rtol=0, atol=1e-5)
     assert np.abs(there.values - here.values).mean() < 1e-6
-
-
-# Reading ahead ----------------------------------------------------------------------------------
-
-
-def test_the_next_part_is_read_while_one_is_in_use() -> None:
-    reading = threading.Event()
-
-    def read(index: int) -> str:
-        if index == 1:
-            reading.set()
-        return f"part {index}"
-
-    parts = read_ahead(read, 3)
-    assert next(parts) == "part 0"
-    assert reading.wait(10)
-    assert list(parts) == ["part 1", "part 2"]
 
 
 def test_at_most_two_layers_are_in_memory(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,41 +216,6 @@ def test_a_run_that_is_stopped_leaves_no_thread(
 
 def readers() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("read-ahead")]
-
-
-# Exact arithmetic -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("before", ["default", "allow_tf32", "fp32_precision"])
-def test_no_product_is_in_tf32_and_settings_come_back(before: str) -> None:
-    """However TF32 was allowed: by torch's old name for it, or by the new one alone."""
-    products = torch.backends.cuda.matmul
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    untouched = products.fp32_precision, convolutions.fp32_precision
-    try:
-        if before == "allow_tf32":
-            products.allow_tf32 = True
-        elif before == "fp32_precision":
-            products.fp32_precision = "tf32"
-        allowed = products.fp32_precision, convolutions.fp32_precision
-        with exactly(torch.device("cuda")):
-            assert (products.fp32_precision, products.allow_tf32) == ("ieee", False)
-            assert convolutions.fp32_precision == "ieee"
-            assert fused_attention() == (False, False)
-            assert torch.is_inference_mode_enabled()
-        assert (products.fp32_precision, convolutions.fp32_precision) == allowed
-        assert fused_attention() == (True, True)
-        with exactly(torch.device("cpu")):
-            assert (products.fp32_precision, convolutions.fp32_precision) == allowed
-            assert fused_attention() == (True, True)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        products.fp32_precision, convolutions.fp32_precision = untouched
-
-
-def fused_attention() -> tuple[bool, bool]:
-    backends: Any = torch.backends.cuda
-    return backends.mem_efficient_sdp_enabled(), backends.flash_sdp_enabled()
 
 
 # Heads, and replay ------------------------------------------------------------------------------
@@ -370,30 +300,6 @@ def test_a_replay_on_the_device_sees_each_window_and_no_error(root: Path) -> Non
     assert len(found.modules) == 28
 
 
-# Which device it is -----------------------------------------------------------------------------
-
-
-def test_the_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there, default in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert choose_device() == default
-        assert choose_device("cpu") == "cpu"
-    assert choose_device("cuda") == "cuda"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadInput, match="--reference-device cuda: torch sees no GPU here; leave"):
-        choose_device("cuda")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_a_usage_error(run_gate: RunGate) -> None:
-    ran = run_gate("suites", "--reference-device", "cuda", "--co")
-    assert ran.returncode == 4
-    assert "ERROR: --reference-device cuda: torch sees no GPU here; leave" in ran.stderr
-    assert "Traceback" not in ran.stderr
-    unknown = run_gate("suites", "--reference-device", "tpu", "--co")
-    assert "invalid choice: 'tpu'" in unknown.stderr
-
-
 def test_each_device_has_its_own_entry_in_the_cache(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,24 +381,3 @@ def test_the_engine_has_gone_when_the_reference_starts(
     with pytest.raises(Served):
         own.reference(checkpoint, "float32")
     assert events == ["engine starts", "engine has gone", "reference"]
-
-
-# A real one -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="not run: it needs a GPU, and none is here"
-)
-@pytest.mark.parametrize("name", ["tiny-llama-w4a16", "tiny-llama-fp8-kv", "tiny-ner-bert-w4a16"])
-def test_a_gpus_scores_are_the_cpus(root: Path, name: str) -> None:
-    """In float64 to its rounding, in float32 to 1e-6 nat a token, on average."""
-    directory = root / "build" / name
-    probe, _ = probe_for(embedded_probe(root, task_of(root, name), quality=False), directory)
-    for dtype, most in (("float64", 1e-9), ("float32", 1e-6)):
-        here, there = (
-            reference.measure(directory, probe, dtype=dtype, announce=quiet, device=device)
-            for device in ("cpu", "cuda")
-        )
-        off = np.abs(here.values.astype(np.float64) - there.values)
-        print(json.dumps({"dtype": dtype, "mean": off.mean(), "max": off.max()}))
-        assert off.mean() < most

@@ -16,6 +16,8 @@ from harness import ENGINE_ENVIRONMENT, post, running_server
 
 from quantgate.patches.scoremode.request import SCORE_KEY
 
+pytestmark = pytest.mark.long
+
 IDS = [0, 7, 8, 9, 100, 7, 8]
 
 

@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from harness import ENGINE_ENVIRONMENT
 
 from quantgate.measuring import reference
 from quantgate.measuring.capture import Capture
 from quantgate.measuring.replay import replay
 from quantgate.subject.probe import Probe
+
+pytestmark = pytest.mark.long
 
 SCRIPT = """
 import sys

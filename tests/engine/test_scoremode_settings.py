@@ -15,6 +15,8 @@ from quantgate.measuring.engine import running_engine
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe
 
+pytestmark = pytest.mark.long
+
 # What the gate allows float32 scores (budget.FP32_MAX).
 
 ENGINES: dict[str, dict[str, Any]] = {

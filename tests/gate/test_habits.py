@@ -8,28 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_engine import install
 from harness import LLMCOMPRESSOR, RunGate, lacking
 
 from quantgate.judging.golden import from_json, to_json
 from quantgate.subject.probe import Probe
 
+pytestmark = pytest.mark.long
+
 FEW = "float32 and (replay or drift)"
-
-
-WARNING = """
-import warnings
-import quantgate.measuring.engine as engine
-
-library = {"__name__": "somelibrary"}
-exec("import warnings\\ndef warn(): warnings.warn('of its own insides')", library)
-stock = engine.serve
-
-def serve(*arguments):
-    WARN
-    return stock(*arguments)
-
-engine.serve = serve
-"""
 
 
 def test_what_will_be_skipped_is_said_at_the_start(root: Path, tmp_path: Path) -> None:
@@ -93,15 +80,21 @@ def test_stop_at_a_failure_and_run_the_last_ones_again(
 
 @pytest.mark.parametrize(
     ("warn", "status"),
-    [("library['warn']()", 0), ("warnings.warn('of ours')", 1)],
+    [("a library", 0), ("our own code", 1)],
     ids=["a library's", "our own"],
 )
 def test_what_a_library_is_warned_of_is_no_verdict(
     run_gate: RunGate, warn: str, status: int
 ) -> None:
     """A driver, a GPU or a newer version has others; what our own code does wrong is an error."""
-    with (run_gate.project / "conftest.py").open("a") as stream:
-        stream.write(WARNING.replace("WARN", warn))
-    done = run_gate("suites", "-k", "fidelity and float32", "--gate-report", "report")
+    install(run_gate.project)
+    done = run_gate(
+        "suites",
+        "-k",
+        "fidelity and float32",
+        "--gate-report",
+        "report",
+        FAULT=f"warn as {warn} does",
+    )
     assert done.returncode == status, done.stdout
     assert outcomes(run_gate) == {"fidelity-float32": "not-run" if status else "pass"}

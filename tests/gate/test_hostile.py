@@ -12,7 +12,7 @@ from harness import RunGate
 from pages import CHROMIUM, browse, elements
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.slow(reason="a gate run for each hostile checkpoint")
+pytestmark = [pytest.mark.long, pytest.mark.slow(reason="a gate run for each hostile checkpoint")]
 
 SCRIPT = "<script>document.title='owned';console.log('owned')</script>"
 ESCAPES = "\x1b]0;owned\x07\x1b[31m\u202e\x00"

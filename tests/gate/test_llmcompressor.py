@@ -7,7 +7,7 @@ from harness import LLMCOMPRESSOR, RunGate
 
 from quantgate.subject.files import actual_scheme
 
-pytestmark = pytest.mark.slow(reason="the whole gate on seven checkpoints")
+pytestmark = [pytest.mark.long, pytest.mark.slow(reason="the whole gate on seven checkpoints")]
 
 BUILD = Path(__file__).resolve().parents[2] / LLMCOMPRESSOR
 # By the name of their recipe in tools/make_llmcompressor.py.

@@ -13,6 +13,8 @@ from preloaded import run_python
 
 from quantgate.subject.processor import is_x86_without_vnni
 
+pytestmark = pytest.mark.long
+
 MADE_UP = """
 import quantgate.measuring.environment
 quantgate.measuring.environment.available_devices = lambda: {"cuda": "sm90"}

@@ -16,6 +16,8 @@ from harness import running, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.long
+
 TOOL = "tools/gpu.py"
 WITHOUT = ("--without-a-gpu",)
 NAME = "tiny-llama-w8a8"

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow(reason="Triton's interpreter runs the kernels in Python")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.slow(reason="Triton's interpreter runs the kernels in Python"),
+]
 
 
 def test_the_fused_kernel_and_the_v2_runner_hold_in_tritons_interpreter(root: Path) -> None:

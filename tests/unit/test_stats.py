@@ -36,6 +36,7 @@ def test_rounding_is_allowed_its_factor_and_the_error_of_its_mean(seed: int, clu
     assert rounding_allowance(np.ones(len(sizes)), documents, 2.0) == pytest.approx(2.0)
 
 
+@pytest.mark.long
 def test_one_draw_in_a_thousand_exceeds_what_another_allows() -> None:
     """Of 80 values each: the mean of one sample against the allowance of another, factor 1."""
     rng = np.random.default_rng(0)
@@ -81,6 +82,7 @@ def test_shifting_moves_the_mean_and_nothing_else(
     assert b.standard_error == pytest.approx(a.standard_error, abs=1e-9)
 
 
+@pytest.mark.long
 def test_false_alarms_on_clustered_data_stay_at_the_nominal_rate() -> None:
     """A one-sided bound at α = 5 % misses the true mean in 5 % of runs, up to simulation error."""
     generator = np.random.default_rng(2)
@@ -96,6 +98,7 @@ def test_false_alarms_on_clustered_data_stay_at_the_nominal_rate() -> None:
     assert misses >= stats.binom.ppf(0.001, runs, 0.03)
 
 
+@pytest.mark.long
 def test_minimum_detectable_effect_is_found_with_the_stated_power() -> None:
     generator = np.random.default_rng(3)
     clusters, size, runs = 60, 10, 1500
@@ -180,6 +183,7 @@ def test_a_confidence_sequence_closes_in_on_the_mean() -> None:
     assert upper[-1] - lower[-1] < 3 * (fixed[1] - fixed[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["independent", "clustered", "heavy-tailed", "autocorrelated"])
 def test_the_simulations_hold(tool: Callable[[str], ModuleType], name: str) -> None:
     """The large ones are one command: tools/simulate_statistics.py."""

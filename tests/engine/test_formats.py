@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from quantgate.errors import BadInput
 from quantgate.formats import activations
 from quantgate.formats.library_weights import largest_disagreement
+from quantgate.formats.linear import read_linear
 from quantgate.formats.numbers import E2M1_MAGNITUDES, decode_e2m1
 from quantgate.formats.stored import StoredTensors
 from quantgate.formats.weights import dequantize_weight
@@ -121,3 +124,24 @@ def test_nvfp4_inputs_are_vllms(rows: int, groups: int, seed: int) -> None:
     for global_scale in (torch.tensor([448.0]), torch.tensor([1234.5])):
         theirs = ref_nvfp4_quant_dequant(x.clone(), global_scale, 16)
         assert torch.equal(activations.nvfp4(x, global_scale), theirs)
+
+
+def test_int8_inputs_of_fused_linears_must_have_one_scale(tmp_path: Path) -> None:
+    tensors = {}
+    for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        tensors[f"{name}.weight"] = torch.ones(2, 2, dtype=torch.int8)
+        tensors[f"{name}.weight_scale"] = torch.ones(2, 1)
+        tensors[f"{name}.input_scale"] = torch.tensor([1.0 + number])
+    save_file(tensors, tmp_path / "model.safetensors")
+    int8 = {"num_bits": 8, "type": "int"}
+    group = {
+        "weights": {**int8, "strategy": "channel"},
+        "input_activations": {**int8, "strategy": "tensor", "dynamic": False},
+    }
+    with pytest.raises(BadInput, match=r"q_proj: input_scale is not the same .*\[1.0, 2.0, 3.0\]"):
+        read_linear(
+            StoredTensors(tmp_path),
+            "q_proj",
+            group,
+            lambda own, group: dequantize_weight(own, group["weights"]),
+        )

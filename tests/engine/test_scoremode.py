@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,3 +260,20 @@ def test_max_tokens_0_is_for_scoring_only() -> None:
     SamplingParams(score_mode=True, max_tokens=0)
     with pytest.raises(ValueError, match="max_tokens=0 is allowed with score_mode=True only"):
         SamplingParams(max_tokens=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 2), (4, 2), (3, 5)])
+def test_arrays_of_another_shape_than_asked_for_are_refused(shape: tuple[int, int]) -> None:
+    """As vLLM's own prompt_logprobs are: an exception here would end a server's output loop."""
+    import torch
+
+    from quantgate.patches.scoremode.outputs import PromptScores
+    from quantgate.patches.scoremode.request import make_score_request
+
+    scores = PromptScores(make_score_request([1, 2, 3, 4], None, start=0, vocab_size=9), [1, 2, 3])
+    tokens = torch.zeros(shape, dtype=torch.int32)
+    scores.receive(SimpleNamespace(logprobs=torch.zeros(shape), logprob_token_ids=tokens))
+    with pytest.raises(
+        ValueError, match=r"does not support vLLM .*: 3 rows of 2 values were asked"
+    ):
+        scores.logprobs  # noqa: B018

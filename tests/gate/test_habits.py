@@ -88,13 +88,7 @@ def test_what_a_library_is_warned_of_is_no_verdict(
 ) -> None:
     """A driver, a GPU or a newer version has others; what our own code does wrong is an error."""
     install(run_gate.project)
-    done = run_gate(
-        "suites",
-        "-k",
-        "fidelity and float32",
-        "--gate-report",
-        "report",
-        FAULT=f"warn as {warn} does",
-    )
+    fault = f"warn as {warn} does"
+    done = run_gate("suites", "-k", "fidelity and float32", "--gate-report", "report", FAULT=fault)
     assert done.returncode == status, done.stdout
     assert outcomes(run_gate) == {"fidelity-float32": "not-run" if status else "pass"}

@@ -9,16 +9,18 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
-def _has_other_tests(request: pytest.FixtureRequest) -> bool:
-    """Whether this process runs tests of other folders too, which may import vLLM."""
-    return not all(item.path.is_relative_to(FOLDER) for item in request.session.items)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    only_unit_tests = all(item.path.is_relative_to(FOLDER) for item in session.items)
+    if only_unit_tests and "vllm" in sys.modules:
+        raise pytest.UsageError(
+            "collecting tests/unit imported vLLM: see with `python -X importtime`"
+        )
 
 
 @pytest.fixture(autouse=True)
-def _imports_no_vllm(_has_other_tests: bool) -> Iterator[None]:
-    """Fail the first test after which vLLM is imported, whatever imported it."""
-    is_excused = _has_other_tests and "vllm" in sys.modules
+def _imports_no_vllm() -> Iterator[None]:
+    """Fail the test that imports vLLM, if no test of another folder has done so before."""
+    before = "vllm" in sys.modules
     yield
-    if "vllm" in sys.modules and not is_excused:
-        pytest.fail("vLLM was imported by this test or while it was collected: move it to engine/")
+    if "vllm" in sys.modules and not before:
+        pytest.fail("this test imported vLLM: it belongs in tests/engine")

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quantgate.errors import BadInput
 from quantgate.formats import activations
 from quantgate.formats.groups import group_of
 from quantgate.formats.linear import read_linear
@@ -240,27 +239,6 @@ def test_linears_that_vllm_fuses_have_fused_scales(tmp_path: Path) -> None:
     assert q.quantize_input is not None
     ones = torch.ones(1, 2)
     assert torch.equal(q.quantize_input(ones), activations.fp8_per_tensor(ones, torch.tensor(1.5)))
-
-
-def test_int8_inputs_of_fused_linears_must_have_one_scale(tmp_path: Path) -> None:
-    tensors = {}
-    for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
-        tensors[f"{name}.weight"] = torch.ones(2, 2, dtype=torch.int8)
-        tensors[f"{name}.weight_scale"] = torch.ones(2, 1)
-        tensors[f"{name}.input_scale"] = torch.tensor([1.0 + number])
-    save_file(tensors, tmp_path / "model.safetensors")
-    int8 = {"num_bits": 8, "type": "int"}
-    group = {
-        "weights": {**int8, "strategy": "channel"},
-        "input_activations": {**int8, "strategy": "tensor", "dynamic": False},
-    }
-    with pytest.raises(BadInput, match=r"q_proj: input_scale is not the same .*\[1.0, 2.0, 3.0\]"):
-        read_linear(
-            StoredTensors(tmp_path),
-            "q_proj",
-            group,
-            lambda own, group: dequantize_weight(own, group["weights"]),
-        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""GPUs and workers: each worker owns its own; a checkpoint stays on one; reports are the same."""
+"""GPUs and workers: each worker owns its own, and a checkpoint stays on one."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The README is true: its commands exist, its options are real, its code runs."""
+"""Documents name what exists: make targets, files, checks, and keys of checkpoint files."""
 
 import dataclasses
 import fnmatch

@@ -1,4 +1,4 @@
-"""Engines that fail: out of memory, killed, on a broken device. Said, not run, and never a hang."""
+"""Failures of an engine are told apart, and explained in one sentence."""
 
 import pytest
 from hypothesis import given

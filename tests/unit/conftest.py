@@ -10,16 +10,24 @@ FOLDER = Path(__file__).parent
 DEAR = {"vllm", "transformers"}
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    only_unit_tests = all(item.path.is_relative_to(FOLDER) for item in session.items)
-    if only_unit_tests and (names := DEAR & sys.modules.keys()):
-        raise pytest.UsageError(f"collecting tests/unit imported {min(names)}: import it in a test")
+@pytest.fixture(scope="session")
+def _has_other_tests(request: pytest.FixtureRequest) -> bool:
+    """Whether tests of other folders, which may import anything, run in this process too."""
+    return not all(item.path.is_relative_to(FOLDER) for item in request.session.items)
+
+
+@pytest.fixture(scope="session")
+def _known() -> set[str]:
+    """What is imported, and no unit test's fault or reported already."""
+    return set()
 
 
 @pytest.fixture(autouse=True)
-def _imports_nothing_dear() -> Iterator[None]:
-    """Fail a test that imports vLLM or transformers, if no test of another folder has before."""
-    before = DEAR & sys.modules.keys()
+def _imports_nothing_dear(_has_other_tests: bool, _known: set[str]) -> Iterator[None]:
+    """Fail a test that imports vLLM or transformers; the first one, if collecting them does."""
+    if _has_other_tests:
+        _known |= DEAR & sys.modules.keys()
     yield
-    if names := (DEAR & sys.modules.keys()) - before:
-        pytest.fail(f"this test imported {' and '.join(sorted(names))}: it belongs in tests/engine")
+    if names := (DEAR & sys.modules.keys()) - _known:
+        _known |= names
+        pytest.fail(f"unit tests must not import {' and '.join(sorted(names))}: see tests/engine")

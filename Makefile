@@ -1,6 +1,7 @@
 # `make gate` judges the embedded checkpoints, a choice with every format, task and check; `make
 # gate-all` all of them. `make test` tests the gate itself, but for the tests that are marked slow,
-# which `make test-slow` runs. Each sets up .venv.
+# which `make test-slow` runs; `make test-fast` runs the unit tests, with nothing built, in a minute.
+# Each sets up .venv.
 # `make gpu` measures what needs an NVIDIA GPU, in an environment of its own; with the newest vLLM, or
 # `make gpu VLLM=0.26.0`.
 VENV := .venv
@@ -11,13 +12,16 @@ VLLM ?=
 GPU_VENV := .venv-gpu$(VLLM)
 GPU_FIGURES ?= build/gpu$(VLLM)
 
-.PHONY: gate gate-all test test-slow gpu env checkpoints lint
+.PHONY: gate gate-all test-fast test test-slow gpu env checkpoints lint
 
 gate: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --quick --gate-report $(REPORT)
 
 gate-all: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --gate-report $(REPORT)
+
+test-fast: env
+	$(VENV)/bin/pytest tests/unit -m "not long" -n $(WORKERS)
 
 test: checkpoints lint
 	$(VENV)/bin/pytest tests -m "not slow" -n $(WORKERS) --no-loadscope-reorder --durations 15

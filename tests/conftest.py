@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import RunGate, lacking
+from hypothesis import settings
 from smaller import shrink, smaller
 
 if TYPE_CHECKING:
@@ -18,29 +19,9 @@ if TYPE_CHECKING:
     from quantgate.subject.probe import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-# Begun before the others: as one of the last it would keep one worker, while the rest have nothing
-# to do. `make test` tells xdist to leave the order alone.
-LONGEST = (
-    "test_llmcompressor",
-    "test_hostile",
-    "test_interpreted",
-    "test_engine_failures",
-    "test_golden",
-    "test_replay",
-    "test_devices",
-    "test_habits",
-    "test_gate",
-    "test_on_a_gpu",
-    "test_scoremode_settings",
-    "test_reference_device",
-    "test_scoremode_parallel",
-    "test_scoremode_api",
-    "test_pooling_server",
-    "test_gpu_tools",
-    "test_noise",
-)
+# How long an example takes says how busy the machine is.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 
 def pytest_report_header() -> list[str]:
@@ -49,19 +30,28 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first; let nobody call a test slow without a reason."""
+    """Require a reason of each slow test; run the files that are marked long first.
+
+    As one of the last, a long file would keep one worker busy while the others have nothing to do.
+    `make test` tells xdist to leave the order alone.
+    """
     for item in items:
         for marker in item.iter_markers("slow"):
             if not marker.kwargs.get("reason"):
                 raise pytest.UsageError(f"{item.nodeid}: say why it is slow: slow(reason=…)")
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def readme(root: Path) -> str:
+    """The README's text."""
+    return (root / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from fake_engine import install
 from preloaded import run_python
 from smaller import shrink_goldens, smaller
 
@@ -78,20 +79,6 @@ class RunGate:
         return found
 
 
-STARTS = """
-import json, os
-import quantgate.measuring.engine as engine
-
-started = engine.running_engine
-
-def running_engine(directory, **arguments):
-    with open("starts.jsonl", "a") as stream:
-        stream.write(json.dumps([os.environ.get("PYTEST_XDIST_WORKER", "serial"),
-                                 str(directory), repr(sorted(arguments.items()))]) + "\\n")
-    return started(directory, **arguments)
-
-engine.running_engine = running_engine
-"""
 SEEN = """
 import os, pathlib
 
@@ -104,8 +91,8 @@ def test_seen(checkpoint, device, worker_id):
 def project_of(project: Path, root: Path, *names: str) -> Path:
     """Make a project one of these checkpoints, which writes down what its workers do.
 
-    Engines that start in starts.jsonl; each worker's GPUs in <worker>-<checkpoint>.txt, by a test
-    called "seen".
+    What `fake_engine` says of engines and workers, and each worker's GPUs in
+    <worker>-<checkpoint>.txt, by a test called "seen".
     """
     RunGate(project).remove_its_checkpoint()
     for name in names:
@@ -114,8 +101,7 @@ def project_of(project: Path, root: Path, *names: str) -> Path:
         shutil.copytree(root / "golden" / name, project / "golden" / name)
     whole = embedded_probe(root, GENERATE)
     shrink_goldens(project / "golden", whole, smaller(whole))
-    with (project / "conftest.py").open("a") as stream:
-        stream.write(STARTS)
+    install(project)
     (project / "suites" / "test_seen.py").write_text(SEEN)
     return project
 

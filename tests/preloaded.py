@@ -38,7 +38,7 @@ MODULES = (
     "vllm.v1.worker.cpu_worker",
 )
 # What nothing reads while it is imported, so that a run may have another value than the server.
-READ_LATER = ("CI", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "VLLM_CPU_KVCACHE_SPACE")
+READ_LATER = ("CI", "FAULT", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "VLLM_CPU_KVCACHE_SPACE")
 LONGEST = 1500  # seconds; what takes longer hangs
 
 

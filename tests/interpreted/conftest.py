@@ -1,6 +1,6 @@
-"""What runs in Triton's interpreter, in a process that `tests/test_interpreted.py` starts.
+"""What runs in Triton's interpreter, in a process that `test_interpreted.py` starts.
 
-Triton decides when it is imported, so these tests are not collected in any other process.
+Triton decides when it is imported, so the other tests are not collected in any other process.
 """
 
 import os
@@ -13,7 +13,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    return None if INTERPRETED else True
+    starts_it = collection_path.name == "test_interpreted.py"
+    return True if collection_path.suffix == ".py" and starts_it == INTERPRETED else None
 
 
 class ActiveDriver:

@@ -12,10 +12,9 @@ import numpy as np
 from quantgate.formats import builds
 from quantgate.formats.builds import Narrowing
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, rules_of
-from quantgate.measuring import pooling, reference, reruns, session
+from quantgate.measuring import engine, pooling, reference, reruns, session
 from quantgate.measuring.cache import code_version
 from quantgate.measuring.divergence import Divergence, Side, divergence
-from quantgate.measuring.engine import running_engine
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.lab import Lab
 from quantgate.measuring.ledger import Key
@@ -229,7 +228,7 @@ class Case:
                 return serve(llm)
             arguments = pooling.pooling_arguments(self.checkpoint.directory, self.checkpoint.task)
             self.lab.make_room()
-            with running_engine(
+            with engine.running_engine(
                 self.checkpoint.directory,
                 settings=self.checkpoint.engine,
                 dtype=self.dtype,

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.formats import builds
-from quantgate.measuring import environment
+from quantgate.measuring import engine, environment
 from quantgate.measuring.capture import Capture, take_capture
-from quantgate.measuring.engine import running_engine
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.measurement import Announce, Measurement, Provenance, pooled
@@ -46,7 +45,7 @@ def measure(
     pooling = pooling_arguments(directory, probe.task)
 
     def serve_it() -> tuple[Measurement, Capture | None]:
-        with running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
+        with engine.running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
             announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
             measured = _measured(llm, probe, dtype)
             meanwhile(llm)
@@ -61,7 +60,7 @@ def measure(
         return measured, captured
     announce("loading again, eagerly, to capture inputs and outputs")
     eager = replace(settings, enforce_eager=True)
-    with running_engine(directory, settings=eager, dtype=dtype, **pooling) as llm:
+    with engine.running_engine(directory, settings=eager, dtype=dtype, **pooling) as llm:
         return measured, capture(llm, probe, capture_into)
 
 

@@ -1,0 +1,52 @@
+"""GPUs and workers: each worker owns its own, and a checkpoint stays on one."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantgate.errors import BadInput
+from quantgate.plugin.devices import gpus, require_gpus, share
+from quantgate.plugin.scheduling import group_of
+
+
+@given(count=st.integers(0, 16), workers=st.integers(1, 16))
+def test_no_gpu_is_shared_and_parts_are_equal(count: int, workers: int) -> None:
+    found = [f"GPU-{i}" for i in range(count)]
+    if 0 < count < workers:
+        with pytest.raises(BadInput, match=f"give -n {count} at most"):
+            share(0, workers, found)
+        return
+    parts = [share(worker, workers, found) for worker in range(workers)]
+    assert {len(part) for part in parts} == {count // workers}
+    owned = [name for part in parts for name in part]
+    assert len(owned) == len(set(owned))
+
+
+def test_a_checkpoint_that_needs_more_than_a_worker_has_is_refused() -> None:
+    require_gpus("x", 2, 2, 4)
+    with pytest.raises(BadInput, match="x: tensor_parallel_size=4, but with -n 4 a worker owns 2"):
+        require_gpus("x", 4, 2, 4)
+
+
+def test_what_is_visible_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert gpus() == ["3", "GPU-5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "group"),
+    [
+        ("suites/test_drift.py::test_drift[tiny-llama-w4a16-cpu-float32]", "tiny-llama-w4a16"),
+        (
+            "suites/test_quality.py::test_quality[llama-3.2-cpu-tuned-cuda]",
+            "llama-3.2-cpu-tuned",
+        ),
+        ("suites/test_invariance.py::test_invariance[x-cuda-serving]", "x"),
+        ("tests/test_stats.py::test_it[0.5]", "tests/test_stats.py"),
+        ("tests/test_stats.py::test_it", "tests/test_stats.py"),
+    ],
+)
+def test_a_checkpoint_is_one_group(nodeid: str, group: str) -> None:
+    assert group_of(nodeid) == group

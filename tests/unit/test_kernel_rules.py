@@ -1,0 +1,37 @@
+"""The rules of the kernels that serve, by their names."""
+
+import pytest
+
+from quantgate.errors import BadInput
+from quantgate.formats.kernels import FORMATS_RULES, LinearRules, explained, rules_of
+
+
+def test_rules_are_those_of_the_kernels_in_use() -> None:
+    served = ["UnquantizedLinearMethod", "FlashAttentionImpl", "MacheteLinearKernel"]
+    assert rules_of(served) == FORMATS_RULES
+    assert rules_of([*served, "MarlinNvFp4LinearKernel"]).kept == {"nvfp4"}
+    assert rules_of(["CutlassNvFp4LinearKernel"]) == FORMATS_RULES
+    assert rules_of(["MarlinFP8ScaledMMLinearKernel + MacheteLinearKernel"]).kept == {"fp8"}
+    assert rules_of(["CutlassW4A8LinearKernel"]) == LinearRules(fp8_products=True)
+    assert explained(served) == []
+    (said,) = explained(["MarlinNvFp4LinearKernel + MacheteLinearKernel"])
+    assert said == "MarlinNvFp4LinearKernel keeps inputs in 16 bits, and so does the reference"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        (["TurboLinearKernel"], "TurboLinearKernel: the reference has no rule for how this"),
+        (
+            ["FlashInferCutlassMxfp8LinearKernel"],
+            r"FlashInferCutlassMxfp8LinearKernel: .* rule of its own \(mxfp8/flashinfer.py\)",
+        ),
+        (
+            ["MarlinNvFp4LinearKernel", "CutlassNvFp4LinearKernel"],
+            "CutlassNvFp4LinearKernel and MarlinNvFp4LinearKernel both serve linears of the nvfp4",
+        ),
+    ],
+)
+def test_what_has_no_rule_is_refused_by_name(kernels: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        rules_of(kernels)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Head = tuple[Callable[["torch.Tensor"], "torch.Tensor"], int]
 
 
-def measure(
+def measure(  # noqa: PLR0913  how it computes is five choices that are made independently
     directory: Path,
     probe: Probe,
     *,

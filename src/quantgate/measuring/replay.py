@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
 from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.precision import FLOAT32
 from quantgate.measuring.reference_device import CPU, room_on
 from quantgate.measuring.streamed_model import StreamedModel
 from quantgate.subject.task import GENERATE
@@ -62,7 +63,6 @@ def replay(
     capture: Capture,
     *,
     announce: Announce,
-    dtype: str = "float32",
     rules: LinearRules = FORMATS_RULES,
     device: str = CPU,
 ) -> Replay:
@@ -72,7 +72,7 @@ def replay(
     """
 
     def run() -> Replay:
-        model = StreamedModel(directory, dtype, task=probe.task, rules=rules, device=device)
+        model = StreamedModel(directory, FLOAT32, task=probe.task, rules=rules, device=device)
         return _replayed(model, probe, capture, announce)
 
     # In a function of its own: a name for the model here would keep its memory from what follows.

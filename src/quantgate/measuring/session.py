@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-def measure(
+def measure(  # noqa: PLR0913  all but two are named, and none goes with another
     directory: Path,
     probe: Probe,
     *,

@@ -39,7 +39,7 @@ def remove_request(stock: Any, worker: Any, req_id: Any, *args: Any, **kwargs: A
 
 
 @hook(V2_RUNNER, "PromptLogprobsWorker.compute_prompt_logprobs")
-def compute_prompt_logprobs(
+def compute_prompt_logprobs(  # noqa: PLR0913  the signature is vLLM's
     stock: Any,
     worker: Any,
     logits_fn: Any,

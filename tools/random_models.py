@@ -333,7 +333,7 @@ def _randomize(model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     special = {embedding.weight: 1.0}
     if head is not None:
-        special[head.weight] = LOGIT_SIZE / head.weight.shape[1] ** 0.5
+        special[head.weight] = (1 if head.weight is embedding.weight else LOGIT_SIZE) / head.weight.shape[1] ** 0.5
     for module in model.modules():
         own = [*module.named_parameters(recurse=False)]
         own += [(n, b) for n, b in module.named_buffers(recurse=False) if n == "e_score_correction_bias"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize_tiny import Group, quantize_linear, scheme_of
 
+from quantgate.measuring.layer_by_layer import layers_of
 from quantgate.subject.task import GENERATE, Task
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ def _randomize(model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     special = {embedding.weight: 1.0}
     if head is not None:
-        special[head.weight] = (1 if head.weight is embedding.weight else LOGIT_SIZE) / head.weight.shape[1] ** 0.5
+        special[head.weight] = (1.5 if head.weight is embedding.weight else LOGIT_SIZE) / head.weight.shape[1] ** 0.5
     for module in model.modules():
         own = [*module.named_parameters(recurse=False)]
         own += [(n, b) for n, b in module.named_buffers(recurse=False) if n == "e_score_correction_bias"]
@@ -350,13 +351,13 @@ def _randomize(model: Any) -> None:
 def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[str, ...]) -> None:
     """Write `base`, an HF model's files, with the linears of its layers rounded to nearest.
 
-    Heads, routers and what `ignore` names stay as they are.
+    What is outside of the layers, and what `ignore` names, stays as it is.
     """
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file, save_file
 
     scheme = scheme_of(Group(preset))
-    kept = [*ignore, *_heads(model)]
+    kept = [*ignore, *_linears_outside(model)]
     tensors = load_file(base / "model.safetensors")
     for name in linears_of(model, tensors, kept):
         parts = quantize_linear(tensors.pop(f"{name}.weight"), scheme)
@@ -376,11 +377,11 @@ def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[st
         shutil.copyfile(path, target / path.name)
 
 
-def _heads(model: Any) -> list[str]:
-    """Return the names of the linears outside a model's body."""
+def _linears_outside(model: Any) -> list[str]:
+    """Return the names of the linears outside a model's layers: heads, projections."""
     import torch
 
-    inside = {id(module) for module in model.base_model.modules()}
+    inside = {id(module) for module in (layers_of(model.base_model) or torch.nn.Module()).modules()}
     return [
         name
         for name, module in model.named_modules()

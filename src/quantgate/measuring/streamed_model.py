@@ -173,12 +173,10 @@ class StreamedModel:
 
         A model with one output for a whole text looks for its last token in `ids`: one row.
         """
-        from transformers.modeling_outputs import MoeModelOutputWithPast  # has all that heads read
-
         # Some heads call the body's decoder themselves.
         bodies = {self.model.base_model, decoder_of(self.model)}
         for body in bodies:
-            body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+            body.forward = lambda *_, **__: _BodyOutput((hidden[None],))
         if ids is None:
             ids = hidden.new_zeros(len(hidden)).long()
         try:
@@ -236,6 +234,17 @@ class StreamedModel:
         attention = next((m for m in modules if f"{m}.k_scale" in self.stored), "attention")
         key, value = (float(self.stored.read(f"{attention}.{part}_scale")) for part in "kv")
         return key, value
+
+
+class _BodyOutput(tuple[Any, ...]):
+    """What a head takes for its body's output: hidden states, and None for all else it reads."""
+
+    @property
+    def last_hidden_state(self) -> Any:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ VOCABULARY = 512
 # Norms, biases and their like are this far from what they are initialized to.
 NOISE = 0.1
 # Of the head's output, in nat: neither flat nor certain.
-LOGIT_SIZE = 3.0
+LOGIT_SIZE = 2.0
+TIED_SIZE = 1.5
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "GraniteConfig",
         {
             "embedding_multiplier": 3.0,
-            "logits_scaling": 0.5,
+            "logits_scaling": 1.5,
             "residual_multiplier": 0.5,
             "attention_multiplier": 0.2,
         },
@@ -226,6 +227,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             "sliding_window": 32,
             "num_hidden_layers": 4,
             "layer_types": SLIDING_THEN_FULL,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
         },
         ignore=ROUTERS,
         notes="attention sinks, alternating windows, experts with biases",
@@ -334,15 +341,21 @@ def _randomize(model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     special = {embedding.weight: 1.0}
     if head is not None:
-        special[head.weight] = (1.5 if head.weight is embedding.weight else LOGIT_SIZE) / head.weight.shape[1] ** 0.5
+        # A tied head sees its own input again where layers add little to it, as Gemma's do.
+        size = TIED_SIZE if head.weight is embedding.weight else LOGIT_SIZE
+        special[head.weight] = size / head.weight.shape[1] ** 0.5
     for module in model.modules():
         own = [*module.named_parameters(recurse=False)]
-        own += [(n, b) for n, b in module.named_buffers(recurse=False) if n == "e_score_correction_bias"]
+        own += [
+            (n, b) for n, b in module.named_buffers(recurse=False) if n == "e_score_correction_bias"
+        ]
         for name, values in own:
             if values.ndim < 2 or "norm" in name:
                 values.add_(torch.randn_like(values) * NOISE)
             elif "Conv1d" not in type(module).__name__:
-                values.copy_(torch.randn_like(values) * special.get(values, values.shape[-1] ** -0.5))
+                values.copy_(
+                    torch.randn_like(values) * special.get(values, values.shape[-1] ** -0.5)
+                )
     # Exactly as they are stored, so that the model that is returned is the one that was written.
     for values in (*model.parameters(),):
         values.copy_(values.bfloat16())
@@ -389,9 +402,7 @@ def _linears_outside(model: Any) -> list[str]:
     ]
 
 
-def linears_of(
-    model: Any, tensors: "Mapping[str, torch.Tensor]", ignore: list[str]
-) -> list[str]:
+def linears_of(model: Any, tensors: "Mapping[str, torch.Tensor]", ignore: list[str]) -> list[str]:
     """Return the names of the linears to quantize: those of layers, and of experts, by name."""
     import torch
 

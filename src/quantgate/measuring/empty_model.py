@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -63,7 +64,7 @@ def empty_model(
         del config.quantization_config
     kind = _model_class(directory, config, task, stored)
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
-    with _refused(directory, kind.__name__), torch.device("meta"):
+    with _refused(directory, kind.__name__), _uncompiled(), torch.device("meta"):
         model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
     if attention == "sdpa" and _needs_eager_attention(model):
         model.set_attn_implementation("eager")
@@ -94,6 +95,23 @@ def require_layers(model: Any, directory: Path) -> torch.nn.ModuleList:
 def transformers_version() -> str:
     """Return the installed version of transformers."""
     return version("transformers")
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Have HF's classes run as they were written where vLLM has served with them.
+
+    Its Transformers backend decorates the classes themselves, once for the whole process; what is
+    built of them afterwards wants a vLLM config, and is compiled unless that says otherwise.
+    """
+    if "vllm.model_executor.models.transformers.base" not in sys.modules:
+        yield
+        return
+    from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+
+    plain = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    with set_current_vllm_config(plain):
+        yield
 
 
 @contextmanager

@@ -62,7 +62,8 @@ class Row:
     def line(self) -> str:
         """The row for a terminal."""
         parts = (self.fidelity, self.replay, self.fault, self.kernels, self.note)
-        return f"{self.name:15} {self.preset:12} {' · '.join(filter(None, parts))} ({self.seconds:.0f} s)"
+        said = " · ".join(part for part in parts if part)
+        return f"{self.name:15} {self.preset:12} {said} ({self.seconds:.0f} s)"
 
 
 @dataclass

@@ -12,6 +12,7 @@ from quantgate.formats.library_weights import largest_disagreement
 from quantgate.judging import compare
 from quantgate.judging.attribution import Suspects, attribute
 from quantgate.measuring.precision import SERVING
+from quantgate.measuring.whole_model import difference_from_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,4 +105,5 @@ def _suspects(sources: Sources, checkpoint: Checkpoint, dtype: str, check: Check
         disagreement=lambda: largest_disagreement(checkpoint.directory),
         base=None if base is None else lambda: check(sources, base),
         replay=lambda: sources.replay(checkpoint, dtype),
+        whole=lambda: difference_from_whole(checkpoint.directory, sources.probe_of(checkpoint)),
     )

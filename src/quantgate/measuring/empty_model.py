@@ -56,20 +56,29 @@ def empty_model(
     Raises `BadInput` where transformers cannot build it.
     """
     import torch
+
+    kind, config = hf_class(directory, task, stored)
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
+    with _refused(directory, kind.__name__), uncompiled(), torch.device("meta"):
+        model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
+    if attention == "sdpa" and _needs_eager_attention(model):
+        model.set_attn_implementation("eager")
+    _compute_buffers(model, device)
+    return model.eval()
+
+
+def hf_class(directory: Path, task: Task, stored: StoredTensors) -> tuple[Any, Any]:
+    """Return the HF class that does a task with a checkpoint, and its config, as of no format.
+
+    Raises `BadInput` where transformers has none.
+    """
     from transformers import AutoConfig
 
     with _refused(directory, "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = _model_class(directory, config, task, stored)
-    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
-    with _refused(directory, kind.__name__), _uncompiled(), torch.device("meta"):
-        model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
-    if attention == "sdpa" and _needs_eager_attention(model):
-        model.set_attn_implementation("eager")
-    _compute_buffers(model, device)
-    return model.eval()
+    return _model_class(directory, config, task, stored), config
 
 
 def decoder_of(model: Any) -> Any:
@@ -98,7 +107,7 @@ def transformers_version() -> str:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Have HF's classes run as they were written where vLLM has served with them.
 
     Its Transformers backend decorates the classes themselves, once for the whole process; what is

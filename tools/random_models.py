@@ -19,6 +19,8 @@ from quantgate.subject.task import GENERATE, Task
 if TYPE_CHECKING:
     import torch
 
+TOKENIZER = Path(__file__).resolve().parent.parent / "fixtures" / "tiny" / "ner-bert"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FORMATS = ("W4A16", "W8A8", "FP8_DYNAMIC")
 SEED = 20
 VOCABULARY = 512
@@ -136,7 +138,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "new_decoder_architecture": True,
             "num_kv_heads": 2,
-            "ffn_hidden_size": 256,
+            "ffn_hidden_size": 512,  # vLLM takes four times hidden_size, whatever this says
             "parallel_attn": True,
             "bias": False,
             "alibi": False,
@@ -261,6 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "layer_types": ["conv", "full_attention", "conv", "full_attention"],
             "block_ff_dim": 256,
             "block_auto_adjust_ff_dim": False,
+            "conv_dim": 128,  # vLLM wants it; transformers has no use for it
         },
         notes="short convolutions between attention layers",
     ),
@@ -331,6 +334,9 @@ def make(architecture: Architecture, directory: Path) -> Any:
     with torch.no_grad():
         _randomize(model)
     model.to(torch.bfloat16).save_pretrained(directory)
+    if architecture.task != GENERATE:
+        for name in TOKENIZER_FILES:  # vLLM reads the tokenizer of some encoders
+            shutil.copyfile(TOKENIZER / name, directory / name)
     return model.float()
 
 
@@ -386,8 +392,9 @@ def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[st
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {**quantization, "quant_method": "compressed-tensors"}
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in base.glob("generation_config.json"):
-        shutil.copyfile(path, target / path.name)
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if (base / name).exists():
+            shutil.copyfile(base / name, target / name)
 
 
 def _linears_outside(model: Any) -> list[str]:

@@ -64,6 +64,14 @@ class StoredTensors:
             tensor: torch.Tensor = stream.get_tensor(name)
             return tensor
 
+    def shape(self, name: str) -> list[int]:
+        """Return a tensor's shape, without reading it."""
+        from safetensors import safe_open
+
+        with safe_open(self._file_of[name], framework="pt") as stream:
+            shape: list[int] = stream.get_slice(name).get_shape()
+            return shape
+
     def in_memory(self, modules: Iterable[str], *, pinned: bool) -> dict[str, torch.Tensor]:
         """Return the tensors of some modules, read from disk to the last byte.
 

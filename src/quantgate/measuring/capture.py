@@ -258,7 +258,7 @@ def _grouped(output: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
 
     width = output.shape[1] // (heads + 2 * kv_heads)
     sizes = (heads * width, kv_heads * width, kv_heads * width)
-    parts = (part.unflatten(1, (kv_heads, -1)) for part in output.split(sizes, dim=1))
+    parts = (part.unflatten(1, (kv_heads, -1)) for part in torch.split(output, sizes, dim=1))
     return torch.cat(list(parts), dim=2).flatten(1)
 
 

@@ -76,6 +76,13 @@ class CheckpointNames:
     def __contains__(self, name: str) -> bool:
         return self._origin(name) is not None
 
+    def origin_of(self, name: str) -> str | None:
+        """Return the tensor that HF's parameter is, "" for several; None where there is none."""
+        origin = self._origin(name)
+        if origin is None:
+            return None
+        return origin.names[0] if origin.converter is None else ""
+
     def read(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """Return HF's parameter `name` of what `read` gives for the checkpoint's weights."""
         origin = self._origin(name)
@@ -97,7 +104,7 @@ class CheckpointNames:
             return self._origins[name]
         # One tensor that is cut into several parameters is noted under the first of them.
         for target, origin in self._origins.items():
-            patterns = getattr(origin.converter, "target_patterns", ())
+            patterns: list[str] = getattr(origin.converter, "target_patterns", [])
             if len(patterns) > 1 and any(
                 target.replace(patterns[0], other) == name for other in patterns[1:]
             ):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from quantgate.errors import BadInput
@@ -59,7 +60,7 @@ def empty_model(
 
     kind, config = hf_class(directory, task, stored)
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
-    with _refused(directory, kind.__name__), uncompiled(), torch.device("meta"):
+    with _refused(directory), uncompiled(config), torch.device("meta"):
         model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
     if attention == "sdpa" and _needs_eager_attention(model):
         model.set_attn_implementation("eager")
@@ -74,7 +75,7 @@ def hf_class(directory: Path, task: Task, stored: StoredTensors) -> tuple[Any, A
     """
     from transformers import AutoConfig
 
-    with _refused(directory, "config.json"):
+    with _refused(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -107,24 +108,28 @@ def transformers_version() -> str:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
+def uncompiled(config: Any) -> Iterator[None]:
     """Have HF's classes run as they were written where vLLM has served with them.
 
     Its Transformers backend decorates the classes themselves, once for the whole process; what is
-    built of them afterwards wants a vLLM config, and is compiled unless that says otherwise.
+    built of them afterwards asks for vLLM's current config, and is compiled unless that says
+    otherwise.
     """
     if "vllm.model_executor.models.transformers.base" not in sys.modules:
         yield
         return
-    from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+    from vllm.config import CompilationMode, set_current_vllm_config
 
-    plain = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    plain = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config),
+        compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+    )
     with set_current_vllm_config(plain):
         yield
 
 
 @contextmanager
-def _refused(directory: Path, what: str) -> Iterator[None]:
+def _refused(directory: Path) -> Iterator[None]:
     """Turn whatever transformers raises of a config into `BadInput`, in one sentence."""
     try:
         yield
@@ -133,9 +138,9 @@ def _refused(directory: Path, what: str) -> Iterator[None]:
         architecture = next(iter(found.get("architectures") or ()), "no architecture")
         raise BadInput(
             f"{directory}: transformers {transformers_version()} cannot build {architecture} "
-            f"(model_type '{found.get('model_type')}') from {what}{_its_part(error, found)}, so "
-            "there is no reference for it; correct config.json by the base's, or install a release "
-            "of transformers that has this architecture."
+            f"(model_type '{found.get('model_type')}') from its config.json"
+            f"{_its_part(error, found)}, so there is no reference for it; correct config.json by "
+            "the base's, or install a release of transformers that has this architecture."
         ) from error
 
 

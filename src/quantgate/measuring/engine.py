@@ -30,6 +30,7 @@ from quantgate.measuring.engine_failure import (
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.measurement import Measurement, Provenance, pooled
 from quantgate.measuring.pooling import outputs, pooling_arguments, raw_outputs
+from quantgate.measuring.unsupported import why_not_loaded
 from quantgate.patches.emulation import engine_arguments
 from quantgate.patches.scoremode.hooks import (
     EMULATION,
@@ -232,9 +233,11 @@ def running_engine(
             _environment(_variables(settings, dtype, on_cpu=on_cpu)),
         ):
             llm = LLM(**arguments)
-    except EngineFailure:
+    except EngineFailure as failure:
         with suppress(Exception):  # of what it got to hold
             cleanup_dist_env_and_memory()
+        if (why := why_not_loaded(Path(directory), str(failure))) is not None:
+            raise EngineFailure(why) from failure
         raise
     failed, ready = True, time.monotonic()
     try:

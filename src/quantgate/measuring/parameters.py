@@ -224,7 +224,7 @@ def _compute_by_rule(
     import torch
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        weight = module.get_parameter("weight")
+        weight: torch.Tensor = module.get_parameter("weight")
         if _is_transposed(module):
             weight = weight.T
         values = (x if quantize is None else quantize(x)).to(weight.dtype)

@@ -66,14 +66,15 @@ def _whole(streamed: StreamedModel, window: Window) -> np.ndarray[Any, Any]:
             every = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
         else:
             every = model(ids[None]).logits.reshape(-1, model.config.num_labels)
-        return every[-window.scored :].numpy()
+        found: np.ndarray[Any, Any] = every[-window.scored :].numpy()
+    return found
 
 
 def _loaded_whole(streamed: StreamedModel) -> Any:
     import torch
 
     kind, config = hf_class(streamed.stored.directory, streamed.task, streamed.stored)
-    with uncompiled():
+    with uncompiled(config):
         model = kind.from_pretrained(
             None,
             config=config,

@@ -63,7 +63,8 @@ SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention",
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 NO_KV = ("num_key_value_heads",)
 ENCODER: dict[str, Any] = {"num_labels": 7, "type_vocab_size": 2}
-ROUTERS = (r"re:.*\.(gate|router|shared_expert_gate)$",)
+# vLLM has no kernels for quantized experts on a CPU, so they stay as they are, as routers do.
+EXPERTS_KEPT = (r"re:.*\.(gate|router|shared_expert_gate)$", r"re:.*\.experts\..*")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama3": Architecture(
@@ -171,13 +172,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": Architecture(
         "MixtralConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="experts",
     ),
     "qwen3-moe": Architecture(
         "Qwen3MoeConfig",
         {"head_dim": 64, "num_experts": 4, "norm_topk_prob": True, **EXPERTS},
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="experts, query and key norms",
     ),
     "deepseek-v2": Architecture(
@@ -197,7 +198,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "topk_group": 1,
             **EXPERTS,
         },
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="MLA, shared experts, first layer dense",
     ),
     "deepseek-v3": Architecture(
@@ -217,7 +218,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "routed_scaling_factor": 1.5,
             **EXPERTS,
         },
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="MLA, shared experts, grouped routing with its bias",
     ),
     "gpt-oss": Architecture(
@@ -236,7 +237,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "original_max_position_embeddings": 128,
             },
         },
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="attention sinks, alternating windows, experts with biases",
     ),
     "qwen3-next": Architecture(
@@ -250,10 +251,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             "linear_value_head_dim": 32,
             "num_experts": 4,
             "shared_expert_intermediate_size": 128,
-            "mlp_only_layers": [0, 1, 2, 3],
+            "mlp_only_layers": [0, 1],
             **EXPERTS,
         },
-        ignore=(*ROUTERS, r"re:.*\.in_proj_ba$"),
+        ignore=(*EXPERTS_KEPT, r"re:.*\.in_proj_ba$"),
         notes="gated delta net in three of four layers, gated attention",
     ),
     "lfm2": Architecture(

@@ -27,7 +27,7 @@ from quantgate.subject.task import GENERATE, Task
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
 # Windows that are longer than the models' sliding windows of 32.
-LENGTHS = (40, 75, 100)
+LENGTHS = (40, 60, 75, 90, 100, 110)
 VOCABULARY = 512
 RESERVED = 3  # BOS, EOS, padding
 OFF = 1.05

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantize_tiny import Group, quantize_linear, scheme_of
 
+from quantgate.formats.groups import group_of
+from quantgate.measuring.checkpoint_names import CheckpointNames
 from quantgate.measuring.layer_by_layer import layers_of
 from quantgate.subject.task import GENERATE, Task
 
@@ -377,9 +379,10 @@ def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[st
     from safetensors.torch import load_file, save_file
 
     scheme = scheme_of(Group(preset))
-    kept = [*ignore, *_linears_outside(model)]
     tensors = load_file(base / "model.safetensors")
-    for name in linears_of(model, tensors, kept):
+    names = CheckpointNames(model, tensors)
+    kept = [*ignore, *map(names.module, _linears_outside(model))]
+    for name in linears_of(model, names, tensors, kept):
         parts = quantize_linear(tensors.pop(f"{name}.weight"), scheme)
         tensors |= {f"{name}.{part}": value for part, value in parts.items()}
     quantization = QuantizationConfig(
@@ -410,18 +413,25 @@ def _linears_outside(model: Any) -> list[str]:
     ]
 
 
-def linears_of(model: Any, tensors: "Mapping[str, torch.Tensor]", ignore: list[str]) -> list[str]:
-    """Return the names of the linears to quantize: those of layers, and of experts, by name."""
+def linears_of(
+    model: Any,
+    names: CheckpointNames,
+    tensors: "Mapping[str, torch.Tensor]",
+    ignore: list[str],
+) -> list[str]:
+    """Return the checkpoint's names of the linears to quantize: those of layers, and of experts."""
     import torch
 
-    from quantgate.formats.groups import group_of
-
     quantization = {"config_groups": {"all": {"targets": ["Linear"]}}, "ignore": ignore}
-    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    names = [n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight")]
+    linears = {
+        names.module(name)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     return [
         name
-        for name in names
+        for name in modules
         if (name in linears or ".experts." in name)
         and group_of(name, "Linear", quantization) is not None
     ]

@@ -95,8 +95,10 @@ class _Watch:
     def _hook(self, name: str, _: Any, inputs: tuple[Any, ...], output: Any) -> None:
         result = output[0] if isinstance(output, tuple) else output
         for kind, tensor in (("input", inputs[0]), ("output", result)):
-            # A copy: vLLM reuses its buffers, and norms are computed in place.
-            self.seen.setdefault(f"{name}.{kind}", []).append(tensor.detach().cpu().clone())
+            # A copy: vLLM reuses its buffers, and norms are computed in place. Its Transformers
+            # backend has a batch of one around the tokens.
+            rows = tensor.detach().reshape(-1, tensor.shape[-1]).cpu().clone()
+            self.seen.setdefault(f"{name}.{kind}", []).append(rows)
 
     def save(self, path: Path) -> None:
         import torch

@@ -266,7 +266,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "layer_types": ["conv", "full_attention", "conv", "full_attention"],
             "block_ff_dim": 256,
             "block_auto_adjust_ff_dim": False,
-            "conv_dim": 128,  # vLLM wants it; transformers has no use for it
+            "conv_dim": 128,  # vLLM reads these two; transformers has no use for them
+            "block_dim": 128,
         },
         notes="short convolutions between attention layers",
     ),

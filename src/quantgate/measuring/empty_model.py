@@ -64,8 +64,15 @@ def empty_model(
         model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
     if attention == "sdpa" and _needs_eager_attention(model):
         model.set_attn_implementation("eager")
+    one_by_one(model)
     _compute_buffers(model, device)
     return model.eval()
+
+
+def one_by_one(model: Any) -> None:
+    """Have HF compute experts one after the other: its grouped products know no float64."""
+    if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
 
 
 def hf_class(directory: Path, task: Task, stored: StoredTensors) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from quantgate.formats.groups import group_of
 from quantgate.formats.kernels import Family, LinearRules
 from quantgate.formats.linear import read_linear
 from quantgate.formats.stored import StoredTensors
-from quantgate.measuring.empty_model import hf_class, uncompiled
+from quantgate.measuring.empty_model import hf_class, one_by_one, uncompiled
 from quantgate.measuring.parameters import dequantizer
 from quantgate.measuring.reference_device import exactly
 from quantgate.measuring.streamed_model import StreamedModel
@@ -82,6 +82,7 @@ def _loaded_whole(streamed: StreamedModel) -> Any:
             dtype=torch.float32,
             attn_implementation="eager",
         )
+    one_by_one(model)
     return model.eval()
 
 

@@ -26,8 +26,10 @@ from quantgate.subject.probe import Probe, Window
 from quantgate.subject.task import GENERATE, Task
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
-# Windows that are longer than the models' sliding windows of 32.
+# Windows that are longer than the models' sliding windows of 32, several of each length: where
+# inputs are quantized, few of few tokens have a code that flips, and none would say how often.
 LENGTHS = (40, 60, 75, 90, 100, 110)
+OF_EACH_LENGTH = 4
 VOCABULARY = 512
 RESERVED = 3  # BOS, EOS, padding
 OFF = 1.05
@@ -39,8 +41,9 @@ def random_probe(task: Task = GENERATE) -> Probe:
     draws = np.random.default_rng(0)
     first = 1 if task == GENERATE else 0
     windows = tuple(
-        Window(f"random-{length}", "random", first, tuple(map(int, ids)), "")
+        Window(f"random-{length}-{copy}", "random", first, tuple(map(int, ids)), "")
         for length in LENGTHS
+        for copy in range(OF_EACH_LENGTH)
         for ids in [draws.integers(RESERVED, VOCABULARY, length)]
     )
     return Probe("random", VOCABULARY, windows, task)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantgate.errors import BadInput
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
 from quantgate.formats.stored import LoadedTensors, StoredTensors
 from quantgate.measuring.attention_rules import Fp8KVCache, in_float32, truncating_attention_name
@@ -20,6 +21,7 @@ from quantgate.measuring.empty_model import (
     empty_model,
     require_layers,
     require_understood,
+    transformers_version,
 )
 from quantgate.measuring.layer_by_layer import Pass
 from quantgate.measuring.parameters import (
@@ -120,7 +122,9 @@ class StreamedModel:
                         told = time.monotonic()
                     self.parameters.fill(layer.modules(), next(tensors), watch)
                     for self._running in steps:
-                        self._run(self._running, index)
+                        # What observes may raise, too, and says its own reason.
+                        with nullcontext() if observe else self._explained(index):
+                            self._run(self._running, index)
                     empty(layer)
             return self._in_order(steps)
 
@@ -221,6 +225,22 @@ class StreamedModel:
         if self._truncates and "position_embeddings" in named:
             named["position_embeddings"] = in_float32(named["position_embeddings"])
         step.through.output = self.layers[index](*arguments, **named)
+
+    @contextmanager
+    def _explained(self, index: int) -> Iterator[None]:
+        """Turn what HF's code raises in a layer into `BadInput`."""
+        try:
+            yield
+        except BadInput:
+            raise
+        except Exception as error:
+            name = self.parameters.names[self.layers[index]]
+            raise BadInput(
+                f"{self.stored.directory}: {type(self.model).__name__} of transformers "
+                f"{transformers_version()} cannot be run layer by layer: '{name}' fails "
+                f"({type(error).__name__}); compare config.json with the base's, or select the "
+                "checks that need no reference (-k 'not fidelity and not replay')."
+            ) from error
 
     def _in_order(self, steps: list[_Step]) -> list[torch.Tensor]:
         """Return what the head is given for each window, in the windows' order."""

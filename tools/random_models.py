@@ -188,9 +188,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "num_key_value_heads": 4,
             "q_lora_rank": 128,
-            "kv_lora_rank": 128,
+            "kv_lora_rank": 512,  # with qk_rope_head_dim, the one size of vLLM's MLA on a CPU
             "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
+            "qk_rope_head_dim": 64,
             "v_head_dim": 32,
             "n_routed_experts": 4,
             "n_shared_experts": 1,
@@ -208,9 +208,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "num_key_value_heads": 4,
             "q_lora_rank": 128,
-            "kv_lora_rank": 128,
+            "kv_lora_rank": 512,  # with qk_rope_head_dim, the one size of vLLM's MLA on a CPU
             "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
+            "qk_rope_head_dim": 64,
             "v_head_dim": 32,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
@@ -218,6 +218,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "n_group": 2,
             "topk_group": 1,
             "routed_scaling_factor": 1.5,
+            "topk_method": "noaux_tc",  # vLLM reads these two; transformers has no use for them
+            "scoring_func": "sigmoid",
             **EXPERTS,
         },
         ignore=EXPERTS_KEPT,

@@ -108,18 +108,20 @@ class Parameters:
                 _compute_by_rule(module, self.stored_name(module), watch, None)
 
     def _group_of(self, module: torch.nn.Module, name: str, stored: LoadedTensors) -> Group | None:
-        if not is_linear(module):
-            return None
-        try:
-            group = group_of(name, "Linear", self._quantization)
-        except ValueError as error:
-            raise BadInput(f"{stored.directory / 'config.json'}: {error}.") from None
+        group = self._group(name, stored) if is_linear(module) else None
         if group is not None and module in self.head:
             raise BadInput(
                 f"{stored.directory}: its head, '{name}', is quantized, and scores are exact "
                 "for a head in floating point only; leave it out with `ignore`."
             )
         return group
+
+    def _group(self, name: str, stored: LoadedTensors) -> Group | None:
+        """Return the config group of a linear of the checkpoint's."""
+        try:
+            return group_of(name, "Linear", self._quantization)
+        except ValueError as error:
+            raise BadInput(f"{stored.directory / 'config.json'}: {error}.") from None
 
     def _fill_linear(
         self,
@@ -162,8 +164,9 @@ class Parameters:
     def _weight(self, name: str, stored: LoadedTensors) -> torch.Tensor:
         """Return a weight of the checkpoint's that is a part of a parameter, dequantized."""
         module = name.removesuffix(f".{WEIGHT}")
-        group = group_of(module, "Linear", self._quantization)
-        if group is None or "weight_scale" not in stored.stored.parts_of(module):
+        if "weight_scale" not in stored.stored.parts_of(module):
+            return stored.read(name)
+        if (group := self._group(module, stored)) is None:
             return stored.read(name)
         linear = read_linear(stored, module, group, self._dequantize, self._rules)
         if linear.quantize_input is not None:

@@ -1,7 +1,8 @@
 # `make gate` judges the embedded checkpoints, a choice with every format, task and check; `make
 # gate-all` all of them. `make test` tests the gate itself, but for the tests that are marked slow,
 # which `make test-slow` runs; `make test-fast` runs the unit tests, with nothing built, in a minute.
-# Each sets up .venv.
+# Each sets up .venv. `make architectures` judges small random models of every architecture, and
+# writes docs/architectures.md.
 # `make gpu` measures what needs an NVIDIA GPU, in an environment of its own; with the newest vLLM, or
 # `make gpu VLLM=0.26.0`.
 VENV := .venv
@@ -12,13 +13,16 @@ VLLM ?=
 GPU_VENV := .venv-gpu$(VLLM)
 GPU_FIGURES ?= build/gpu$(VLLM)
 
-.PHONY: gate gate-all test-fast test test-slow gpu env checkpoints lint
+.PHONY: gate gate-all architectures test-fast test test-slow gpu env checkpoints lint
 
 gate: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --quick --gate-report $(REPORT)
 
 gate-all: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --gate-report $(REPORT)
+
+architectures: env
+	$(VENV)/bin/python tools/architectures.py
 
 test-fast: env
 	$(VENV)/bin/pytest tests/unit -m "not long" -n $(WORKERS)

@@ -192,10 +192,10 @@ def test_what_goes_wrong_while_reading_ahead_is_raised(
 ) -> None:
     read = StoredTensors.in_memory
 
-    def failing(self: StoredTensors, prefix: str, *, pinned: bool) -> Any:
-        if prefix == "model.layers.2.":
+    def failing(self: StoredTensors, modules: list[str], *, pinned: bool) -> Any:
+        if "model.layers.2.mlp.down_proj" in modules:
             raise error
-        return read(self, prefix, pinned=pinned)
+        return read(self, modules, pinned=pinned)
 
     monkeypatch.setattr(StoredTensors, "in_memory", failing)
     with pytest.raises(type(error), match=str(error)):

@@ -142,14 +142,14 @@ def test_the_ranks_of_a_capture_are_put_together(
     own = 2 * heads * replicas // ranks
     layouts = {
         "qk": {
-            "shards": {"q": 8 // ranks, "k": own},
+            "shards": {"q": [[8 // ranks, 1]], "k": [[own, replicas]]},
             "ranks_split": "output" if ranks > 1 else "nothing",
-            "replicas": [1, replicas],
+            "heads": None,
         },
         "o": {
-            "shards": {"o": 6},
+            "shards": {"o": [[6, 1]]},
             "ranks_split": "input" if ranks > 1 else "nothing",
-            "replicas": [1],
+            "heads": None,
         },
     }
     for rank in range(ranks):
@@ -161,7 +161,7 @@ def test_the_ranks_of_a_capture_are_put_together(
             "o.output": o_out,
         }
         path = directory / f"3.{rank}.safetensors"
-        save_file(seen, path, {"layouts": json.dumps(layouts)})
+        save_file(seen, path, {"layouts": json.dumps(layouts), "renamed": "{}"})
     capture = Capture(directory, (3,), np.zeros(4, np.float32))
     for name, given_in, given_out in (("q", x, q), ("k", x, k), ("o", o_in, o_out)):
         found = capture.seen(name, 3)

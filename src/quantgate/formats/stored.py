@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -64,13 +64,22 @@ class StoredTensors:
             tensor: torch.Tensor = stream.get_tensor(name)
             return tensor
 
-    def in_memory(self, prefix: str, *, pinned: bool) -> dict[str, torch.Tensor]:
-        """Return the tensors whose names begin with `prefix`, fully read from disk.
+    def shape(self, name: str) -> list[int]:
+        """Return a tensor's shape, without reading it."""
+        from safetensors import safe_open
+
+        with safe_open(self._file_of[name], framework="pt") as stream:
+            shape: list[int] = stream.get_slice(name).get_shape()
+            return shape
+
+    def in_memory(self, modules: Iterable[str], *, pinned: bool) -> dict[str, torch.Tensor]:
+        """Return the tensors of some modules, read from disk to the last byte.
 
         `read` maps a file and leaves its bytes on disk until they are used. `pinned` copies them to
         pinned memory, from which a GPU can copy asynchronously.
         """
-        tensors = {name: self.read(name) for name in self.names if name.startswith(prefix)}
+        names = (f"{module}.{part}" for module in modules for part in self.parts_of(module))
+        tensors = {name: self.read(name) for name in names}
         for name, tensor in tensors.items():
             if pinned:
                 tensors[name] = tensor.pin_memory()

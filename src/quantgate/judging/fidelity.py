@@ -65,4 +65,5 @@ def _suspects(case: Case) -> Suspects:
         disagreement=lambda: largest_disagreement(case.checkpoint.directory),
         base=None if base is None else lambda: compared(base),
         modules=lambda: modules.modules_beyond(case.engine, case.replay),
+        whole=lambda: case.difference_from_whole,
     )

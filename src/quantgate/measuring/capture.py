@@ -89,7 +89,9 @@ class _Watch:
         for module in reversed(list(model.modules())):
             packed |= getattr(module, "packed_modules_mapping", None) or {}  # vLLM 0.26: None
         linears = {n: m for n, m in model.named_modules() if isinstance(m, LinearBase)}
-        self.layouts = {name: _layout(name, module, packed) for name, module in linears.items()}
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        self.layouts = {n: _layout(n, m, packed, model_type) for n, m in linears.items()}
+        self.renamed = _renamed(model)
         self.seen: dict[str, list[torch.Tensor]] = {}
         self.handles = [
             module.register_forward_hook(functools.partial(self._hook, name))
@@ -99,15 +101,18 @@ class _Watch:
     def _hook(self, name: str, _: Any, inputs: tuple[Any, ...], output: Any) -> None:
         result = output[0] if isinstance(output, tuple) else output
         for kind, tensor in (("input", inputs[0]), ("output", result)):
-            # A copy: vLLM reuses its buffers, and norms are computed in place.
-            self.seen.setdefault(f"{name}.{kind}", []).append(tensor.detach().cpu().clone())
+            # A copy: vLLM reuses its buffers, and norms are computed in place. Its Transformers
+            # backend has a batch of one around the tokens.
+            rows = tensor.detach().reshape(-1, tensor.shape[-1]).cpu().clone()
+            self.seen.setdefault(f"{name}.{kind}", []).append(rows)
 
     def save(self, path: Path) -> None:
         import torch
         from safetensors.torch import save_file
 
         whole = {name: torch.cat(parts) for name, parts in self.seen.items()}
-        save_file(whole, path, {"layouts": json.dumps(self.layouts)})
+        more = {"layouts": json.dumps(self.layouts), "renamed": json.dumps(self.renamed)}
+        save_file(whole, path, more)
         self.seen.clear()
 
     def stop(self) -> None:
@@ -115,20 +120,38 @@ class _Watch:
             handle.remove()
 
 
-def _layout(name: str, module: Any, packed: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return which of a checkpoint's linears a module holds, and how ranks share them."""
+def _layout(
+    name: str, module: Any, packed: Mapping[str, list[str]], model_type: str
+) -> dict[str, Any]:
+    """Return which of a checkpoint's linears a module holds, and how ranks share them.
+
+    Of a rank's outputs each linear has some columns, in one run or, where the checkpoint has q, k
+    and v or gate and up in one linear, in several.
+    """
     parent, dot, own = name.rpartition(".")
     shards = [f"{parent}{dot}{shard}" for shard in packed.get(own, [own])]
     sizes = list(getattr(module, "output_partition_sizes", None) or [module.output_size])
-    if len(sizes) != len(shards):
-        sizes, shards = [sum(sizes)], [name]
     replicas = getattr(module, "num_kv_head_replicas", 1)
+    # Several ranks hold the same heads of keys and values.
+    runs = [[size, replicas if place else 1] for place, size in enumerate(sizes)]
+    held = [[run] for run in runs] if len(runs) == len(shards) else [runs]
+    names = shards if len(runs) == len(shards) else [name]
     return {
-        "shards": dict(zip(shards, sizes, strict=True)),
+        "shards": dict(zip(names, held, strict=True)),
         "ranks_split": _what_ranks_split(module),
-        # Several ranks hold the same heads of keys and values.
-        "replicas": [1, *([replicas] * (len(shards) - 1))] if replicas > 1 else [1] * len(shards),
+        "heads": _grouped_heads(own, module, model_type),
     }
+
+
+def _grouped_heads(own: str, module: Any, model_type: str) -> list[int] | None:
+    """Return how many heads of queries, and of keys, a linear has that groups q, k and v by head.
+
+    These checkpoints have each head's keys and values beside its queries, and vLLM reorders them as
+    it loads them: all queries, all keys, all values (`load_weights` of falcon.py and bloom.py).
+    """
+    if own != "query_key_value" or model_type not in ("falcon", "bloom"):
+        return None
+    return [module.total_num_heads, module.total_num_kv_heads]
 
 
 def _what_ranks_split(module: Any) -> str:
@@ -168,50 +191,93 @@ class Capture:
         """Return what the engine's linear `name` saw in a window."""
         import torch
 
-        module, offset, size, layout = self._places[_inside(name)]
+        module, runs, layout = self._places[self._inside(name)]
         inputs = [_read(path, f"{module}.input") for path in self._ranks(window)]
-        outputs = [
-            _read(path, f"{module}.output")[:, offset : offset + size]
-            for path in self._ranks(window)
-        ]
-        if layout["ranks_split"] == "input":
-            return Seen(torch.cat(inputs, dim=1), outputs[0])
-        if layout["ranks_split"] == "output":
-            shards = [_inside(shard) for shard in layout["shards"]]
-            replicas = layout["replicas"][shards.index(_inside(name))]
-            return Seen(inputs[0], torch.cat(outputs[::replicas], dim=1))
-        return Seen(inputs[0], outputs[0])
+        outputs = [_read(path, f"{module}.output") for path in self._ranks(window)]
+        own = torch.cat(
+            [
+                torch.cat([rank[:, start : start + size] for rank in outputs[::replicas]], dim=1)
+                if layout["ranks_split"] == "output"
+                else outputs[0][:, start : start + size]
+                for start, size, replicas in runs
+            ],
+            dim=1,
+        )
+        if layout["heads"] is not None:
+            own = _grouped(own, *layout["heads"])
+        split_input = layout["ranks_split"] == "input"
+        return Seen(torch.cat(inputs, dim=1) if split_input else inputs[0], own)
 
     def _ranks(self, window: int) -> list[Path]:
         files = self.directory.glob(f"{window}.*.safetensors")
         return sorted(files, key=lambda path: int(path.name.split(".")[1]))
 
     def __contains__(self, name: str) -> bool:
-        return _inside(name) in self._places
+        return self._inside(name) in self._places
 
     def module_of(self, name: str) -> str:
         """Return the module of vLLM's that holds the linear `name`."""
-        return self._places[_inside(name)][0]
+        return self._places[self._inside(name)][0]
+
+    def _inside(self, name: str) -> str:
+        """Return a linear's name as from its layer's number on, by vLLM's names if need be."""
+        if (own := _inside(name)) in self._places:
+            return own
+        for part, new in self._metadata["renamed"].items():
+            name = name.replace(part, new, 1)
+        return _inside(name)
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[str, int, int, dict[str, Any]]]:
+    def _metadata(self) -> dict[str, Any]:
         from safetensors import safe_open
 
         first = min(self.directory.glob("*.safetensors"))
         with safe_open(first, framework="pt") as stream:
-            layouts = json.loads(stream.metadata()["layouts"])
+            return {name: json.loads(text) for name, text in stream.metadata().items()}
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[str, list[tuple[int, int, int]], dict[str, Any]]]:
+        """By name: vLLM's module, the runs of columns (start, size, replicas), its layout."""
         places = {}
-        for module, layout in layouts.items():
-            offset = 0
-            for shard, size in layout["shards"].items():
-                places[_inside(shard)] = (module, offset, size, layout)
-                offset += size
+        for module, layout in self._metadata["layouts"].items():
+            start = 0
+            for shard, held in layout["shards"].items():
+                runs = []
+                for size, replicas in held:
+                    runs.append((start, size, replicas))
+                    start += size
+                places[_inside(shard)] = (module, runs, layout)
         return places
 
 
+def _renamed(model: Any) -> dict[str, str]:
+    """Return what vLLM calls parts of a checkpoint's names: `.self_attn.` is `.attn.`, say."""
+    found: dict[str, str] = {}
+    for module in model.modules():
+        mapper = getattr(module, "hf_to_vllm_mapper", None)
+        parts = getattr(mapper, "orig_to_new_substr", {})
+        found |= {part: new for part, new in parts.items() if new is not None}
+    return found
+
+
+def _grouped(output: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """Put queries, keys and values [tokens, (heads + 2 kv_heads) x width] together by kv head."""
+    import torch
+
+    width = output.shape[1] // (heads + 2 * kv_heads)
+    sizes = [heads * width, kv_heads * width, kv_heads * width]
+    parts = (part.reshape(len(output), kv_heads, -1) for part in torch.split(output, sizes, dim=1))
+    return torch.cat(list(parts), dim=2).flatten(1)
+
+
 def _inside(name: str) -> str:
-    """Return a module's name inside the body: a BERT is `model` in vLLM, and `bert` to others."""
-    return name.partition(".")[2] or name
+    """Return a module's name from its layer's number on: what is around layers has other names.
+
+    A BERT is `model` in vLLM, and `bert` to others.
+    """
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[0] :] if numbers else parts)
 
 
 def _read(path: Path, name: str) -> torch.Tensor:

@@ -22,9 +22,9 @@ from quantgate.measuring.measurement import Announce, Measurement, largest_diffe
 from quantgate.measuring.parameters import DequantizerName
 from quantgate.measuring.pooling import Steps
 from quantgate.measuring.precision import FLOAT32, SERVING, resolve_dtype, sharpest_dtype
-from quantgate.measuring.reference_device import CPU
 from quantgate.measuring.replay import Replay, replay
 from quantgate.measuring.reruns import Reruns
+from quantgate.measuring.whole_model import difference_from_whole
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.files import actual_scheme, identity
 from quantgate.subject.probe import Probe
@@ -255,7 +255,7 @@ class Case:
         device = self.lab.device
         rules = self._rules()  # its engine has come and gone before the reference starts
         return self.within(dtype)._once(
-            _name_of(dequantizer, narrowing, device),
+            reference.name_of(dequantizer, narrowing, device),
             lambda announce: reference.measure(
                 self.checkpoint.directory,
                 self.probe,
@@ -293,6 +293,11 @@ class Case:
     def rounding(self) -> float:
         """How far float32 moves the reference's values from float64's, at most."""
         return largest_difference(self.reference("float64"), self.exact)
+
+    @property
+    def difference_from_whole(self) -> float | None:
+        """How far HF's own forward is from the streamed one on a window; None without memory."""
+        return difference_from_whole(self.checkpoint.directory, self.probe)
 
     @property
     def replay(self) -> Replay:
@@ -391,9 +396,3 @@ class Case:
             "arithmetic": builds.arithmetic(),
             **more,
         }
-
-
-def _name_of(dequantizer: DequantizerName, narrowing: Narrowing, device: str) -> str:
-    name = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
-    name += ", which truncates" if narrowing == "truncates" else ""
-    return name if device == CPU else f"{name} on {device}"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from quantgate.errors import BadInput
-from quantgate.measuring.engine_failure import first_line
 from quantgate.measuring.heads import COLBERT, head_classes
+from quantgate.measuring.layer_by_layer import layers_of
+from quantgate.subject.files import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -51,40 +57,140 @@ def empty_model(
     Raises `BadInput` where transformers cannot build it.
     """
     import torch
-    from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = _model_class(config, task, stored)(
-                config, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
-            )
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{directory}: transformers cannot build it ({first_line(error)})."
-        ) from None
+    kind, config = hf_class(directory, task, stored)
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
+    with _refused(directory), uncompiled(config), torch.device("meta"):
+        model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
+    if attention == "sdpa" and _needs_eager_attention(model):
+        model.set_attn_implementation("eager")
+    one_by_one(model)
     _compute_buffers(model, device)
     return model.eval()
 
 
-def _model_class(config: Any, task: Task, stored: StoredTensors) -> Callable[..., Any]:
-    """Return what builds the HF model of a config that does a task."""
+def one_by_one(model: Any) -> None:
+    """Have HF compute experts one after the other: its grouped products know no float64."""
+    if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+
+
+def hf_class(directory: Path, task: Task, stored: StoredTensors) -> tuple[Any, Any]:
+    """Return the HF class that does a task with a checkpoint, and its config, as of no format.
+
+    Raises `BadInput` where transformers has none.
+    """
+    from transformers import AutoConfig
+
+    with _refused(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return _model_class(directory, config, task, stored), config
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the part of a model that reads text: the body, or one within it."""
+    find = getattr(model, "get_decoder", None)
+    found = model.base_model if find is None else find()
+    return model.base_model if found is None or found is model else found
+
+
+def require_layers(model: Any, directory: Path) -> torch.nn.ModuleList:
+    """Return a model's layers; `BadInput` where it has none that can be run one after the other."""
+    layers = layers_of(decoder_of(model))
+    if layers is None or model.config.is_encoder_decoder:
+        why = "has no list of layers" if layers is None else "is an encoder with a decoder"
+        raise BadInput(
+            f"{directory}: {type(model).__name__} of transformers {transformers_version()} {why}, "
+            "and the reference runs models of one stack of layers; select the checks that need no "
+            "reference (-k 'not fidelity and not replay')."
+        )
+    return layers
+
+
+def transformers_version() -> str:
+    """Return the installed version of transformers."""
+    return version("transformers")
+
+
+@contextmanager
+def uncompiled(config: Any) -> Iterator[None]:
+    """Have HF's classes run as they were written where vLLM has served with them.
+
+    Its Transformers backend decorates the classes themselves, once for the whole process; what is
+    built of them afterwards asks for vLLM's current config, and is compiled unless that says
+    otherwise.
+    """
+    if "vllm.model_executor.models.transformers.base" not in sys.modules:
+        yield
+        return
+    from vllm.config import CompilationMode, set_current_vllm_config
+
+    plain = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config),
+        compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+    )
+    with set_current_vllm_config(plain):
+        yield
+
+
+@contextmanager
+def _refused(directory: Path) -> Iterator[None]:
+    """Turn whatever transformers raises of a config into `BadInput`, in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        found = read_config(directory)
+        architecture = next(iter(found.get("architectures") or ()), "no architecture")
+        raise BadInput(
+            f"{directory}: transformers {transformers_version()} cannot build {architecture} "
+            f"(model_type '{found.get('model_type')}') from its config.json"
+            f"{_its_part(error, found)}, so there is no reference for it; correct config.json by "
+            "the base's, or install a release of transformers that has this architecture."
+        ) from error
+
+
+def _its_part(error: Exception, config: Mapping[str, Any]) -> str:
+    """Return which keys of a config an error speaks of; "" where that is not said."""
+    words = set(re.findall(r"\w+", str(error)))
+    keys = [key for key in config if key in words and key not in ("model_type", "architectures")]
+    return f": its {', '.join(f'{key} = {config[key]!r}' for key in keys)}" if keys else ""
+
+
+def _model_class(directory: Path, config: Any, task: Task, stored: StoredTensors) -> Any:
+    """Return the HF class of a config that does a task."""
     import transformers
 
     architecture = next(iter(config.architectures or ()), "")
     if (own := head_classes().get(architecture)) is not None:
         if architecture == COLBERT:
             config.colbert_dim = len(stored.read("linear.weight"))
-        return lambda config, trust_remote_code, **options: own._from_config(config, **options)
-    kind = {
+        return own
+    automatic = {
         "token_classify": transformers.AutoModelForTokenClassification,
         "token_reward": transformers.AutoModelForTokenClassification,
         "sequence_reward": transformers.AutoModelForSequenceClassification,
     }.get(task, transformers.AutoModelForCausalLM)
-    build: Callable[..., Any] = kind.from_config
-    return build
+    found = automatic._model_mapping.get(type(config), None)
+    if found is None:
+        raise BadInput(
+            f"{directory}: transformers {transformers_version()} has no model of "
+            f"'{config.model_type}' for {task} ({architecture or 'no architecture is named'}), so "
+            "there is no reference for it; correct config.json, or select the checks that need no "
+            "reference (-k 'not fidelity and not replay')."
+        )
+    kinds = {kind.__name__: kind for kind in (found if isinstance(found, tuple) else (found,))}
+    return kinds.get(architecture, next(iter(kinds.values())))
+
+
+def _needs_eager_attention(model: Any) -> bool:
+    """Whether its attention has what HF's sdpa leaves out without a word: soft caps, sinks."""
+    return any(
+        hasattr(module, "sinks")
+        or any("softcap" in name and value is not None for name, value in vars(module).items())
+        for module in decoder_of(model).modules()
+    )
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

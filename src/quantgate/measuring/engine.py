@@ -127,9 +127,13 @@ def running_engine(
             _environment(_variables(settings, dtype, on_cpu=on_cpu)),
         ):
             llm = LLM(**arguments)
-    except EngineFailure:
+    except EngineFailure as failure:
         with suppress(Exception):  # of what it got to hold
             cleanup_dist_env_and_memory()
+        from quantgate.measuring.unsupported import why_not_loaded
+
+        if (why := why_not_loaded(Path(directory), str(failure))) is not None:
+            raise EngineFailure(why) from failure
         raise
     failed, ready = True, time.monotonic()
     try:

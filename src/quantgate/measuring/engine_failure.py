@@ -70,14 +70,22 @@ def explained(said: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[N
     `said` begins it, e.g. "build/x: vLLM 0.32.0 cannot load it in float32". The error's frames are
     emptied: they hold tensors, and would keep them for as long as a report keeps the error.
     """
-    passed_on: tuple[type[Exception], ...] = (BadInput, EngineFailure, *but)
     try:
         yield
-    except passed_on:
+    except (BadInput, EngineFailure):
         raise
     except Exception as error:
+        if isinstance(error, but) and not _is_asserted_by_vllm(error):
+            raise
         traceback.clear_frames(error.__traceback__)
         raise _failure(said, error) from error
+
+
+def _is_asserted_by_vllm(error: Exception) -> bool:
+    """Whether vLLM's own code refuses what it was given: that is no mistake of its caller's."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return isinstance(error, AssertionError) and raised_in.startswith("vllm.")
 
 
 def _failure(said: str, error: Exception) -> EngineFailure:

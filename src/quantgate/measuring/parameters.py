@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantgate.errors import BadInput
 from quantgate.formats.groups import Group, group_of
 from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
 from quantgate.formats.weights import dequantize_weight
+from quantgate.measuring.checkpoint_names import WEIGHT, CheckpointNames
+from quantgate.subject.files import read_config
 
 if TYPE_CHECKING:
     import torch
 
     from quantgate.formats.kernels import LinearRules
-    from quantgate.formats.stored import LoadedTensors
+    from quantgate.formats.stored import LoadedTensors, StoredTensors
 
 DequantizerName = Literal["own", "library"]
 Product = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -39,22 +41,25 @@ class Parameters:
         self,
         model: Any,
         dtype: torch.dtype,
-        quantization: Mapping[str, Any] | None,
+        stored: StoredTensors,
         dequantize: Dequantizer,
         rules: LinearRules,
     ) -> None:
         import torch
 
         self.model = model
+        self.stored_as = CheckpointNames(model, stored.names)
         self.dtype = dtype
         self.exact = torch.promote_types(dtype, torch.float32)
         """What products are computed in: float32, or float64 where activations are that."""
         self.names: dict[torch.nn.Module, str] = {m: name for name, m in model.named_modules()}
+        """HF's."""
         in_body = {id(module) for module in model.base_model.modules()}
         self.head: list[torch.nn.Module] = [
             m for m in model.modules() if id(m) not in in_body and m is not model
         ]
-        self._quantization = quantization
+        self._quantization = read_config(stored.directory).get("quantization_config")
+        self._tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         self._dequantize = dequantize
         self._rules = rules
 
@@ -66,13 +71,17 @@ class Parameters:
         Raises `BadInput` where a tensor is missing or does not fit the config.
         """
         for module in modules:
-            name = self.names[module]
+            name = self.stored_name(module)
             group = self._group_of(module, name, stored)
             if group is None:
-                self._fill_whole(module, name, stored, watch)
+                self._fill_whole(module, stored, watch)
             else:
                 linear = read_linear(stored, name, group, self._dequantize, self._rules)
-                self._fill_linear(module, name, linear, stored, watch)
+                self._fill_linear(module, linear, stored, watch)
+
+    def stored_name(self, module: torch.nn.Module) -> str:
+        """Return a module's name in the checkpoint."""
+        return self.stored_as.module(self.names[module])
 
     def promote_head(self) -> None:
         """Give the head parameters in the dtype of exact products."""
@@ -81,28 +90,25 @@ class Parameters:
                 _set(module, part, parameter.to(self.exact))
 
     def _fill_whole(
-        self, module: torch.nn.Module, name: str, stored: LoadedTensors, watch: Watch | None
+        self, module: torch.nn.Module, stored: LoadedTensors, watch: Watch | None
     ) -> None:
-        """Fill a module whose parameters are stored as they are."""
+        """Fill a module whose parameters are stored as they are, and buffers that are stored."""
+        name = self.names[module]
         for part, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 values = self._parameter(name, part, stored)
                 _require_shape(stored, f"{name}.{part}", values, parameter)
                 _set(module, part, values.to(self.dtype).reshape(parameter.shape))
-        if type(module).__name__ == "Linear" and module not in self.head:
-            _set(module, "weight", module.get_parameter("weight").to(self.exact))
+        for part, buffer in module.named_buffers(recurse=False):
+            if f"{name}.{part}" in self.stored_as:
+                module._buffers[part] = self._parameter(name, part, stored).to(buffer.dtype)
+        if is_linear(module) and module not in self.head:
+            _set(module, WEIGHT, module.get_parameter(WEIGHT).to(self.exact))
             if watch is not None or self.dtype != self.exact:
-                _compute_by_rule(module, name, watch, None)
+                _compute_by_rule(module, self.stored_name(module), watch, None)
 
     def _group_of(self, module: torch.nn.Module, name: str, stored: LoadedTensors) -> Group | None:
-        import torch
-
-        if not isinstance(module, torch.nn.Linear):
-            return None
-        try:
-            group = group_of(name, "Linear", self._quantization)
-        except ValueError as error:
-            raise BadInput(f"{stored.directory / 'config.json'}: {error}.") from None
+        group = self._group(name, stored) if is_linear(module) else None
         if group is not None and module in self.head:
             raise BadInput(
                 f"{stored.directory}: its head, '{name}', is quantized, and scores are exact "
@@ -110,36 +116,83 @@ class Parameters:
             )
         return group
 
+    def _group(self, name: str, stored: LoadedTensors) -> Group | None:
+        """Return the config group of a linear of the checkpoint's."""
+        try:
+            return group_of(name, "Linear", self._quantization)
+        except ValueError as error:
+            raise BadInput(f"{stored.directory / 'config.json'}: {error}.") from None
+
     def _fill_linear(
         self,
         module: torch.nn.Module,
-        name: str,
         linear: QuantizedLinear,
         stored: LoadedTensors,
         watch: Watch | None,
     ) -> None:
-        quantize = linear.quantize_input
+        name, quantize = self.stored_name(module), linear.quantize_input
         # Kernels that quantize inputs multiply codes, which float32 holds exactly; the others read
         # weights that were rounded to the dtype they are served in.
-        _require_shape(stored, f"{name}.weight", linear.weight, module.get_parameter("weight"))
-        weight = linear.weight.to(self.dtype) if quantize is None else linear.weight
-        _set(module, "weight", weight.to(self.exact))
+        weight = linear.weight.T if _is_transposed(module) else linear.weight
+        _require_shape(stored, f"{name}.{WEIGHT}", weight, module.get_parameter(WEIGHT))
+        weight = weight.to(self.dtype) if quantize is None else weight
+        _set(module, WEIGHT, weight.to(self.exact))
         if module.bias is not None:
-            _set(module, "bias", self._parameter(name, "bias", stored).to(self.dtype))
+            _set(module, "bias", self._parameter(self.names[module], "bias", stored).to(self.dtype))
         if quantize is not None or watch is not None or self.dtype != self.exact:
             _compute_by_rule(module, name, watch, quantize)
 
     def _parameter(self, name: str, part: str, stored: LoadedTensors) -> torch.Tensor:
-        full = f"{name}.{part}"
-        if full in stored:
-            return stored.read(full)
-        if name.endswith(".experts") and part in ("gate_up_proj", "down_proj"):
-            return _stacked_experts(stored, name, part)
-        head = self.model.get_output_embeddings()
-        if self.names.get(head) == name and part == "weight":
-            embedding = self.model.get_input_embeddings()
-            return stored.read(f"{self.names[embedding]}.weight")  # a tied head
-        return stored.read(full)
+        full = f"{name}.{part}" if name else part
+
+        def read(weight: str) -> torch.Tensor:
+            return self._weight(weight, stored)
+
+        if (source := self._tied.get(full)) is None:
+            return self.stored_as.read(full, read)
+        if full not in self.stored_as:
+            return self.stored_as.read(source, read)
+        own = self.stored_as.read(full, read)
+        if source in self.stored_as and not _alike(own, self.stored_as.read(source, read)):
+            raise BadInput(
+                f"{stored.directory}: config.json ties '{full}' to '{source}' "
+                "(tie_word_embeddings), but the weights hold two that differ: vLLM serves the one, "
+                "transformers the other; export the checkpoint again, or correct config.json."
+            )
+        return own
+
+    def _weight(self, name: str, stored: LoadedTensors) -> torch.Tensor:
+        """Return a weight of the checkpoint's that is a part of a parameter, dequantized."""
+        module = name.removesuffix(f".{WEIGHT}")
+        if "weight_scale" not in stored.stored.parts_of(module):
+            return stored.read(name)
+        if (group := self._group(module, stored)) is None:
+            return stored.read(name)
+        linear = read_linear(stored, module, group, self._dequantize, self._rules)
+        if linear.quantize_input is not None:
+            raise BadInput(
+                f"{stored.directory}: the inputs of '{module}' are quantized, and it is stacked "
+                "with other experts; the reference has no rule for that."
+            )
+        return linear.weight
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear, or GPT-2's name for one."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: torch.nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`: a linear with a weight [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    import torch
+
+    return one.shape == other.shape and torch.equal(one, other.to(one.dtype))
 
 
 def empty(layer: torch.nn.Module) -> None:
@@ -174,7 +227,9 @@ def _compute_by_rule(
     import torch
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        weight = module.get_parameter("weight")
+        weight: torch.Tensor = module.get_parameter("weight")
+        if _is_transposed(module):
+            weight = weight.T
         values = (x if quantize is None else quantize(x)).to(weight.dtype)
         bias = None if module.bias is None else module.get_parameter("bias").to(weight.dtype)
         return torch.nn.functional.linear(values, weight, bias).to(x.dtype)
@@ -191,21 +246,3 @@ def _set(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
     import torch
 
     setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
-
-
-def _stacked_experts(stored: LoadedTensors, name: str, part: str) -> torch.Tensor:
-    """Return the experts' weights [experts, out, in], which checkpoints store one by one."""
-    import torch
-
-    def experts() -> Iterator[torch.Tensor]:
-        index = 0
-        sources = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-        while f"{name}.{index}.{sources[0]}.weight" in stored:
-            own = [stored.read(f"{name}.{index}.{source}.weight") for source in sources]
-            yield torch.cat(own)
-            index += 1
-
-    found = list(experts())
-    if not found:
-        raise BadInput(f"{stored.directory}: there are no weights for '{name}.{part}'.")
-    return torch.stack(found)

@@ -55,6 +55,13 @@ def measure(  # noqa: PLR0913  how it computes is five choices that are made ind
         return score()
 
 
+def name_of(dequantizer: DequantizerName, narrowing: Narrowing, device: str) -> str:
+    """Return what a reference that is computed so is called, for progress and in memory."""
+    name = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
+    name += ", which truncates" if narrowing == "truncates" else ""
+    return name if device == CPU else f"{name} on {device}"
+
+
 def _measured(model: StreamedModel, probe: Probe, dtype: str, announce: Announce) -> Measurement:
     import torch
 

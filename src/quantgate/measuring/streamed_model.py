@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantgate.errors import BadInput
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules
 from quantgate.formats.stored import LoadedTensors, StoredTensors
 from quantgate.measuring.attention_rules import Fp8KVCache, in_float32, truncating_attention_name
-from quantgate.measuring.empty_model import empty_model, require_understood
+from quantgate.measuring.empty_model import (
+    decoder_of,
+    empty_model,
+    require_layers,
+    require_understood,
+    transformers_version,
+)
+from quantgate.measuring.layer_by_layer import Pass
 from quantgate.measuring.parameters import (
     DequantizerName,
     Parameters,
@@ -22,6 +31,7 @@ from quantgate.measuring.parameters import (
     Watch,
     dequantizer,
     empty,
+    is_linear,
 )
 from quantgate.measuring.read_ahead import read_ahead
 from quantgate.measuring.reference_device import CPU, CUDA, exactly, together
@@ -71,17 +81,13 @@ class StreamedModel:
         self._truncates = narrowing == "truncates" and dtype == "bfloat16"
         torch_dtype: torch.dtype = getattr(torch, dtype)
         self.model = empty_model(directory, torch_dtype, task, self.stored, self.device)
-        if self._truncates:
+        # Attention that HF computes eagerly has a formula of its own, which is left as it is.
+        if self._truncates and self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(truncating_attention_name())
         self.parameters = Parameters(
-            self.model, torch_dtype, self.quantization, dequantizer(dequantizer_name), rules
+            self.model, torch_dtype, self.stored, dequantizer(dequantizer_name), rules
         )
-        # An encoder's layers are one module further in.
-        body = self.model.base_model
-        self._stack, self._stacked_as = (
-            (body, "layers") if hasattr(body, "layers") else (body.encoder, "layer")
-        )
-        self.layers: torch.nn.ModuleList = getattr(self._stack, self._stacked_as)
+        self.layers = require_layers(self.model, directory)
         inside = {id(module) for module in self.layers.modules()}
         self._outside = [m for m in self.model.modules() if id(m) not in inside]
         self._running: _Step
@@ -90,8 +96,8 @@ class StreamedModel:
     @property
     def linears(self) -> list[str]:
         """The names of the linears in its layers."""
-        names = self.parameters.names
-        return [names[m] for m in self.layers.modules() if type(m).__name__ == "Linear"]
+        linears = (module for module in self.layers.modules() if is_linear(module))
+        return [self.parameters.stored_name(module) for module in linears]
 
     def last_hidden(
         self,
@@ -116,9 +122,11 @@ class StreamedModel:
                         told = time.monotonic()
                     self.parameters.fill(layer.modules(), next(tensors), watch)
                     for self._running in steps:
-                        self._running.run(index, layer)
+                        # What observes may raise, too, and says its own reason.
+                        with nullcontext() if observe else self._explained(index):
+                            self._run(self._running, index)
                     empty(layer)
-            return self._normed(steps)
+            return self._in_order(steps)
 
     def fill_outside(self) -> None:
         """Read what is not in a layer: embeddings, norms and the head."""
@@ -169,29 +177,30 @@ class StreamedModel:
 
         A model with one output for a whole text looks for its last token in `ids`: one row.
         """
-        from transformers.modeling_outputs import MoeModelOutputWithPast  # has all that heads read
-
-        body = self.model.base_model
-        body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        # Some heads call the body's decoder themselves.
+        bodies = {self.model.base_model, decoder_of(self.model)}
+        for body in bodies:
+            body.forward = lambda *_, **__: _BodyOutput((hidden[None],))
         if ids is None:
             ids = hidden.new_zeros(len(hidden)).long()
         try:
             logits: torch.Tensor = self.model(input_ids=ids[None]).logits
         finally:
-            del body.forward
+            for body in bodies:
+                del body.forward
         return logits if self.task == SEQUENCE_REWARD else logits[0]
 
     def _read_layer(self, index: int) -> LoadedTensors:
         """Read a layer's tensors into memory, in a thread; they move to the device later."""
-        prefix = f"{self.parameters.names[self.layers[index]]}."
-        ahead = self.stored.in_memory(prefix, pinned=self.device.type == CUDA)
+        modules = self.parameters.stored_as.within(self.parameters.names[self.layers[index]])
+        ahead = self.stored.in_memory(modules, pinned=self.device.type == CUDA)
         return LoadedTensors(self.stored, self.device, ahead)
 
     def _watch(self, observe: Observer) -> Watch:
         return lambda name, rows, product: observe(self._running.windows[0], name, rows, product)
 
     def _steps(self, windows: tuple[Window, ...], *, one_by_one: bool) -> list[_Step]:
-        """Run the model up to its layers, on windows of like length together."""
+        """Return the windows as they go through the layers, those of like length together."""
         computed = [w.ids[:-1] if self.task == GENERATE else w.ids for w in windows]
         places = range(len(windows))
         groups = (
@@ -199,74 +208,69 @@ class StreamedModel:
             if one_by_one
             else together([len(ids) for ids in computed], self.device)
         )
-        return [self._record(group, [computed[place] for place in group]) for group in groups]
+        return [self._step(group, [computed[place] for place in group]) for group in groups]
 
-    def _normed(self, steps: list[_Step]) -> list[torch.Tensor]:
-        """Return what the head is given for each window, in the windows' order."""
-        body = self.model.base_model
-        norm = getattr(body, "norm", None) or getattr(body, "final_norm", None)
-        by_window: dict[int, torch.Tensor] = {}
-        for step in steps:
-            hidden = norm(step.hidden) if norm else step.hidden
-            by_window.update(zip(step.windows, hidden, strict=True))
-        return [by_window[place] for place in sorted(by_window)]
-
-    def _record(self, windows: list[int], ids: list[tuple[int, ...]]) -> _Step:
-        """Run the model around its layers, and note what each of them would be called with."""
+    def _step(self, windows: list[int], ids: list[tuple[int, ...]]) -> _Step:
         import torch
 
-        layers, calls = self.layers, []
+        inputs = torch.tensor(ids, device=self.device)
+        forward = functools.partial(self.model.base_model, inputs, use_cache=False)
+        return _Step(windows, Pass(self.layers, forward))
 
-        class Recorder(torch.nn.Module):
-            def __init__(self, layer: torch.nn.Module) -> None:
-                super().__init__()
-                # What HF's models look at in a layer before they call it.
-                for name in ("attention_type", "layer_type", "is_sliding"):
-                    if hasattr(layer, name):
-                        setattr(self, name, getattr(layer, name))
+    def _run(self, step: _Step, index: int) -> None:
+        """Run a layer on a step's windows."""
+        arguments, named = step.through.next_call(index)
+        if (self.quantization or {}).get("kv_cache_scheme"):
+            named["past_key_values"] = Fp8KVCache(self._kv_scales)
+        if self._truncates and "position_embeddings" in named:
+            named["position_embeddings"] = in_float32(named["position_embeddings"])
+        step.through.output = self.layers[index](*arguments, **named)
 
-            def forward(self, states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-                calls.append((states, more, named))
-                return states
-
-        recorders = torch.nn.ModuleList(Recorder(layer) for layer in layers)
-        setattr(self._stack, self._stacked_as, recorders)
+    @contextmanager
+    def _explained(self, index: int) -> Iterator[None]:
+        """Turn what HF's code raises in a layer into `BadInput`."""
         try:
-            self.model.base_model(torch.tensor(ids, device=self.device), use_cache=False)
-        finally:
-            setattr(self._stack, self._stacked_as, layers)
-        others = self._kv_cache()
-        if self._truncates and "position_embeddings" in calls[0][2]:
-            others["position_embeddings"] = in_float32(calls[0][2]["position_embeddings"])
-        return _Step(
-            windows, calls[0][0], [(more, {**named, **others}) for _, more, named in calls]
-        )
+            yield
+        except BadInput:
+            raise
+        except Exception as error:
+            name = self.parameters.names[self.layers[index]]
+            raise BadInput(
+                f"{self.stored.directory}: {type(self.model).__name__} of transformers "
+                f"{transformers_version()} cannot be run layer by layer: '{name}' fails "
+                f"({type(error).__name__}); compare config.json with the base's, or select the "
+                "checks that need no reference (-k 'not fidelity and not replay')."
+            ) from error
 
-    def _kv_cache(self) -> dict[str, Any]:
-        """Return what makes attention see keys and values as an FP8 cache gives them back."""
-        if not (self.quantization or {}).get("kv_cache_scheme"):
-            return {}
-        return {"past_key_values": Fp8KVCache(self._kv_scales)}
+    def _in_order(self, steps: list[_Step]) -> list[torch.Tensor]:
+        """Return what the head is given for each window, in the windows' order."""
+        by_window: dict[int, torch.Tensor] = {}
+        for step in steps:
+            by_window.update(zip(step.windows, step.through.last_hidden(), strict=True))
+        return [by_window[place] for place in sorted(by_window)]
 
     def _kv_scales(self, layer: int) -> tuple[float, float]:
-        names = self.parameters.names.values()
-        attention = next(name for name in names if name.endswith(f"layers.{layer}.self_attn"))
+        modules = self.parameters.stored_as.within(self.parameters.names[self.layers[layer]])
+        attention = next((m for m in modules if f"{m}.k_scale" in self.stored), "attention")
         key, value = (float(self.stored.read(f"{attention}.{part}_scale")) for part in "kv")
         return key, value
 
 
-@dataclass
+class _BodyOutput(tuple[Any, ...]):
+    """What a head takes for its body's output: hidden states, and None for all else it reads."""
+
+    @property
+    def last_hidden_state(self) -> Any:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
 class _Step:
     """Windows of one length on their way through the layers."""
 
     windows: list[int]
     """Their places among those that run."""
-    hidden: torch.Tensor
-    """[windows, tokens, H]."""
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    """What each layer is called with besides: in order, and by name."""
-
-    def run(self, index: int, layer: torch.nn.Module) -> None:
-        more, named = self.arguments[index]
-        output = layer(self.hidden, *more, **named)
-        self.hidden = output[0] if isinstance(output, tuple) else output
+    through: Pass

@@ -1,0 +1,145 @@
+"""Which of a checkpoint's tensors make which parameter of HF's model, by transformers' own rules.
+
+transformers names and shapes some parameters otherwise than checkpoints do: it prefixes bodies,
+renames blocks, stacks experts. Its tables for `from_pretrained` say how; they are read here for
+tensors that are read one at a time, and for quantized ones, whose parts stand for a weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT = "weight"
+
+
+@dataclass
+class Origin:
+    """What one parameter, or several, are made of."""
+
+    converter: Any = None
+    """transformers' `WeightConverter`; None where a tensor is the parameter."""
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """Names of weights in the checkpoint, by the converter's pattern that they match."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all that it is made of."""
+        return [name for names in self.parts.values() for name in names]
+
+
+class CheckpointNames:
+    """The names that a checkpoint has for the modules and parameters of HF's model."""
+
+    def __init__(self, model: Any, stored: Iterable[str]) -> None:
+        self._model = model
+        self._origins: dict[str, Origin] = {}
+        self._modules: dict[str, str] = {}
+        expected = dict.fromkeys(model.state_dict(), True)
+        rename = _renaming(model, expected)
+        for name in sorted(stored, key=_in_order):
+            self._note(name, rename, expected)
+
+    def _note(
+        self,
+        name: str,
+        rename: Callable[[str], tuple[str, Any, str | None]],
+        expected: Mapping[str, bool],
+    ) -> None:
+        module, _, part = name.rpartition(".")
+        target, converter, pattern = rename(name)
+        if target not in expected:
+            # A part of a quantized weight: it goes where that weight would.
+            name, part = f"{module}.{WEIGHT}", WEIGHT
+            target, converter, pattern = rename(name)
+        origin = self._origins.setdefault(target, Origin(converter))
+        names = origin.parts.setdefault(pattern or "", [])
+        if name not in names:
+            names.append(name)
+        if converter is None and target.endswith(f".{part}"):
+            self._modules[target.removesuffix(f".{part}")] = module
+
+    def module(self, name: str) -> str:
+        """Return the checkpoint's name of HF's module `name`; the same where it has no tensor."""
+        return self._modules.get(name, name)
+
+    def within(self, name: str) -> list[str]:
+        """Return the checkpoint's modules whose tensors are those of HF's module `name`."""
+        found = [o for target, o in self._origins.items() if target.startswith(f"{name}.")]
+        return [part.rpartition(".")[0] for origin in found for part in origin.names]
+
+    def __contains__(self, name: str) -> bool:
+        return self._origin(name) is not None
+
+    def origin_of(self, name: str) -> str | None:
+        """Return the tensor that HF's parameter is, "" for several; None where there is none."""
+        origin = self._origin(name)
+        if origin is None:
+            return None
+        return origin.names[0] if origin.converter is None else ""
+
+    def read(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """Return HF's parameter `name` of what `read` gives for the checkpoint's weights."""
+        origin = self._origin(name)
+        if origin is None:
+            return read(name)  # which says that it is missing
+        if origin.converter is None:
+            return read(origin.names[0])
+        converter = copy.deepcopy(origin.converter)
+        for pattern, names in origin.parts.items():
+            converter.collected_tensors[pattern] = [read(part) for part in names]
+        first = next(target for target, one in self._origins.items() if one is origin)
+        made = converter.convert(first, model=self._model, config=self._model.config)
+        values = made[name]
+        found: torch.Tensor = values[0] if isinstance(values, list) else values
+        return found
+
+    def _origin(self, name: str) -> Origin | None:
+        if name in self._origins:
+            return self._origins[name]
+        # One tensor that is cut into several parameters is noted under the first of them.
+        for target, origin in self._origins.items():
+            patterns: list[str] = getattr(origin.converter, "target_patterns", [])
+            if len(patterns) > 1 and any(
+                target.replace(patterns[0], other) == name for other in patterns[1:]
+            ):
+                return origin
+        return None
+
+
+def _renaming(
+    model: Any, expected: Mapping[str, bool]
+) -> Callable[[str], tuple[str, Any, str | None]]:
+    """Return what gives the parameter that a tensor is for, how it is converted, and as what."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+    except ImportError:  # transformers 4 has parameters as they are stored
+        return lambda name: (name, None, None)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix = model.base_model_prefix
+
+    def rename(name: str) -> tuple[str, Any, str | None]:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if target not in expected and name in expected:
+            target, pattern = name, None
+        return target, by_pattern.get(pattern), pattern
+
+    return rename
+
+
+def _in_order(name: str) -> list[tuple[int, int, str]]:
+    """Return what sorts names so that expert 10 comes after expert 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

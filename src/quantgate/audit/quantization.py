@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 LINEAR = "Linear"
 # The class vLLM gives a linear, by what is fused in it.
@@ -126,24 +126,24 @@ def _args(said: Any, key: str, problems: list[tuple[str, str, str]]) -> Args | N
     bits, kind, strategy = (said.get(name) for name in ("num_bits", "type", "strategy"))
     size, block = said.get("group_size"), said.get("block_structure")
     strategy = strategy or ("group" if _whole(size) and size else "tensor")
-    wrong = {
-        "num_bits": None if _whole(bits) and 1 <= bits <= 16 else bits,
-        "type": None if kind in ("int", "float") else kind or "nothing",
-        "strategy": None if strategy in STRATEGIES else strategy,
-        "group_size": None if size in (None, -1) or (_whole(size) and size > 0) else size,
-        "block_structure": None if block is None or _is_block(block) else block,
+    is_valid = {
+        "num_bits": _whole(bits) and 1 <= bits <= 16,
+        "type": kind in ("int", "float"),
+        "strategy": strategy in STRATEGIES,
+        "group_size": size in (None, -1) or (_whole(size) and size > 0),
+        "block_structure": block is None or _is_block(block),
     }
-    if wrong["num_bits"] is None and not _whole(bits):
-        wrong["num_bits"] = "nothing"
-    found = [
-        (f"{key}.{name}", repr(value), "a valid one") for name, value in wrong.items() if value
+    bad = [
+        (f"{key}.{name}", repr(said.get(name)), "a valid one")
+        for name in is_valid
+        if not is_valid[name]
     ]
-    if found:
-        problems += found
+    if bad or not _whole(bits) or not isinstance(kind, str):
+        problems += bad
         return None
     return Args(
         bits,
-        kind,
+        "int" if kind == "int" else "float",
         strategy,
         size if size != -1 else None,
         (block[0], block[1]) if block else None,
@@ -154,7 +154,7 @@ def _args(said: Any, key: str, problems: list[tuple[str, str, str]]) -> Args | N
     )
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return type(value) is int and abs(value) < 1 << 31
 
 
@@ -183,7 +183,7 @@ def _type(value: Any) -> str:
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """Say what is wrong with a name or an `re:` expression; None where nothing is."""
+    """Say what is is_valid with a name or an `re:` expression; None where nothing is."""
     if not pattern.startswith("re:"):
         return None
     expression = pattern[3:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ NOT_LINEAR = re.compile(r"embed|wte$|wpe$|norm|shared$|rotary|position|token_typ
 ROUTER = re.compile(r"(?:^|\.)(?:router|mlp\.gate|block_sparse_moe\.gate|gate\.wg)(?:\.|$)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inventory:
     """A checkpoint's directory as it was read; nothing in it is to be trusted."""
 
@@ -56,6 +56,8 @@ class Inventory:
     unreadable: Mapping[str, str]
     """Files that are there and cannot be read, with the reason."""
     base: Inventory | None = None
+    progress: Callable[[str, int, int], None] = lambda _name, _done, _all: None
+    """Called before each weight that is compared with the base's."""
 
     @functools.cached_property
     def tensors(self) -> dict[str, Entry]:
@@ -152,7 +154,10 @@ class Inventory:
 
 
 def read_inventory(directory: Path, base: Path | None = None) -> Inventory:
-    """Read a checkpoint's headers and text files; what cannot be read is recorded, not raised."""
+    """Read a checkpoint's headers and text files; what cannot be read is recorded, not raised.
+
+    Of its weights nothing is read yet.
+    """
     documents: dict[str, Any] = {}
     unreadable: dict[str, str] = {}
     for name in DOCUMENTS:

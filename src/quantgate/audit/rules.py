@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantgate.audit import configs, coverage, layout, safety, scales, shards, tokenizers
+from quantgate.audit import configs, coverage, layout, safety, scales, shards, tokenizers, weights
 from quantgate.audit.finding import SEVERITIES, Finding, Rule, findings_of
 from quantgate.audit.inventory import Inventory, read_inventory
 
@@ -16,6 +16,7 @@ RULES: tuple[Rule, ...] = (
     *configs.RULES,
     *tokenizers.RULES,
     *safety.RULES,
+    *weights.RULES,
 )
 
 

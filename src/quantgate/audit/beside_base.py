@@ -26,7 +26,13 @@ import numpy as np
 
 from quantgate.audit.compare import GROUP, Doubles, Likeness, likeness
 from quantgate.audit.decode import is_float, read_floats, same_bytes
-from quantgate.audit.dequantize import Nearest, StoredWeight, quantized_weight, whole_weight
+from quantgate.audit.dequantize import (
+    Nearest,
+    StoredWeight,
+    quantized_weight,
+    rounding_to,
+    whole_weight,
+)
 from quantgate.audit.headers import Entry
 from quantgate.audit.inventory import LAYER, Inventory
 from quantgate.audit.layout import Layout, layout_of
@@ -53,6 +59,10 @@ ROUNDING = 2.0**-7
 SAMPLED_ROWS = 256
 # Elements of a tensor that is read as a whole.
 SMALL = 1 << 22
+# Correlation, in logarithms, of rows' factors with those of the columns that undo them.
+UNDOES = 0.8
+# dB: a weight that is stored whole is the base's, or the base's rounded to another dtype.
+WHOLE = 90.0
 LIKE = 0.8  # of two unrelated weights the cosine is 0.0
 
 
@@ -86,7 +96,14 @@ class Pair:
         """Compare with the base, its rows and columns times factors."""
         args = self.group.weights if self.group else None
         if self.group is None or args is None:
-            return likeness(self.weight, self.base, lambda w: w, rows=rows, columns=columns)
+            return likeness(
+                self.weight,
+                self.base,
+                rounding_to(self.parts["weight"].dtype),
+                ceiling=WHOLE,
+                rows=rows,
+                columns=columns,
+            )
         amax = self._largest() if args.strategy == "tensor" else 0.0
         return likeness(
             self.weight,
@@ -186,6 +203,8 @@ def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[s
     rows, columns = first.likeness.row_ratios, second.likeness.column_ratios
     if len(rows) != len(columns) or not (np.all(rows > 0) and np.all(columns > 0)):
         return {}
+    if _correlation(np.log(rows), -np.log(columns)) < UNDOES:
+        return {}
     factors = np.sqrt(rows / columns)
     one, two = _pair(inventory, first.name), _pair(inventory, second.name)
     if one is None or two is None:
@@ -193,8 +212,6 @@ def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[s
     norm = norm_factors(inventory, first.norm) if first.makes_up else None
     before = one.measure(rows=factors, columns=norm)
     after = two.measure(columns=1 / factors)
-    if before.snr + after.snr < first.likeness.snr + second.likeness.snr:
-        return {}
     return {
         first.name: Compared(first.name, before, first.group, first.norm, first.makes_up, "rows"),
         second.name: Compared(second.name, after, second.group, second.norm, False, "columns"),
@@ -204,7 +221,12 @@ def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[s
 def _stands_out(compared: Compared) -> bool:
     """Whether something may have been moved in a linear; `weights.py` says whether it is wrong."""
     found = compared.likeness
-    return found.excess > 1 or found.coherence > 0.05 or (compared.group is None and found.snr < 45)
+    return found.excess > 1 or found.coherence > 0.05
+
+
+def _correlation(one: Doubles, other: Doubles) -> float:
+    spreads = float(one.std() * other.std())
+    return float(((one - one.mean()) * (other - other.mean())).mean()) / spreads if spreads else 0.0
 
 
 def _partner(name: str) -> str:

@@ -18,6 +18,8 @@ Doubles = NDArray[np.float64]
 BLOCK = 1 << 21
 # Columns whose error is taken together where a format has no groups.
 GROUP = 128
+# dB beyond which nothing is told apart: quantized weights are stored with scales of 16 bits.
+CEILING = 60.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Likeness:
     """By how much each row is larger than rounding's."""
     column_ratios: Doubles
     finite: bool
+    ceiling: float
+    """What is above this many dB is as good as equal."""
 
     @property
     def excess(self) -> float:
-        """How many dB the error is above rounding's; 0 where rounding leaves none."""
-        return self.nearest_snr - self.snr if math.isfinite(self.nearest_snr) else 0.0
+        """How many dB the error is above rounding's."""
+        return min(self.nearest_snr, self.ceiling) - min(self.snr, self.ceiling)
 
     @property
     def snr_but_for_a_factor(self) -> float:
@@ -76,6 +80,7 @@ def likeness(
     *,
     height: int = 1,
     group_size: int = GROUP,
+    ceiling: float = CEILING,
     rows: Doubles | None = None,
     columns: Doubles | None = None,
 ) -> Likeness:
@@ -94,7 +99,7 @@ def likeness(
         by_row.append(_sums(d, w, n, group_size))
         of_columns += [_dot(a, b, 0) for a, b in ((d, w), (n, w), (w, w))]
     total = Sums(*(np.concatenate([getattr(s, f) for s in by_row]) for f in Sums.__annotations__))
-    return _likeness(total, of_columns)
+    return _likeness(total, of_columns, ceiling)
 
 
 def _sums(d: Floats, w: Floats, n: Floats, group_size: int) -> Sums:
@@ -111,10 +116,12 @@ def _dot(a: Floats, b: Floats, axis: int = 1) -> Doubles:
     return sums
 
 
-def _likeness(sums: Sums, of_columns: Doubles) -> Likeness:
+def _likeness(sums: Sums, of_columns: Doubles, ceiling: float) -> Likeness:
     ww, dd = float(sums.ww.sum()), float(sums.dd.sum())
     # On top of rounding's own error there, its average: a group may round to itself by chance.
-    average = float(sums.nearest_group_error.mean()) + 1e-9 * ww / sums.group_error.size
+    average = (
+        float(sums.nearest_group_error.mean()) + 10 ** (-ceiling / 10) * ww / sums.group_error.size
+    )
     above = (sums.group_error + average) / (sums.nearest_group_error + average)
     worst = int(np.argmax(np.nan_to_num(above, nan=np.inf)))
     row_ratios = _ratios(sums.dw, sums.nw)
@@ -132,6 +139,7 @@ def _likeness(sums: Sums, of_columns: Doubles) -> Likeness:
         row_ratios,
         _ratios(of_columns[0], of_columns[1]),
         finite,
+        ceiling,
     )
 
 

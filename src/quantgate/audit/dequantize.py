@@ -225,6 +225,19 @@ def _round_integers(weight: Floats, args: Args, amax: float | None) -> Floats:
     return np.asarray(rounded * scale, np.float32)
 
 
+def rounding_to(dtype: str) -> Callable[[Floats], Floats]:
+    """Return what rounds float32 to a dtype that weights are kept in whole."""
+    if dtype == "F16":
+        return lambda values: values.astype(np.float16).astype(np.float32)
+    return _to_bfloat16 if dtype == "BF16" else lambda values: values
+
+
+def _to_bfloat16(values: Floats) -> Floats:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    even = (bits >> 16) & 1
+    return ((bits + 0x7FFF + even) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def to_float(values: Floats, mantissa: int, least: int, most: float) -> Floats:
     """Round to floats of few bits, to nearest with ties to even; what is too large is cut.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from quantgate.audit.finding import Place, Rule
 from quantgate.audit.headers import Entry
-from quantgate.audit.inventory import ROUTER, Inventory
+from quantgate.audit.inventory import Inventory
 from quantgate.audit.quantization import Args, Group
 
 FLOATS = ("BF16", "F16", "F32")
@@ -260,12 +260,6 @@ def _fused_on_disk(inventory: Inventory) -> Iterator[Place]:
             yield Place(f"{name}.weight_scale", f"is one scale ({group.name})", "one a shard")
 
 
-def _router_bias(inventory: Inventory) -> Iterator[Place]:
-    for name, parts in inventory.modules.items():
-        if ROUTER.search(name) and "weight" in parts and parts["weight"].dtype not in FLOATS:
-            yield Place(f"{name}.weight", parts["weight"].dtype, "a float")
-
-
 RULES = (
     Rule(
         "tensor-missing",
@@ -336,12 +330,5 @@ RULES = (
         "vLLM has a scale for each shard of a fused layer; versions left all but one unwritten.",
         "vllm#39764, vllm#39765",
         _fused_on_disk,
-    ),
-    Rule(
-        "router-dtype",
-        "error",
-        "A router's weight that is stored in codes picks other experts.",
-        "Model-Optimizer#868: modules that must stay whole",
-        _router_bias,
     ),
 )

@@ -31,6 +31,8 @@ def audit(directory: Path, base: Path | None, *, deep: bool = False) -> tuple[Fi
 
 def examine(inventory: Inventory, *, deep: bool = False) -> tuple[Finding, ...]:
     """Return what is wrong with a checkpoint that was read."""
+    if not inventory.directory.is_dir():
+        return tuple(findings_of(shards.UNREADABLE, inventory))
     needs = {"files"} | ({"base"} if inventory.base else set()) | ({"weights"} if deep else set())
     found = [f for rule in RULES if rule.needs in needs for f in findings_of(rule, inventory)]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))

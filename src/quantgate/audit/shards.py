@@ -111,14 +111,15 @@ def _weight_map(inventory: Inventory) -> dict[str, str] | None:
     return said
 
 
+UNREADABLE = Rule(
+    "unreadable",
+    "error",
+    "Nothing can be said of a checkpoint whose config or weights cannot be read.",
+    "every loader refuses it, some with a traceback",
+    _unreadable,
+)
 RULES = (
-    Rule(
-        "unreadable",
-        "error",
-        "Nothing can be said of a checkpoint whose config or weights cannot be read.",
-        "every loader refuses it, some with a traceback",
-        _unreadable,
-    ),
+    UNREADABLE,
     Rule(
         "base-unreadable",
         "error",

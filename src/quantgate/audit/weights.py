@@ -26,32 +26,35 @@ from quantgate.audit.headers import Entry
 from quantgate.audit.inventory import QUANTIZED_PARTS, Inventory
 from quantgate.audit.safety import recipe_of
 
-# dB above what rounding to nearest leaves: of a whole weight, and of its worst group.
-WORST, WORST_GROUP = 9.0, 12.0
-# A weight that is stored whole is only rounded to another dtype: bfloat16 leaves 55 dB.
-WHOLE = 45.0
+# dB above what rounding to nearest leaves: of a whole weight, and of its worst group; of a group
+# where the rest of the weight is what rounding gives, too.
+WORST, WORST_GROUP, WORST_GROUP_OF_ROUNDED = 9.0, 12.0, 7.0
+ROUNDED = 1.0
 # bfloat16 rounds a scale by 0.002 at most.
 RATIO = 0.005
 # A part of the error that factors of rows explain: rounding's own share is below 0.02.
 COHERENCE = 0.15
+# Scales stretch rows; a row that holds another's codes is not its own times a factor.
+STRETCHED = 0.3
 CALIBRATED = ("GPTQModifier", "AWQModifier", "AutoRoundModifier", "SmoothQuantModifier")
 
 
 def _wrong(compared: Compared) -> bool:
     found = compared.likeness
-    if compared.group is None:
-        return found.snr < WHOLE
-    return found.excess > WORST or found.worst > WORST_GROUP
+    limit = WORST_GROUP_OF_ROUNDED if found.excess < ROUNDED else WORST_GROUP
+    return found.excess > WORST or found.worst > limit
 
 
 def _wrong_scales(compared: Compared) -> bool:
     """Whether factors make a weight of the base's: one for all, or one for each row."""
     found = compared.likeness
-    if compared.group is None or not found.finite:
+    if compared.group is None or not found.finite or found.row_ratios.min() < STRETCHED:
         return False
-    shift = abs(found.ratio - found.nearest_ratio)
-    one = shift > RATIO and found.nearest_snr - found.snr_but_for_a_factor < WORST
-    return one or (found.coherence > COHERENCE and found.cosine > 0.5)
+    factor = found.ratio / found.nearest_ratio
+    but_for_it = found.nearest_snr - found.snr_but_for_a_factor
+    one = abs(factor - 1) > RATIO and but_for_it < WORST
+    alike = bool(np.abs(found.row_ratios / factor - 1).max() < STRETCHED)
+    return (one and alike) or found.coherence > COHERENCE
 
 
 def _exchanged(inventory: Inventory) -> Iterator[Place]:
@@ -67,8 +70,8 @@ def _differ(inventory: Inventory) -> Iterator[Place]:
             continue
         if looks_like(inventory, name):
             continue
-        value = f"{found.snr:.1f} dB from the base's, cosine {found.cosine:.4f}"
-        if found.excess <= WORST and compared.group is not None:
+        value = f"{found.snr:.1f} dB from the base's, cosine {found.cosine:.4f}, row {found.row}"
+        if found.excess <= WORST:
             value = f"row {found.row} is {found.worst:.1f} dB further off than rounding leaves it"
         usual = "the same" if compared.group is None else f"{found.nearest_snr:.1f} dB, as rounded"
         yield Place(f"{name}.weight", value, usual)
@@ -80,7 +83,7 @@ def _scales(inventory: Inventory) -> Iterator[Place]:
             continue
         found = compared.likeness
         value = f"weights are {found.ratio / found.nearest_ratio:.4f} of the base's"
-        if abs(found.ratio - found.nearest_ratio) <= RATIO:
+        if found.coherence > COHERENCE and abs(found.ratio / found.nearest_ratio - 1) < 0.2:
             spread = float(np.abs(found.row_ratios - 1).mean())
             value = f"rows are off by factors, {spread:.2%} on average"
         yield Place(f"{name}.weight_scale", value, "scales of these codes")
@@ -115,9 +118,9 @@ def _difference(inventory: Inventory, name: str) -> str:
         return "has other bytes"
     own, base = read_floats(inventory.tensors[name]), _base(inventory, name)
     ratio = own / np.where(base == 0, 1, base)
-    usual, spread = float(np.median(ratio)), float(np.ptp(ratio))
+    usual, spread = float(ratio.mean()), float(np.ptp(ratio))
     if spread < 0.02 * abs(usual):
-        return f"is {usual:.4g} times the base's"
+        return f"is {usual:.3f} times the base's"
     return f"differs by up to {float(np.abs(own - base).max()):.3g}"
 
 
@@ -130,7 +133,8 @@ def _tensors(inventory: Inventory) -> Iterator[Place]:
     compared = comparisons(inventory)
     for name, entry in inventory.tensors.items():
         module, _, part = name.rpartition(".")
-        if NORM.search(name) or module in compared or not is_float(entry.dtype):
+        is_linear = part == "weight" and module in compared
+        if NORM.search(name) or is_linear or not is_float(entry.dtype):
             continue
         if part in QUANTIZED_PARTS or not differs(inventory, name):
             continue

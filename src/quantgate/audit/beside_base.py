@@ -63,7 +63,8 @@ SMALL = 1 << 22
 UNDOES = 0.8
 # dB: a weight that is stored whole is the base's, or the base's rounded to another dtype.
 WHOLE = 90.0
-LIKE = 0.8  # of two unrelated weights the cosine is 0.0
+# Cosine with another weight: of two unrelated ones it is 0.0, smoothing leaves 0.7.
+LIKE = 0.5
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping
@@ -271,6 +272,7 @@ def _rope_reader(inventory: Inventory) -> Iterator[Place]:
             yield Place("rope_theta", value, "transformers 5, or rope_theta itself", CONFIG)
 
 
+@functools.cache
 def _installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

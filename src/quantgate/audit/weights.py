@@ -105,12 +105,18 @@ def _norms(inventory: Inventory) -> Iterator[Place]:
         if not NORM.search(name) or not differs(inventory, name):
             continue
         linears = after.get(name, [])
+        judged = [c for c in linears if not (_wrong(c) and looks_like(inventory, c.name))]
+        bad = next((linear.name for linear in judged if not linear.makes_up), None)
+        off = [linear for linear in judged if _wrong(linear) or _wrong_scales(linear)]
+        difference = _difference(inventory, name)
         if not linears:
-            yield Place(name, _difference(inventory, name), "the base's")
-        elif not all(linear.makes_up for linear in linears):
-            bad = next(linear.name for linear in linears if not linear.makes_up)
-            value = f"{_difference(inventory, name)}, which {bad} does not make up for"
+            yield Place(name, difference, "the base's")
+        elif bad is not None:
+            value = f"{difference}, which {bad} does not make up for"
             yield Place(name, value, "the base's, or weights that undo it")
+        elif len(off) == len(judged) > 1:
+            value = f"{difference}, and every linear after it is off"
+            yield Place(name, value, "the inverse of what the linears' columns were multiplied by")
 
 
 def _difference(inventory: Inventory, name: str) -> str:

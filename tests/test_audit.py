@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from audit_damages import ACTORDER, DAMAGES, ROOT, W4A16, Damage
+from audit_damages_beside_base import DAMAGES_BESIDE_BASE
 from raw_checkpoint import RawCheckpoint
 
 from quantgate.audit import configs
 from quantgate.audit.finding import Finding
 from quantgate.audit.rules import RULES, audit
 from quantgate.subject.checkpoint_file import read_checkpoint_files
+
+EVERY = (*DAMAGES, *DAMAGES_BESIDE_BASE)
 
 
 def base_of(checkpoint: str) -> Path:
@@ -26,7 +29,7 @@ def found(checkpoint: Path, base: Path | None, rule: str, *, deep: bool) -> list
     return [finding for finding in audit(checkpoint, base, deep=deep) if finding.rule == rule]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: f"{damage.rule}-{damage.name}")
+@pytest.mark.parametrize("damage", EVERY, ids=lambda damage: f"{damage.rule}-{damage.name}")
 def test_a_damaged_checkpoint_breaks_the_rule(damage: Damage, tmp_path: Path) -> None:
     checkpoint = RawCheckpoint(ROOT / "build" / damage.checkpoint, tmp_path / "damaged")
     damage.do(checkpoint)
@@ -38,9 +41,9 @@ def test_a_damaged_checkpoint_breaks_the_rule(damage: Damage, tmp_path: Path) ->
 
 
 def test_each_rule_is_broken_by_one() -> None:
-    """Those that need another file than the weights have tests of their own."""
+    """Those that a file of bytes breaks have tests of their own."""
     own = {"shard-header", "shard-gap", "base-unreadable", "rope-spelling"}
-    assert {damage.rule for damage in DAMAGES} | own == {rule.id for rule in RULES}
+    assert {damage.rule for damage in EVERY} | own == {rule.id for rule in RULES}
 
 
 def test_files_that_are_cut_or_have_too_much(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.measuring.loaded import parameters_of
 from quantgate.patches.emulation import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class WorkerExtension:
             for name, module in self.get_model().named_modules()  # type: ignore[attr-defined]
             if (kernels := _kernels_of(module))
         }
+
+    def quantgate_parameters(self) -> dict[str, dict[str, Any]]:
+        """Return what each parameter is, after loading; `loaded.py` holds it against the file."""
+        return parameters_of(self.get_model())  # type: ignore[attr-defined]
 
     def quantgate_start_capture(self) -> None:
         """Watch every linear from now on."""

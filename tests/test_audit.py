@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from audit_damages import ACTORDER, DAMAGES, ROOT, W4A16, Damage
+from audit_damages import ACTORDER, DAMAGES, NVFP4, ROOT, W4A16, Damage
 from audit_damages_beside_base import DAMAGES_BESIDE_BASE
 from raw_checkpoint import RawCheckpoint
 
@@ -114,6 +114,40 @@ def test_neither_torch_nor_vllm_is_imported() -> None:
     command = [sys.executable, "-c", code, "audit", str(ROOT / "build" / W4A16), "--base", base]
     done = subprocess.run([*command, "--deep"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_weights_that_are_there_twice_for_another_library(tmp_path: Path) -> None:
+    """Mistral's repositories hold `consolidated.safetensors` beside the files that are loaded."""
+    shutil.copytree(ROOT / "build" / W4A16, tmp_path / "checkpoint")
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    shutil.copyfile(weights, weights.with_name("consolidated.safetensors"))
+    assert {finding.severity for finding in audit(tmp_path / "checkpoint", None)} == {"note"}
+
+
+@pytest.mark.parametrize(
+    "said", [{"quant_method": "mxfp4"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}]
+)
+def test_other_methods_are_not_held_to_compressed_tensors(
+    said: dict[str, object], tmp_path: Path
+) -> None:
+    checkpoint = RawCheckpoint(ROOT / "build" / NVFP4, tmp_path / "other")
+    checkpoint.config(quantization_config=said)
+    checkpoint.rename(
+        "model.layers.0.mlp.up_proj.weight_packed", "model.layers.0.mlp.up_proj_blocks"
+    )
+    checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if "weight_" not in n}
+    checkpoint.write()
+    errors = {f.rule for f in audit(checkpoint.directory, None) if f.severity == "error"}
+    assert errors <= {"layer-uneven"}  # most of its linears were left out
+
+
+def test_a_format_without_a_layout_is_a_warning(tmp_path: Path) -> None:
+    checkpoint = RawCheckpoint(ROOT / "build" / W4A16, tmp_path / "sparse")
+    checkpoint.group(format="marlin-24")
+    checkpoint.rename("model.layers.0.mlp.up_proj.weight_shape", "model.layers.0.mlp.up_proj.meta")
+    checkpoint.write()
+    findings = audit(checkpoint.directory, None)
+    assert [f.rule for f in findings if f.severity != "note"] == ["format-unknown"]
 
 
 def test_a_hub_cache_s_links_lead_to_its_blobs(tmp_path: Path) -> None:

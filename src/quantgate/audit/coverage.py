@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from quantgate.audit.decode import is_float
 from quantgate.audit.finding import Place, Rule
 from quantgate.audit.inventory import LAYER, ROUTER, Inventory
 from quantgate.audit.quantization import Group, fused_names, pattern_problem
@@ -20,7 +21,8 @@ FEW = 0.1
 
 
 def _nothing(inventory: Inventory) -> Iterator[Place]:
-    if inventory.quantization is not None and inventory.modules and not inventory.quantized:
+    codes = (e for e in inventory.tensors.values() if e.shape and not is_float(e.dtype))
+    if inventory.quantization is not None and inventory.tensors and next(codes, None) is None:
         method = inventory.quantization.method or "no method"
         value = f"{method}, and no module has quantized tensors"
         yield Place("quantization_config", value, "quantized modules", "config.json")

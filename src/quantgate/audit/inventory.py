@@ -61,9 +61,15 @@ class Inventory:
 
     @functools.cached_property
     def tensors(self) -> dict[str, Entry]:
-        """Every tensor; of one that is there twice, the last shard's, as loaders take it."""
+        """Every tensor; of one that is there twice, the last shard's, as loaders take it.
+
+        Files that an index does not name are not loaded.
+        """
+        weight_map = self.document(INDEX).get("weight_map")
+        named = weight_map.values() if isinstance(weight_map, dict) else ()
+        served = [shard for shard in self.shards if shard.path.name in named]
         tensors: dict[str, Entry] = {}
-        for shard in self.shards:
+        for shard in served or self.shards:
             tensors.update(shard.entries)
         return tensors
 
@@ -168,7 +174,10 @@ def read_inventory(directory: Path, base: Path | None = None) -> Inventory:
             documents[name] = read_json(path)
         except ValueError as error:
             unreadable[name] = str(error)
-    shards = tuple(read_shard(path) for path in sorted(directory.glob("*.safetensors")))
+    paths = sorted(directory.glob("*.safetensors"))
+    # The same weights again, as Mistral's own library wants them.
+    others = [path for path in paths if not path.name.startswith("consolidated")]
+    shards = tuple(read_shard(path) for path in others or paths)
     other = None if base is None else read_inventory(base)
     return Inventory(directory, shards, documents, unreadable, other)
 

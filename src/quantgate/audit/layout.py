@@ -40,8 +40,8 @@ class Layout:
 
 
 def format_of(group: Group) -> str:
-    """Return a group's format, worked out where the config names none."""
-    if group.format in FORMATS or group.weights is None:
+    """Return a group's format, worked out where the config names none for it."""
+    if group.format not in ("", "mixed-precision") or group.weights is None:
         return group.format
     if group.weights.kind == "float" and group.weights.bits == 4:
         return NVFP4 if group.weights.group_size == 16 else MXFP4

@@ -63,7 +63,8 @@ def _bad_patterns(inventory: Inventory) -> Iterator[Place]:
     for key, pattern in _patterns(inventory):
         if problem := pattern_problem(pattern):
             yield Place(f"{key}: {pattern}", problem, "a name or re: and an expression")
-    inventory.groups  # noqa: B018 — matches everything, so that it is known how long that takes
+    for name in inventory.linears:
+        inventory.resolver.by_compressed_tensors(name)
     if inventory.resolver.is_slow:
         yield Place("ignore, targets", "take too long to match", "simple expressions")
 

@@ -57,12 +57,12 @@ def layout_of(group: Group, parts: Mapping[str, Entry]) -> Layout | None:
     if args is None or form not in FORMATS or size is None:
         return None
     rows, columns = size
-    layout = Layout(rows, columns, {**_weight(form, args, rows, columns)})
+    needed = _weight(form, args, rows, columns)
     if not args.symmetric:
-        layout.parts["weight_zero_point"] = _zero_point(form, args, rows, columns)
+        needed["weight_zero_point"] = _zero_point(form, args, rows, columns)
     if args.actorder in ("group", "dynamic"):
-        layout.parts["weight_g_idx"] = Part(("I32", "I64"), ((columns,),))
-    return Layout(rows, columns, {**layout.parts, **_inputs(group.inputs)})
+        needed["weight_g_idx"] = Part(("I32", "I64"), ((columns,),))
+    return Layout(rows, columns, needed | _inputs(group.inputs))
 
 
 def groups_of_columns(args: Args, columns: int) -> int:

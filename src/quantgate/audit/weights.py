@@ -20,7 +20,7 @@ from quantgate.audit.beside_base import (
     differs,
     looks_like,
 )
-from quantgate.audit.decode import is_float, read_floats
+from quantgate.audit.decode import Floats, is_float, read_floats
 from quantgate.audit.finding import Place, Rule
 from quantgate.audit.headers import Entry
 from quantgate.audit.inventory import QUANTIZED_PARTS, Inventory
@@ -130,7 +130,7 @@ def _difference(inventory: Inventory, name: str) -> str:
     return f"differs by up to {float(np.abs(own - base).max()):.3g}"
 
 
-def _base(inventory: Inventory, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _base(inventory: Inventory, name: str) -> Floats:
     return read_floats((inventory.base or inventory).tensors[name])
 
 

@@ -54,6 +54,8 @@ PARTNER = {"up_proj": "down_proj", "v_proj": "o_proj"}
 # Models whose norms multiply by 1 + weight.
 ONE_PLUS = re.compile(r"^(?:gemma|qwen3_next)")
 NORM = re.compile(r"norm\.weight$", re.I)
+# Relative spread of a norm's factors below which they are one factor: bfloat16 rounds each.
+ONE_FACTOR = 0.01
 # A norm or bias that was only rounded to another dtype.
 ROUNDING = 2.0**-7
 SAMPLED_ROWS = 256
@@ -185,18 +187,33 @@ def _compare(inventory: Inventory, name: str) -> Compared:
     pair = _pair(inventory, name)
     if pair is None:
         raise ValueError(f"{name} has no pair")
-    plain = pair.measure()
     norm = _changed_norm(inventory, name)
-    if not norm:
-        return Compared(name, plain, pair.group, "", False, "")
-    made_up = pair.measure(columns=norm_factors(inventory, norm))
-    makes_up = _spread(made_up) < _spread(plain)
-    return Compared(name, made_up if makes_up else plain, pair.group, norm, makes_up, "")
+    return _with_norm(inventory, pair, Compared(name, pair.measure(), pair.group, norm, False, ""))
 
 
-def _spread(found: Likeness) -> float:
-    """How far columns are from the size that they should have."""
-    return float(np.abs(found.column_ratios - 1).mean())
+def _with_norm(
+    inventory: Inventory, pair: Pair, plain: Compared, rows: Doubles | None = None
+) -> Compared:
+    """Compare a linear, its rows times factors, and say whether its columns undo a changed norm."""
+    kind = "" if rows is None else "rows"
+    found = plain.likeness if rows is None else pair.measure(rows=rows)
+    if not plain.norm:
+        return Compared(plain.name, found, plain.group, "", False, kind)
+    factors = norm_factors(inventory, plain.norm)
+    made_up = pair.measure(rows=rows, columns=factors)
+    is_one_factor = float(factors.std()) < ONE_FACTOR * abs(float(factors.mean()))
+    makes_up = _spread(made_up, is_one_factor) < _spread(found, is_one_factor)
+    likeness = made_up if makes_up else found
+    return Compared(plain.name, likeness, plain.group, plain.norm, makes_up, kind)
+
+
+def _spread(found: Likeness, is_one_factor: bool) -> float:
+    """How far columns are from the size that they should have.
+
+    Beside one another, because rows may be scaled too; a norm times one factor shows in size alone.
+    """
+    usual = 1.0 if is_one_factor else float(np.median(found.column_ratios)) or 1.0
+    return float(np.abs(found.column_ratios / usual - 1).mean())
 
 
 def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[str, Compared]:
@@ -210,11 +227,10 @@ def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[s
     one, two = _pair(inventory, first.name), _pair(inventory, second.name)
     if one is None or two is None:
         return {}
-    norm = norm_factors(inventory, first.norm) if first.makes_up else None
-    before = one.measure(rows=factors, columns=norm)
+    before = _with_norm(inventory, one, first, factors)
     after = two.measure(columns=1 / factors)
     return {
-        first.name: Compared(first.name, before, first.group, first.norm, first.makes_up, "rows"),
+        first.name: before,
         second.name: Compared(second.name, after, second.group, second.norm, False, "columns"),
     }
 

@@ -1,4 +1,4 @@
-"""`python -m quantgate`: the gate in one line, what it allows, and what a machine can certify."""
+"""`python -m quantgate`: the gate in one line, the audit, and what a machine can certify."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from quantgate.atomic import write_atomically
 from quantgate.errors import BadInput
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
@@ -26,13 +27,28 @@ def main(arguments: list[str] | None = None) -> int:
     gate.add_argument("--report", type=Path, default=Path("report"), metavar="DIR")
     gate.add_argument("pytest", nargs="*", help="pytest's own arguments, after --")
     gate.set_defaults(run=_gate)
+    audit = commands.add_parser(
+        "audit",
+        help="find what is wrong with a checkpoint's files; no engine, no torch",
+        description=_audit.__doc__,
+    )
+    audit.add_argument("checkpoint", nargs="?", metavar="PATH")
+    audit.add_argument("--base", metavar="PATH", help="the unquantized model it was made from")
+    audit.add_argument(
+        "--deep", action="store_true", help="compare every weight with the base's, too"
+    )
+    audit.add_argument("--json", action="store_true", help="print findings as JSON")
+    audit.add_argument("--sarif", type=Path, metavar="FILE", help="also write findings as SARIF")
+    audit.add_argument("--rules", action="store_true", help="list the rules")
+    audit.add_argument("--explain", metavar="RULE", help="tell what there is to know of a rule")
+    audit.set_defaults(run=_audit)
     budgets = commands.add_parser("budgets", help="print what every check allows, and why")
     budgets.set_defaults(run=_budgets)
     doctor = commands.add_parser("doctor", help="print what this machine can certify")
     doctor.set_defaults(run=_doctor)
     checks = commands.add_parser("checks", help="list every check and what it asks")
     checks.set_defaults(run=_checks)
-    for command in (gate, budgets, doctor):
+    for command in (gate, audit, budgets, doctor):
         command.add_argument(
             "--project", type=Path, default=Path.cwd(), help="where suites and fixtures lie"
         )
@@ -58,6 +74,25 @@ def _gate(given: argparse.Namespace) -> int:
         options += ["--base", given.base]
     root = ["--rootdir", str(given.project), "-c", str(given.project / "pyproject.toml")]
     return pytest.main([str(given.project / "suites"), *root, *options, *given.pytest])
+
+
+def _audit(given: argparse.Namespace) -> int:
+    """Look for what is wrong with a checkpoint's files; exits 1 where an error was found."""
+    from quantgate.commands import audit
+
+    if given.rules or given.explain:
+        print(audit.explain(given.explain) if given.explain else audit.list_rules(), end="")
+        return 0
+    if given.checkpoint is None:
+        raise BadInput("audit needs a checkpoint's directory, or --rules.")
+    if given.deep and given.base is None:
+        raise BadInput("--deep compares weights with a base's; give --base.")
+    base = None if given.base is None else Path(given.base)
+    found = audit.run(Path(given.checkpoint), base, deep=given.deep, quiet=given.json)
+    if given.sarif is not None:
+        write_atomically(given.sarif, audit.to_sarif(found.findings))
+    print(audit.to_json(found) if given.json else audit.table(found), end="")
+    return 1 if any(finding.severity == "error" for finding in found.findings) else 0
 
 
 def _budgets(given: argparse.Namespace) -> int:

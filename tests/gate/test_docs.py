@@ -25,6 +25,12 @@ def test_its_options_exist(readme: str, root: Path) -> None:
         helped += subprocess.run(
             [sys.executable, f"tools/{tool}.py", "--help"], cwd=root, capture_output=True, text=True
         ).stdout
+    helped += subprocess.run(
+        [sys.executable, "-m", "quantgate", "audit", "--help"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    ).stdout
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert options
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", helped))

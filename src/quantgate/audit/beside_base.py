@@ -1,0 +1,328 @@
+"""Every weight of a checkpoint beside the base's, with what was moved on purpose put back.
+
+Methods that quantize better than by rounding move weights. AWQ and SmoothQuant multiply a linear's
+input channels by factors and divide what comes before by them: the norm, or the rows of the linear
+before. So what must be the base's is not a weight, but its product with what comes before it:
+
+- Where a norm is not the base's, the inverse of its change is looked for in the columns of the
+  linears after it. Found, the weights are compared with the base's times those factors; not found,
+  the norm was changed and nothing made up for it.
+- Where the rows of `up_proj` or `v_proj` are scaled, the inverse is looked for in the columns of
+  `down_proj` or `o_proj`.
+
+GPTQ moves codes to make up for the errors of others, so its weights are further from the base's
+than rounding would leave them: by 2 to 6 dB. It moves them in no one direction, so the size of
+rows stays, and what is wrong with a file is further off than that: see `weights.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantgate.audit.compare import GROUP, Doubles, Likeness, likeness
+from quantgate.audit.decode import is_float, read_floats, same_bytes
+from quantgate.audit.dequantize import (
+    Nearest,
+    StoredWeight,
+    quantized_weight,
+    rounding_to,
+    whole_weight,
+)
+from quantgate.audit.headers import Entry
+from quantgate.audit.inventory import LAYER, Inventory
+from quantgate.audit.layout import Layout, layout_of
+from quantgate.audit.quantization import Args, Group
+
+# The norm before a linear, in the order in which models have them.
+NORM_BEFORE = (
+    (
+        re.compile(r"\.(?:(?:q|k|v|qkv|q_a|kv_a)_proj(?:_with_mqa)?|query_key_value)$"),
+        ("input_layernorm",),
+    ),
+    (
+        re.compile(r"\.(?:(?:gate|up|gate_up)_proj|mlp\.gate|shared_expert_gate)$"),
+        ("pre_feedforward_layernorm", "post_attention_layernorm"),
+    ),
+)
+# Linears whose rows another's columns undo.
+PARTNER = {"up_proj": "down_proj", "v_proj": "o_proj"}
+# Models whose norms multiply by 1 + weight.
+ONE_PLUS = re.compile(r"^(?:gemma|qwen3_next)")
+NORM = re.compile(r"norm\.weight$", re.I)
+# Relative spread of a norm's factors below which they are one factor: bfloat16 rounds each.
+ONE_FACTOR = 0.01
+# A norm or bias that was only rounded to another dtype.
+ROUNDING = 2.0**-7
+SAMPLED_ROWS = 256
+# Elements of a tensor that is read as a whole.
+SMALL = 1 << 22
+# Correlation, in logarithms, of rows' factors with those of the columns that undo them.
+UNDOES = 0.8
+# dB: a weight that is stored whole is the base's, or the base's rounded to another dtype.
+WHOLE = 90.0
+# Cosine with another weight: of two unrelated ones it is 0.0, smoothing leaves 0.7.
+LIKE = 0.5
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A linear beside the base's."""
+
+    name: str
+    likeness: Likeness
+    group: Group | None
+    """None for a whole weight."""
+    norm: str
+    """The changed norm before it, if any."""
+    makes_up: bool
+    """Whether its columns undo that change."""
+    factors: str
+    """"rows" or "columns" where those were scaled, and the partner undoes it."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A linear and its base, ready to be compared."""
+
+    weight: StoredWeight
+    base: StoredWeight
+    group: Group | None
+    layout: Layout | None
+    parts: dict[str, Entry]
+
+    def measure(self, rows: Doubles | None = None, columns: Doubles | None = None) -> Likeness:
+        """Compare with the base, its rows and columns times factors."""
+        args = self.group.weights if self.group else None
+        if self.group is None or args is None:
+            return likeness(
+                self.weight,
+                self.base,
+                rounding_to(self.parts["weight"].dtype),
+                ceiling=WHOLE,
+                rows=rows,
+                columns=columns,
+            )
+        amax = self._largest() if args.strategy == "tensor" else 0.0
+        return likeness(
+            self.weight,
+            self.base,
+            Nearest(self.group, self.parts, self.base.columns, amax),
+            height=args.block[0] if args.block else 1,
+            group_size=_unit(args),
+            rows=rows,
+            columns=columns,
+        )
+
+    def _largest(self) -> float:
+        step = max(1, (1 << 21) // self.base.columns)
+        ends = (self.base.read(f, min(f + step, self.base.rows)) for f in self._firsts(step))
+        return max(float(np.abs(part).max()) for part in ends)
+
+    def _firsts(self, step: int) -> range:
+        return range(0, self.base.rows, step)
+
+
+def _unit(args: Args) -> int:
+    return args.group_size or GROUP
+
+
+@functools.lru_cache(maxsize=1)
+def comparisons(inventory: Inventory) -> dict[str, Compared]:
+    """Return every linear that the base has in the same shape; reads all of both."""
+    compared: dict[str, Compared] = {}
+    names = list(_pairs(inventory))
+    for place, name in enumerate(names):
+        inventory.progress(name, place, len(names))
+        compared[name] = _compare(inventory, name)
+    for name in names:
+        partner = _partner(name)
+        if partner in compared and any(_stands_out(compared[n]) for n in (name, partner)):
+            compared |= _together(inventory, compared[name], compared[partner])
+    return compared
+
+
+def _pairs(inventory: Inventory) -> Iterator[str]:
+    for name in inventory.modules:
+        if _pair(inventory, name) is not None:
+            yield name
+
+
+def _pair(inventory: Inventory, name: str) -> Pair | None:
+    """Return a linear with its base, if both are there, fit, and are not the same bytes."""
+    base = inventory.base.tensors.get(f"{name}.weight") if inventory.base else None
+    parts = inventory.modules[name]
+    if base is None or len(base.shape) != 2 or not base.count or not is_float(base.dtype):
+        return None
+    group = inventory.groups.get(name)
+    if group is None:
+        own = parts.get("weight")
+        if own is None or own.shape != base.shape or not is_float(own.dtype):
+            return None
+        if own.dtype == base.dtype and same_bytes(own, base) and not _changed_norm(inventory, name):
+            return None
+        return Pair(whole_weight(own), whole_weight(base), None, None, parts)
+    layout = layout_of(group, parts)
+    if layout is None or base.shape != (layout.rows, layout.columns) or not _fits(layout, parts):
+        return None
+    return Pair(quantized_weight(parts, group, layout), whole_weight(base), group, layout, parts)
+
+
+def _fits(layout: Layout, parts: dict[str, Entry]) -> bool:
+    """Whether every tensor that dequantizing reads has the dtype and shape it should."""
+    return all(
+        part in parts
+        and parts[part].dtype in wanted.dtypes
+        and (not wanted.shapes or parts[part].shape in wanted.shapes)
+        for part, wanted in layout.parts.items()
+        if part.startswith("weight") and part != "weight_shape"
+    )
+
+
+def _compare(inventory: Inventory, name: str) -> Compared:
+    pair = _pair(inventory, name)
+    if pair is None:
+        raise ValueError(f"{name} has no pair")
+    norm = _changed_norm(inventory, name)
+    return _with_norm(inventory, pair, Compared(name, pair.measure(), pair.group, norm, False, ""))
+
+
+def _with_norm(
+    inventory: Inventory, pair: Pair, plain: Compared, rows: Doubles | None = None
+) -> Compared:
+    """Compare a linear, its rows times factors, and say whether its columns undo a changed norm."""
+    kind = "" if rows is None else "rows"
+    found = plain.likeness if rows is None else pair.measure(rows=rows)
+    if not plain.norm:
+        return Compared(plain.name, found, plain.group, "", False, kind)
+    factors = norm_factors(inventory, plain.norm)
+    made_up = pair.measure(rows=rows, columns=factors)
+    is_one_factor = float(factors.std()) < ONE_FACTOR * abs(float(factors.mean()))
+    makes_up = _spread(made_up, is_one_factor) < _spread(found, is_one_factor)
+    likeness = made_up if makes_up else found
+    return Compared(plain.name, likeness, plain.group, plain.norm, makes_up, kind)
+
+
+def _spread(found: Likeness, is_one_factor: bool) -> float:
+    """How far columns are from the size that they should have.
+
+    Beside one another, because rows may be scaled too; a norm times one factor shows in size alone.
+    """
+    usual = 1.0 if is_one_factor else float(np.median(found.column_ratios)) or 1.0
+    return float(np.abs(found.column_ratios / usual - 1).mean())
+
+
+def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[str, Compared]:
+    """Compare two linears of which one's columns may undo the other's rows."""
+    rows, columns = first.likeness.row_ratios, second.likeness.column_ratios
+    if len(rows) != len(columns) or not (np.all(rows > 0) and np.all(columns > 0)):
+        return {}
+    if _correlation(np.log(rows), -np.log(columns)) < UNDOES:
+        return {}
+    factors = np.sqrt(rows / columns)
+    one, two = _pair(inventory, first.name), _pair(inventory, second.name)
+    if one is None or two is None:
+        return {}
+    before = _with_norm(inventory, one, first, factors)
+    after = two.measure(columns=1 / factors)
+    return {
+        first.name: before,
+        second.name: Compared(second.name, after, second.group, second.norm, False, "columns"),
+    }
+
+
+def _stands_out(compared: Compared) -> bool:
+    """Whether something may have been moved in a linear; `weights.py` says whether it is wrong."""
+    found = compared.likeness
+    return found.excess > 1 or found.coherence > 0.05
+
+
+def _correlation(one: Doubles, other: Doubles) -> float:
+    spreads = float(one.std() * other.std())
+    return float(((one - one.mean()) * (other - other.mean())).mean()) / spreads if spreads else 0.0
+
+
+def _partner(name: str) -> str:
+    parent, dot, own = name.rpartition(".")
+    return f"{parent}{dot}{PARTNER.get(own, '')}"
+
+
+# --- norms ---------------------------------------------------------------------------------------
+
+
+def norm_before(inventory: Inventory, name: str) -> str:
+    """Return the norm whose output a linear takes, "" where that is not known."""
+    match = LAYER.search(name)
+    for pattern, norms in NORM_BEFORE if match else ():
+        if match and pattern.search(name):
+            candidates = (f"{name[: match.end()]}{norm}.weight" for norm in norms)
+            return next((n for n in candidates if n in inventory.tensors), "")
+    return ""
+
+
+def _changed_norm(inventory: Inventory, name: str) -> str:
+    norm = norm_before(inventory, name)
+    return norm if norm and differs(inventory, norm) else ""
+
+
+def differs(inventory: Inventory, name: str) -> bool:
+    """Whether a small tensor is not the base's, but for rounding to another dtype."""
+    own = inventory.tensors[name]
+    base = inventory.base.tensors.get(name) if inventory.base else None
+    if base is None or base.shape != own.shape or not own.count:
+        return False
+    if own.dtype == base.dtype:
+        return not same_bytes(own, base)
+    if own.count > SMALL:
+        return False  # of another dtype, and not a matrix: not worth its memory
+    one, other = read_floats(own), read_floats(base)
+    return bool((np.abs(one - other) > ROUNDING * np.abs(other) + 1e-6).any())
+
+
+def norm_factors(inventory: Inventory, norm: str) -> Doubles:
+    """Return what the columns after a changed norm are multiplied by, to make up for it."""
+    offset = 1.0 if ONE_PLUS.match(str(inventory.text_config.get("model_type"))) else 0.0
+    base = inventory.base or inventory
+    own = read_floats(inventory.tensors[norm]).astype(np.float64).reshape(-1) + offset
+    theirs = read_floats(base.tensors[norm]).astype(np.float64).reshape(-1) + offset
+    return np.divide(theirs, own, out=np.ones_like(own), where=np.abs(own) > 0)
+
+
+# --- whose weight it is --------------------------------------------------------------------------
+
+
+def looks_like(inventory: Inventory, name: str) -> str | None:
+    """Return the base's linear whose weight a module holds, where it is not its own."""
+    pair = _pair(inventory, name)
+    if pair is None or inventory.base is None:
+        return None
+    last = min(SAMPLED_ROWS, pair.base.rows)
+    own = pair.weight.read(0, last)
+    size = float(np.linalg.norm(own))
+    for other in _same_shape(inventory, name, (pair.base.rows, pair.base.columns)):
+        theirs = whole_weight(inventory.base.tensors[f"{other}.weight"]).read(0, last)
+        product = float(np.vdot(own, theirs))
+        if size and product > LIKE * size * float(np.linalg.norm(theirs)):
+            return other
+    return None
+
+
+def _same_shape(inventory: Inventory, name: str, shape: tuple[int, int]) -> Iterator[str]:
+    """Yield linears of the base of one shape: of the same layer, then of the same kind."""
+    base = inventory.base or inventory
+    match = LAYER.search(name)
+    layer, own = (name[: match.end()], name[match.end() :]) if match else ("", name)
+    others = [
+        m
+        for m, p in base.modules.items()
+        if m != name
+        and "weight" in p
+        and p["weight"].shape == shape
+        and is_float(p["weight"].dtype)
+    ]
+    yield from (other for other in others if layer and other.startswith(layer))
+    yield from (o for o in others if not (layer and o.startswith(layer)) and o.endswith(own))

@@ -1,0 +1,158 @@
+"""A weight beside its base's, some rows at a time: how far apart, and what rounding would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantgate.audit.decode import Floats
+from quantgate.audit.dequantize import StoredWeight
+
+Doubles = NDArray[np.float64]
+
+# Elements of a block of rows: what a core's cache holds. Larger ones take twice as long.
+BLOCK = 1 << 17
+# Columns whose error is taken together where a format has no groups.
+GROUP = 128
+# dB beyond which nothing is told apart: quantized weights are stored with scales of 16 bits.
+CEILING = 60.0
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How a weight compares with what it was made from, and how rounding to nearest would."""
+
+    snr: float
+    """Signal to noise in dB; infinite where they are equal."""
+    nearest_snr: float
+    ratio: float
+    """By how much the weight is larger: least squares."""
+    nearest_ratio: float
+    cosine: float
+    worst: float
+    """The largest error of a row's group, in dB above rounding's there and on average."""
+    row: int
+    """Whose that is."""
+    coherence: float
+    """The part of the error that a factor for each row would explain: wrong scales."""
+    row_ratios: Doubles
+    """By how much each row is larger than rounding's."""
+    column_ratios: Doubles
+    finite: bool
+    ceiling: float
+    """What is above this many dB is as good as equal."""
+
+    @property
+    def excess(self) -> float:
+        """How many dB the error is above rounding's."""
+        return min(self.nearest_snr, self.ceiling) - min(self.snr, self.ceiling)
+
+    @property
+    def snr_but_for_a_factor(self) -> float:
+        """The signal to noise that is left when one factor is divided out, in dB."""
+        rest = 1 - self.cosine**2
+        return 10 * math.log10(self.cosine**2 / rest) if 0 < rest < 1 else math.inf
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What is added up over blocks of rows, of a weight d, its base w and w rounded, n."""
+
+    dw: Doubles
+    nw: Doubles
+    ww: Doubles
+    dd: Doubles
+    error: Doubles
+    nearest_error: Doubles
+    group_error: Doubles
+    """[rows, groups], as the next."""
+    nearest_group_error: Doubles
+
+
+def likeness(  # noqa: PLR0913  how two weights are compared: all but three are named
+    weight: StoredWeight,
+    base: StoredWeight,
+    nearest: Callable[[Floats], Floats],
+    *,
+    height: int = 1,
+    group_size: int = GROUP,
+    ceiling: float = CEILING,
+    rows: Doubles | None = None,
+    columns: Doubles | None = None,
+) -> Likeness:
+    """Compare a weight with its base, whose rows and columns are multiplied by factors first."""
+    by_row: list[Sums] = []
+    of_columns = np.zeros((3, base.columns))
+    step = max(1, BLOCK // base.columns // height) * height
+    for first in range(0, base.rows, step):
+        last = min(first + step, base.rows)
+        d, w = weight.read(first, last), base.read(first, last)
+        if columns is not None:
+            w = w * columns.astype(np.float32)
+        if rows is not None:
+            w = w * rows[first:last, None].astype(np.float32)
+        n = nearest(w)
+        by_row.append(_sums(d, w, n, group_size))
+        of_columns += [_dot(a, b, 0) for a, b in ((d, w), (n, w), (w, w))]
+    total = Sums(*(np.concatenate([getattr(s, f) for s in by_row]) for f in Sums.__annotations__))
+    return _likeness(total, of_columns, ceiling)
+
+
+def _sums(d: Floats, w: Floats, n: Floats, group_size: int) -> Sums:
+    error, nearest_error = d - w, n - w
+    pairs = (d, w), (n, w), (w, w), (d, d), (error, error), (nearest_error, nearest_error)
+    by_row = [_dot(a, b) for a, b in pairs]
+    starts = np.arange(0, w.shape[1], group_size)
+    groups = [np.add.reduceat(e * e, starts, axis=1).astype(float) for e in (error, nearest_error)]
+    return Sums(*by_row, *groups)
+
+
+def _dot(a: Floats, b: Floats, axis: int = 1) -> Doubles:
+    """Return sums of products over an axis: some thousands of them, for which float32 will do."""
+    sums: Doubles = np.einsum("ij,ij->i" if axis else "ij,ij->j", a, b).astype(np.float64)
+    return sums
+
+
+def _likeness(sums: Sums, of_columns: Doubles, ceiling: float) -> Likeness:
+    ww, dd = float(sums.ww.sum()), float(sums.dd.sum())
+    # On top of rounding's own error there, its average: a group may round to itself by chance.
+    average = (
+        float(sums.nearest_group_error.mean()) + 10 ** (-ceiling / 10) * ww / sums.group_error.size
+    )
+    above = (sums.group_error + average) / (sums.nearest_group_error + average)
+    worst = int(np.argmax(np.nan_to_num(above, nan=np.inf)))
+    row_ratios = _ratios(sums.dw, sums.nw)
+    coherent = float((np.square(row_ratios - 1) * sums.ww).sum())
+    finite = bool(np.isfinite(sums.dd).all())
+    return Likeness(
+        _decibel(ww, float(sums.error.sum())),
+        _decibel(ww, float(sums.nearest_error.sum())),
+        _quotient(float(sums.dw.sum()), ww),
+        _quotient(float(sums.nw.sum()), ww),
+        _quotient(float(sums.dw.sum()), math.sqrt(ww * dd) if finite else 0.0),
+        10 * math.log10(float(above.reshape(-1)[worst])) if finite else math.inf,
+        worst // above.shape[1],
+        coherent / float(sums.error.sum()) if sums.error.any() and finite else 0.0,
+        row_ratios,
+        _ratios(of_columns[0], of_columns[1]),
+        finite,
+        ceiling,
+    )
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if not math.isfinite(noise):
+        return -math.inf
+    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
+
+
+def _quotient(a: float, b: float) -> float:
+    return a / b if b > 0 and math.isfinite(a) else 1.0
+
+
+def _ratios(a: Doubles, b: Doubles) -> Doubles:
+    return np.divide(a, b, out=np.ones_like(a), where=np.abs(b) > 0)

@@ -1,0 +1,70 @@
+"""What a rule is, and what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from quantgate.errors import printable
+
+if TYPE_CHECKING:
+    from quantgate.audit.inventory import Inventory
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+# Of a name or value that a checkpoint gives: more than a real one has.
+LONGEST = 300
+
+
+class Place(NamedTuple):
+    """Where a rule is broken: a tensor, a key or a file, with what is there."""
+
+    name: str
+    value: str
+    expected: str
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that every checkpoint must keep."""
+
+    id: str
+    severity: Severity
+    why: str
+    """One sentence: what happens where it is broken."""
+    seen: str
+    """Where it was seen in the wild."""
+    check: Callable[[Inventory], Iterable[Place]]
+    needs: Literal["files", "base", "weights"] = "files"
+    """`base` also compares with the base's files, `weights` with its weights."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a checkpoint breaks at one place; every text can be shown on a terminal."""
+
+    rule: str
+    severity: Severity
+    name: str
+    """A tensor, a module, a key or a file."""
+    value: str
+    expected: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value}; expected {self.expected}"
+
+
+def findings_of(rule: Rule, inventory: Inventory) -> list[Finding]:
+    """Return every place where a checkpoint breaks a rule."""
+    return [
+        Finding(rule.id, rule.severity, *(shown(text) for text in place))
+        for place in rule.check(inventory)
+    ]
+
+
+def shown(text: str) -> str:
+    """Return a checkpoint's text as a terminal may show it, cut if it is long."""
+    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")

@@ -1,0 +1,38 @@
+"""Every rule, and the audit itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantgate.audit import configs, coverage, layout, safety, scales, shards, tokenizers, weights
+from quantgate.audit.finding import SEVERITIES, Finding, Rule, findings_of
+from quantgate.audit.inventory import Inventory, read_inventory
+
+RULES: tuple[Rule, ...] = (
+    *shards.RULES,
+    *coverage.RULES,
+    *layout.RULES,
+    *scales.RULES,
+    *configs.RULES,
+    *tokenizers.RULES,
+    *safety.RULES,
+    *weights.RULES,
+)
+
+
+def audit(directory: Path, base: Path | None, *, deep: bool = False) -> tuple[Finding, ...]:
+    """Return what is wrong with a checkpoint, errors first; nothing is raised for what it holds.
+
+    `base` is the unquantized model it was made from: its config, tokenizer and names are compared.
+    `deep` also compares every weight with the base's.
+    """
+    return examine(read_inventory(directory, base), deep=deep)
+
+
+def examine(inventory: Inventory, *, deep: bool = False) -> tuple[Finding, ...]:
+    """Return what is wrong with a checkpoint that was read."""
+    if not inventory.directory.is_dir():
+        return tuple(findings_of(shards.UNREADABLE, inventory))
+    needs = {"files"} | ({"base"} if inventory.base else set()) | ({"weights"} if deep else set())
+    found = [f for rule in RULES if rule.needs in needs for f in findings_of(rule, inventory)]
+    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantgate.audit.decode import Floats
-from quantgate.audit.dequantize import StoredWeight
+if TYPE_CHECKING:
+    from quantgate.audit.decode import Floats
+    from quantgate.audit.dequantize import StoredWeight
 
 Doubles = NDArray[np.float64]
 

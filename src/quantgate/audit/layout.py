@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quantgate.audit.finding import Place, Rule
 from quantgate.audit.headers import Entry
-from quantgate.audit.inventory import Inventory
 from quantgate.audit.quantization import Args, Group
+
+if TYPE_CHECKING:
+    from quantgate.audit.inventory import Inventory
 
 FLOATS = ("BF16", "F16", "F32")
 PACKED = "pack-quantized"

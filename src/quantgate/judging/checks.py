@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from quantgate.errors import BadInput
-from quantgate.judging import fidelity, invariance, pooled
+from quantgate.judging import audited, fidelity, invariance, pooled
 from quantgate.judging.drift import drift
 from quantgate.judging.quality import divergence_from_base, quality
 from quantgate.subject.task import EMBED, GENERATE, SEQUENCE_REWARD, Task
@@ -69,6 +69,19 @@ class Check:
 
 
 CHECKS = (
+    Check(
+        "audit",
+        "is anything wrong with its files, by themselves and beside the base's?",
+        lambda a: audited.files(a.case.checkpoint),
+        "",  # its verdict names the command
+    ),
+    Check(
+        "audit-weights",
+        "is every weight what quantizing the base's gives?",
+        lambda a: audited.weights(a.case.checkpoint),
+        "",
+        needs=("base",),
+    ),
     Check(
         "fidelity",
         "do vLLM and HF compute the same function of the same weights?",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from quantgate.audit.finding import Finding
 from quantgate.errors import printable
 from quantgate.subject.passage import Passage
 
@@ -121,6 +122,8 @@ class Verdict:
     """The kernels among them that are emulations."""
     repaired: tuple[str, ...] = ()
     """The heads that a patch of quantgate's keeps whole, where vLLM alone would not."""
+    findings: tuple[Finding, ...] = ()
+    """What the audit found, errors first."""
     evidence: tuple[str, ...] = ()
     profile: Profile = field(default_factory=Profile)
     since_golden: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ def check_of_verdict(verdict: Verdict) -> dict[str, Any]:
             }
             for d in verdict.deviations
         ],
+        "findings": [asdict(finding) for finding in verdict.findings],
         "since_golden": verdict.since_golden or None,
         "next_step": verdict.next_step or None,
         "attribution": verdict.attribution or None,

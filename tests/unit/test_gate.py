@@ -26,15 +26,14 @@ def test_every_check_is_asked_by_one_test_of_the_suites(root: Path) -> None:
 
 
 def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
-    """Drift says it itself, with the tool that approves."""
+    """Drift's verdict names the tool that approves, the audit's the command that explains."""
     known = read_checkpoint_files(root)["tiny-llama-w4a16"]
     by_path = dataclasses.replace(known, scheme=None, source="/my models/x", base="org/base")
     failed = Verdict("fail", "off", (Deviation("bound", 0.2, 0.1),))
     for check in checks.CHECKS:
         for name in check.names:
-            assert bool(next_step(checks.named(name), failed, known)) is (
-                check.family != "drift"
-            ), name
+            by_itself = check.family in ("drift", "audit", "audit-weights")
+            assert bool(next_step(checks.named(name), failed, known)) is not by_itself, name
     assert next_step(checks.named("fidelity-float32"), failed, known).endswith(
         "pytest suites --checkpoint tiny-llama-w4a16 -k replay"
     )

@@ -51,7 +51,7 @@ def test_gate_json_keeps_its_contract() -> None:
                 "two_sided": False, "noise_floor": None,
             }
         ],
-        "figures": {}, "kernels": {}, "emulated": ["K"], "repaired": [],
+        "figures": {}, "kernels": {}, "emulated": ["K"], "repaired": [], "findings": [],
     }  # fmt: skip
     assert x["checks"][1]["measured"] == "nan"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
@@ -228,12 +229,17 @@ class StreamedModel:
 
     @contextmanager
     def _explained(self, index: int) -> Iterator[None]:
-        """Turn what HF's code raises in a layer into `BadInput`."""
+        """Turn what HF's code raises of a model that it does not suit into `BadInput`.
+
+        Not what else may go wrong there, such as memory that is not to be had.
+        """
         try:
             yield
         except BadInput:
             raise
-        except Exception as error:
+        except UNSUITED as error:
+            if type(error) is RuntimeError and not SHAPES.search(str(error)):
+                raise
             name = self.parameters.names[self.layers[index]]
             raise BadInput(
                 f"{self.stored.directory}: {type(self.model).__name__} of transformers "
@@ -265,6 +271,19 @@ class _BodyOutput(tuple[Any, ...]):
 
     def __getattr__(self, name: str) -> None:
         return None
+
+
+# What HF's code raises where a config and its tensors, or transformers' release, do not suit it.
+UNSUITED = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+SHAPES = re.compile(r"\b(shapes?|sizes?|dimensions?)\b")
 
 
 @dataclass(frozen=True)

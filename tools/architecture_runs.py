@@ -228,8 +228,10 @@ def table(rows: list[Row]) -> str:
 
 
 def _cells(row: Row) -> str:
-    features = ARCHITECTURES[row.name].notes
-    if not row.replay:
-        return f"| {row.name} | {features} | {row.preset} | {row.note.replace('|', '/')} | | | |"
-    cells = (row.name, features, row.preset, row.fidelity, row.replay, row.fault, row.kernels)
+    architecture = ARCHITECTURES[row.name]
+    fidelity = row.fidelity if row.replay else row.note.replace("|", "/")
+    if row.failed and architecture.known_fault:
+        fidelity += f": {architecture.known_fault}"
+    first = (row.name, architecture.notes, row.preset)
+    cells = (*first, fidelity, row.replay, row.fault, row.kernels)
     return f"| {' | '.join(cells)} |"

@@ -43,7 +43,7 @@ def rows_of(name: str, formats: tuple[str, ...], directory: Path) -> list[Row]:
 
 
 def main() -> int:
-    """Judge what was asked for; 1 where something that is judged does not pass."""
+    """Judge what was asked for; 1 where something fails and it is not known why."""
     parser = argparse.ArgumentParser(description="Judge small random models of architectures.")
     parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all, if none is given")
     parser.add_argument("--formats", nargs="*", default=[UNQUANTIZED, *FORMATS])
@@ -57,7 +57,8 @@ def main() -> int:
     if not arguments.names:
         write_atomically(PAGE, table(rows))
         print(f"wrote {PAGE.relative_to(ROOT)}")
-    return int(any(row.failed for row in rows))
+    unexpected = [r for r in rows if r.failed and not ARCHITECTURES[r.name].known_fault]
+    return int(bool(unexpected))
 
 
 if __name__ == "__main__":

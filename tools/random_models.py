@@ -47,6 +47,8 @@ class Architecture:
     """The features that are switched on."""
     without: tuple[str, ...] = field(default=())
     """Options of `DECODER` that it has no use for."""
+    known_fault: str = ""
+    """Why it fails, where that has been found out."""
 
 
 DECODER: dict[str, Any] = {
@@ -62,6 +64,11 @@ DECODER: dict[str, Any] = {
     "pad_token_id": 0,
 }
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+# torch.ops._C.rotary_embedding, called with both shapes, gives other values for every head.
+ROTARY_FAULT = (
+    "vLLM's rotary kernel for CPUs reads queries and keys [tokens, heads, width], as this model "
+    "gives them, as if they were [tokens, width]"
+)
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 NO_KV = ("num_key_value_heads",)
 ENCODER: dict[str, Any] = {"num_labels": 7, "type_vocab_size": 2}
@@ -202,6 +209,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         ignore=EXPERTS_KEPT,
         notes="MLA, shared experts, first layer dense",
+        known_fault=ROTARY_FAULT,
     ),
     "deepseek-v3": Architecture(
         "DeepseekV3Config",
@@ -224,6 +232,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         ignore=EXPERTS_KEPT,
         notes="MLA, shared experts, grouped routing with its bias",
+        known_fault=ROTARY_FAULT,
     ),
     "gpt-oss": Architecture(
         "GptOssConfig",
@@ -239,6 +248,9 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "rope_theta": 10000.0,
                 "factor": 4.0,
                 "original_max_position_embeddings": 128,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
             },
         },
         ignore=EXPERTS_KEPT,
@@ -272,6 +284,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "block_dim": 128,
         },
         notes="short convolutions between attention layers",
+        known_fault=ROTARY_FAULT,
     ),
     "granite-hybrid": Architecture(
         "GraniteMoeHybridConfig",

@@ -259,8 +259,8 @@ def _grouped(output: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
     import torch
 
     width = output.shape[1] // (heads + 2 * kv_heads)
-    sizes = (heads * width, kv_heads * width, kv_heads * width)
-    parts = (part.unflatten(1, (kv_heads, -1)) for part in torch.split(output, sizes, dim=1))
+    sizes = [heads * width, kv_heads * width, kv_heads * width]
+    parts = (p.reshape(len(p), kv_heads, -1) for p in torch.split(output, sizes, dim=1))
     return torch.cat(list(parts), dim=2).flatten(1)
 
 

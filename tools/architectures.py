@@ -13,10 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from architecture_runs import Row, Run, table
+from architecture_runs import Row, Run, not_run, table
 from random_models import ARCHITECTURES, FORMATS, make, quantize
 
 from quantgate.atomic import write_atomically
+from quantgate.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
@@ -32,12 +33,15 @@ def rows_of(name: str, formats: tuple[str, ...], directory: Path) -> list[Row]:
     model = make(architecture, base)
     rows = []
     for preset in formats:
-        path = base
-        if preset != UNQUANTIZED:
-            path = directory / preset
-            with torch.compiler.set_stance("force_eager"):
-                quantize(model, base, path, preset, architecture.ignore)
-        rows.append(Run(name, preset, path, architecture.task, directory / "captures").row())
+        path = base if preset == UNQUANTIZED else directory / preset
+        try:
+            if preset != UNQUANTIZED:
+                with torch.compiler.set_stance("force_eager"):
+                    quantize(model, base, path, preset, architecture.ignore)
+        except BadInput as error:
+            rows.append(not_run(name, preset, str(error)))
+        else:
+            rows.append(Run(name, preset, path, architecture.task, directory / "captures").row())
         print(rows[-1].line, flush=True)
     return rows
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize_tiny import Group, quantize_linear, scheme_of
 
+from quantgate.errors import BadInput
 from quantgate.formats.groups import group_of
 from quantgate.measuring.checkpoint_names import CheckpointNames
 from quantgate.measuring.layer_by_layer import layers_of
@@ -389,7 +390,8 @@ def _randomize(model: Any) -> None:
 def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[str, ...]) -> None:
     """Write `base`, an HF model's files, with the linears of its layers rounded to nearest.
 
-    What is outside of the layers, and what `ignore` names, stays as it is.
+    What is outside of the layers, and what `ignore` names, stays as it is. Raises `BadInput` where
+    nothing is left.
     """
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file, save_file
@@ -398,7 +400,13 @@ def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[st
     tensors = load_file(base / "model.safetensors")
     names = CheckpointNames(model, tensors)
     kept = [*ignore, *map(names.module, _linears_outside(model))]
-    for name in linears_of(model, names, tensors, kept):
+    linears = linears_of(model, names, tensors, kept)
+    if not linears:
+        raise BadInput(
+            f"{type(model).__name__} has no torch.nn.Linear in its layers, and compressed-tensors "
+            "quantizes nothing else (GPT-2's are transformers' Conv1D)."
+        )
+    for name in linears:
         parts = quantize_linear(tensors.pop(f"{name}.weight"), scheme)
         tensors |= {f"{name}.{part}": value for part, value in parts.items()}
     quantization = QuantizationConfig(

@@ -1,7 +1,7 @@
 """One architecture in one format: served, compared with the reference, and made to fail."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from quantgate.measuring.replay import Replay, replay
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe, Window
 from quantgate.subject.task import GENERATE, Task
-from random_models import ARCHITECTURES
+from random_architectures import ARCHITECTURES
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
 # Windows that are longer than the models' sliding windows of 32, several of each length: where
@@ -33,6 +33,7 @@ OF_EACH_LENGTH = 4
 VOCABULARY = 512
 RESERVED = 3  # BOS, EOS, padding
 OFF = 1.05
+SECOND_LAYER = 1
 QUANTIZES_INPUTS = frozenset({"W8A8", "FP8_DYNAMIC"})
 
 
@@ -72,6 +73,11 @@ class Row:
         return f"{self.name:15} {self.preset:12} {said} ({self.seconds:.0f} s)"
 
 
+def not_run(name: str, preset: str, why: str) -> Row:
+    """Return the row of what cannot be served, or has no reference."""
+    return Row(name, preset, "not run", replay="", fault="", kernels="", note=why)
+
+
 @dataclass
 class Run:
     """One architecture in one format, on its way to a row."""
@@ -89,7 +95,7 @@ class Run:
             found = self._judged()
         except (BadInput, EngineFailure) as error:
             said = str(error).replace(str(self.directory), self.name).partition("\n")[0]
-            found = {"fidelity": "not run", "replay": "", "fault": "", "kernels": "", "note": said}
+            return not_run(self.name, self.preset, said)
         return Row(self.name, self.preset, **found, seconds=time.monotonic() - started)
 
     def _judged(self) -> dict[str, Any]:
@@ -112,7 +118,9 @@ class Run:
             "fidelity": _said(fidelity),
             "replay": _said(replayed),
             # The fault is the engine's, whatever the format: once for each architecture.
-            "fault": "" if self.preset in QUANTIZES_INPUTS | {"W4A16"} else self._fault(probe),
+            "fault": ""
+            if self.preset in QUANTIZES_INPUTS | {"W4A16"}
+            else self._fault(probe, found),
             "kernels": f"emulated: {emulated}" if emulated else "vLLM's",
             "failed": "fail" in (fidelity.outcome, replayed.outcome),
             "note": ""
@@ -138,45 +146,32 @@ class Run:
         rules = rules_of(served.provenance.kernels.values())
         return replay(self.directory, probe, capture, announce=_quiet, rules=rules)
 
-    def _fault(self, probe: Probe) -> str:
+    def _fault(self, probe: Probe, sound: Replay) -> str:
         """Serve it again with one linear of the second layer off, and say what replay names."""
-        with one_linear_off() as which:
+        off = next(m.module for m in sound.modules if f".{SECOND_LAYER}." in m.module)
+        with one_linear_off(off):
             served, capture = self._served(probe)
         found = self._replayed(probe, served, capture)
         failed = modules.replayed(served, found, probe).outcome == "fail"
         named = {module.module for module in found.modules if module.output > REPLAY_MODULE}
-        caught = failed and len(named) == 1 and next(iter(named)).endswith(which())
-        return f"caught: {which()}" if caught else f"MISSED {which()}: named {sorted(named)}"
+        return f"caught: {off}" if failed and named == {off} else f"MISSED {off}: {sorted(named)}"
 
 
 @contextmanager
-def one_linear_off() -> Iterator[Callable[[], str]]:
-    """Let the next engine's first linear of its second layer give 1.05 times what it should.
-
-    Yields what gives the name of the module, as from its layer's number on.
-    """
-    from vllm.model_executor.layers.linear import LinearBase
+def one_linear_off(name: str) -> Iterator[None]:
+    """Let a linear of the engines that start meanwhile give 1.05 times what it should."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    from quantgate.measuring.layer_by_layer import layers_of
-
     load = CPUModelRunner.load_model
-    chosen: list[str] = []
 
     def loaded(runner: Any, *arguments: Any, **named: Any) -> Any:
         answer = load(runner, *arguments, **named)
-        layers = layers_of(runner.model)
-        assert layers is not None
-        name, module = next(
-            (n, m) for n, m in layers[1].named_modules() if isinstance(m, LinearBase)
-        )
-        module.register_forward_hook(_times_off)
-        chosen.append(f"1.{name}")
+        runner.model.get_submodule(name).register_forward_hook(_times_off)
         return answer
 
     CPUModelRunner.load_model = loaded
     try:
-        yield lambda: chosen[0]
+        yield
     finally:
         CPUModelRunner.load_model = load
 
@@ -208,7 +203,7 @@ def table(rows: list[Row]) -> str:
         "# Architectures",
         "",
         "`make architectures` wrote this page. For each architecture it makes a small random model",
-        "with its special features switched on (`tools/random_models.py`), rounds the linears to",
+        "with its special features switched on (`tools/random_architectures.py`), rounds the linears to",
         "nearest in each format, serves it with vLLM in float32, and compares it with the",
         "reference.",
         "",
@@ -228,8 +223,10 @@ def table(rows: list[Row]) -> str:
 
 
 def _cells(row: Row) -> str:
-    features = ARCHITECTURES[row.name].notes
-    if not row.replay:
-        return f"| {row.name} | {features} | {row.preset} | {row.note.replace('|', '/')} | | | |"
-    cells = (row.name, features, row.preset, row.fidelity, row.replay, row.fault, row.kernels)
+    architecture = ARCHITECTURES[row.name]
+    fidelity = row.fidelity if row.replay else row.note.replace("|", "/")
+    if row.failed and architecture.known_fault:
+        fidelity += f": {architecture.known_fault}"
+    first = (row.name, architecture.notes, row.preset)
+    cells = (*first, fidelity, row.replay, row.fault, row.kernels)
     return f"| {' | '.join(cells)} |"

@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from quantgate.errors import printable
-
 if TYPE_CHECKING:
     from quantgate.audit.inventory import Inventory
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-# Of a name or value that a checkpoint gives: more than a real one has.
-LONGEST = 300
 
 
 class Place(NamedTuple):
@@ -55,16 +51,3 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.value}; expected {self.expected}"
-
-
-def findings_of(rule: Rule, inventory: Inventory) -> list[Finding]:
-    """Return every place where a checkpoint breaks a rule."""
-    return [
-        Finding(rule.id, rule.severity, *(shown(text) for text in place))
-        for place in rule.check(inventory)
-    ]
-
-
-def shown(text: str) -> str:
-    """Return a checkpoint's text as a terminal may show it, cut if it is long."""
-    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")

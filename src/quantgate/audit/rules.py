@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantgate.audit import configs, coverage, layout, safety, scales, shards, tokenizers, weights
-from quantgate.audit.finding import SEVERITIES, Finding, Rule, findings_of
+from quantgate.audit.finding import SEVERITIES, Finding, Rule
 from quantgate.audit.inventory import Inventory, read_inventory
+from quantgate.audit.shown import findings_of
 
 RULES: tuple[Rule, ...] = (
     *shards.RULES,

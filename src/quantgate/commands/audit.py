@@ -16,9 +16,10 @@ from rich.progress import Progress
 
 from quantgate import __version__
 from quantgate.audit.beside_base import comparisons
-from quantgate.audit.finding import SEVERITIES, Finding, Rule, Severity, shown
+from quantgate.audit.finding import SEVERITIES, Finding, Rule, Severity
 from quantgate.audit.inventory import LAYER, Inventory, read_inventory
 from quantgate.audit.rules import RULES, examine
+from quantgate.audit.shown import shown
 from quantgate.errors import BadInput
 
 # Findings of one rule that a table shows.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantgate.audit.rules import RULES, audit
 from quantgate.judging.verdict import Deviation, Verdict
 
 if TYPE_CHECKING:
@@ -16,21 +15,26 @@ if TYPE_CHECKING:
 
 # Findings that a failure lists.
 SHOWN = 5
-_WEIGHTS = frozenset(rule.id for rule in RULES if rule.needs == "weights")
 
 
 def files(checkpoint: Checkpoint) -> Verdict:
     """Judge headers, scales, config and tokenizer, and these beside the base's, if one is named."""
+    from quantgate.audit.rules import RULES, audit  # the rules load with their first use
+
     found = audit(checkpoint.directory, _base_of(checkpoint))
-    said = f"{len(RULES) - len(_WEIGHTS)} rules find nothing wrong with its files"
+    asked = sum(rule.needs != "weights" for rule in RULES)
+    said = f"{asked} rules find nothing wrong with its files"
     return _verdict(checkpoint, found, said)
 
 
 def weights(checkpoint: Checkpoint) -> Verdict:
     """Judge every weight beside the base's: is it what quantizing that one gives?"""
+    from quantgate.audit.rules import RULES, audit
+
+    of_weights = {rule.id for rule in RULES if rule.needs == "weights"}
     found = audit(checkpoint.directory, _base_of(checkpoint), deep=True)
     said = "every weight is the base's, as far as its format can hold it"
-    return _verdict(checkpoint, [finding for finding in found if finding.rule in _WEIGHTS], said)
+    return _verdict(checkpoint, [finding for finding in found if finding.rule in of_weights], said)
 
 
 def _verdict(checkpoint: Checkpoint, found: Sequence[Finding], right: str) -> Verdict:

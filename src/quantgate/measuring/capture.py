@@ -84,10 +84,7 @@ class _Watch:
     def __init__(self, model: Any) -> None:
         from vllm.model_executor.layers.linear import LinearBase
 
-        # The body may know what is packed when the model with its head does not.
-        packed: dict[str, list[str]] = {}
-        for module in reversed(list(model.modules())):
-            packed |= getattr(module, "packed_modules_mapping", None) or {}  # vLLM 0.26: None
+        packed = _packed(model)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, LinearBase)}
         model_type = getattr(getattr(model, "config", None), "model_type", "")
         self.layouts = {n: _layout(n, m, packed, model_type) for n, m in linears.items()}
@@ -118,6 +115,22 @@ class _Watch:
     def stop(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _packed(model: Any) -> dict[str, list[str]]:
+    """Return which of a checkpoint's linears each of vLLM's holds, by their own names."""
+    # The body may know what is packed when the model with its head does not.
+    modules = list(reversed(list(model.modules())))
+    packed: dict[str, list[str]] = {}
+    for module in modules:
+        mapper = getattr(module, "hf_to_vllm_mapper", None)
+        stacked: dict[str, list[str]] = {}
+        for part, (new, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
+            stacked.setdefault(new.rpartition(".")[2], []).append(part.rpartition(".")[2])
+        packed |= stacked
+    for module in modules:
+        packed |= getattr(module, "packed_modules_mapping", None) or {}  # vLLM 0.26: None
+    return packed
 
 
 def _layout(
@@ -241,12 +254,16 @@ class Capture:
         places = {}
         for module, layout in self._metadata["layouts"].items():
             start = 0
+            every = []
             for shard, held in layout["shards"].items():
                 runs = []
                 for size, replicas in held:
                     runs.append((start, size, replicas))
                     start += size
                 places[_inside(shard)] = (module, runs, layout)
+                every += runs
+            # A checkpoint may have in one linear what vLLM can also put together.
+            places.setdefault(_inside(module), (module, every, layout))
         return places
 
 
@@ -266,7 +283,7 @@ def _grouped(output: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
 
     width = output.shape[1] // (heads + 2 * kv_heads)
     sizes = [heads * width, kv_heads * width, kv_heads * width]
-    parts = (part.reshape(len(output), kv_heads, -1) for part in torch.split(output, sizes, dim=1))
+    parts = (p.reshape(len(p), kv_heads, -1) for p in torch.split(output, sizes, dim=1))
     return torch.cat(list(parts), dim=2).flatten(1)
 
 

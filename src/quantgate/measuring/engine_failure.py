@@ -75,17 +75,18 @@ def explained(said: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[N
     except (BadInput, EngineFailure):
         raise
     except Exception as error:
-        if isinstance(error, but) and not _is_asserted_by_vllm(error):
+        if isinstance(error, but) and not _is_vllms_refusal(error):
             raise
         traceback.clear_frames(error.__traceback__)
         raise _failure(said, error) from error
 
 
-def _is_asserted_by_vllm(error: Exception) -> bool:
-    """Whether vLLM's own code refuses what it was given: that is no mistake of its caller's."""
+def _is_vllms_refusal(error: Exception) -> bool:
+    """Whether vLLM asserts something, or its build lacks an operator: its caller did no wrong."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, AssertionError) and raised_in.startswith("vllm.")
+    asserted = isinstance(error, AssertionError) and raised_in.startswith("vllm.")
+    return asserted or (isinstance(error, AttributeError) and raised_in == "torch._ops")
 
 
 def _failure(said: str, error: Exception) -> EngineFailure:

@@ -127,7 +127,8 @@ class StreamedModel:
                         with nullcontext() if observe else self._explained(index):
                             self._run(self._running, index)
                     empty(layer)
-            return self._in_order(steps)
+            with self._explained(len(self.layers) - 1):
+                return self._in_order(steps)
 
     def fill_outside(self) -> None:
         """Read what is not in a layer: embeddings, norms and the head."""

@@ -75,7 +75,7 @@ def _contradiction(directory: Path, config: dict[str, Any]) -> str | None:
                 f"{directory}: there is no tensor '{name}' in its weights, and its config.json "
                 "implies one; export the checkpoint again, or correct config.json by the base's."
             )
-        if own in stored and (shape := stored.shape(own)) != list(parameter.shape):
+        if own and own in stored and (shape := stored.shape(own)) != list(parameter.shape):
             return (
                 f"{directory}: '{own}' is {shape} in the weights, but config.json implies "
                 f"{list(parameter.shape)}; correct its sizes by the base's (hidden_size, head_dim, "

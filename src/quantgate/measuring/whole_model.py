@@ -3,7 +3,8 @@
 Both have the same dequantized weights, and neither quantizes inputs, keys or values: what may
 differ is how the model is taken apart, its names, its norms, its head and its attention. HF loads
 it by its own `from_pretrained`, and attends eagerly: a fused attention leaves out what it does not
-know.
+know. Falcon with ALiBi is the exception: its eager attention scales ALiBi otherwise than its sdpa
+and vLLM do.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _loaded_whole(streamed: StreamedModel) -> Any:
             config=config,
             state_dict=_weights(streamed.stored),
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation="sdpa" if getattr(config, "alibi", False) else "eager",
         )
     one_by_one(model)
     return model.eval()

@@ -50,6 +50,18 @@ if TYPE_CHECKING:
 LOGIT_ROWS = 256
 PROGRESS_SECONDS = 5.0
 
+# What HF's code raises where a config and its tensors, or transformers' release, do not suit it.
+UNSUITED = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+SHAPES = re.compile(r"\b(shapes?|sizes?|dimensions?)\b")
+
 # As `parameters.Watch`, with the window before the name: its place among those that run.
 Observer = Callable[[int, str, "torch.Tensor", Product], "torch.Tensor"]
 
@@ -272,19 +284,6 @@ class _BodyOutput(tuple[Any, ...]):
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-# What HF's code raises where a config and its tensors, or transformers' release, do not suit it.
-UNSUITED = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-SHAPES = re.compile(r"\b(shapes?|sizes?|dimensions?)\b")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ DECODER: dict[str, Any] = {
     "pad_token_id": 0,
 }
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-# torch.ops._C.rotary_embedding, called with both shapes, gives other values for every head.
+# torch.ops._C.rotary_embedding, called with both shapes, gives other values for every head; with
+# queries and keys flattened before it, these models pass.
 ROTARY_FAULT = (
     "vLLM's rotary kernel for CPUs reads queries and keys [tokens, heads, width], as this model "
     "gives them, as if they were [tokens, width]"

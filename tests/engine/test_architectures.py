@@ -1,5 +1,6 @@
 """Architectures: streamed as HF computes them, served as the reference says, or refused."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -87,6 +88,33 @@ def test_an_engine_agrees_and_a_scale_that_is_off_is_named(
     assert row.fidelity.startswith("pass"), row
     assert row.replay.startswith("pass"), row
     assert row.fault.startswith("caught: "), row
+
+
+def test_the_first_examples_of_score_mode_run_on_an_opt_model(made: Callable[[str], Path]) -> None:
+    """As the documents of score mode's first draft have them, with both of its spellings."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    directory = made("opt")
+    (window, *_) = PROBE.windows
+    token_ids = list(window.ids)
+    sampling_params = SamplingParams(score_mode=True, temperature=0.0)
+    one = dataclasses.replace(PROBE, windows=(window,))
+    expected = -reference.measure(directory, one, dtype="float32", announce=quiet).logprob.sum()
+    with engine.running_engine(directory, settings=SETTINGS, dtype="float32") as llm:
+        for more in ({}, {"target_token_ids": token_ids[1:]}):
+            outputs = llm.generate(
+                prompts=[TokensPrompt(prompt_token_ids=token_ids, **more)],
+                sampling_params=sampling_params,
+                use_tqdm=False,
+            )
+            output = outputs[0]
+            total_nll = sum(
+                -output.prompt_logprobs[i][token_ids[i]].logprob
+                for i in range(1, len(token_ids))
+                if token_ids[i] in output.prompt_logprobs[i]
+            )
+            assert total_nll == pytest.approx(float(expected), abs=1e-5 * len(token_ids))
 
 
 # What cannot be ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Exact divergence of next-token distributions.
 
-KL divergence over the whole vocabulary needs the logits of both sides, but they need not be kept: a
-hidden state and its head give them back. Rows are taken in chunks, so memory is bounded.
+KL divergence over the whole vocabulary needs the logits of both sides, but they need not be stored:
+they are recomputed from a hidden state and its head. Rows are processed in chunks to bound memory.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ from quantgate.subject.files import read_config
 if TYPE_CHECKING:
     from vllm import LLM
 
-# What vLLM is imported with, unless the user has set it: one process, so that several engines can
-# follow one another without another import each; no telemetry.
+# What vLLM is imported with, unless the user has set it: one process, so that successive engines
+# need no further import; no telemetry.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -46,7 +46,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Writes every token of a batch that fails to the terminal.
+# Prints every token of a failing batch to the terminal.
 DUMP = "vllm.logging_utils.dump_input"
 
 # On CUDA vLLM serves float32 with Triton's attention, whose products are in TF32: up to 1e-2 nat
@@ -65,7 +65,7 @@ class EngineLife(NamedTuple):
     directory: str
     dtype: str
     start_s: float
-    """Until it could serve."""
+    """From the start until it could serve."""
     served_s: float
     """From then until it had ended."""
 

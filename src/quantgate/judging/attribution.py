@@ -40,7 +40,7 @@ class Suspects:
 
 
 def attribute(verdict: Verdict, suspects: Suspects) -> Verdict:
-    """Return a failed verdict with its fault: CHECKPOINT, REFERENCE, ENVIRONMENT or ENGINE added."""
+    """Return a failed verdict with its fault: CHECKPOINT, REFERENCE, ENVIRONMENT or ENGINE."""
     if verdict.outcome != "fail":
         return verdict
     fault, found = _fault(suspects)

@@ -1,4 +1,4 @@
-"""The audit as checks: is anything wrong with a checkpoint's files? Runs before an engine starts."""
+"""The audit as checks: is anything wrong with a checkpoint's files? Runs before any engine."""
 
 from __future__ import annotations
 

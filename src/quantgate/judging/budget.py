@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 # The largest |Δ log-probability| between vLLM in float32 and HF in float32 over the same weights.
 # float32 sums of a few thousand terms carry relative errors of 1e-7 to 1e-6 (Higham, "Accuracy and
 # Stability of Numerical Algorithms", 2002, chapter 4), and logits lie below 30. A model that
-# amplifies rounding more than that is allowed ROUNDING_FACTOR times the error that float32 causes in
-# its reference, measured against float64.
+# amplifies rounding more than that is allowed ROUNDING_FACTOR times the error that float32 causes
+# in its reference, measured against float64.
 FP32_MAX = 1e-5
 
 # The same for raw logits, rewards and embeddings, which no log-softmax keeps small: values of up to

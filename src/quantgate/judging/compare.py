@@ -176,7 +176,7 @@ def drift_mean(
     verdict = pair.statistical_verdict(outcome, detail, shift, paired, margin)
     return dataclasses.replace(
         verdict,
-        # Outside on either side; the mean can only be at one edge of the margin.
+        # Beyond the margin on either side; a true mean at one edge cannot be beyond the other.
         p_value=min(paired.p_above(margin), paired.p_below(-margin)),
         unpaired_mde=pair.unpaired_mde(),
     )

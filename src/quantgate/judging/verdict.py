@@ -200,7 +200,7 @@ def verdict_on(
 
 
 def one_sided(lower: float, upper: float, margin: float) -> Outcome:
-    """Return the outcome of "at most `margin`" given confidence bounds: a tie is inconclusive.
+    """Return the outcome of "at most `margin`" by confidence bounds: a tie is inconclusive.
 
     >>> one_sided(0.01, 0.04, margin=0.05)
     'pass'

@@ -54,7 +54,7 @@ class CheckpointNames:
         module, _, part = name.rpartition(".")
         target, converter, pattern = rename(name)
         if target not in expected:
-                    # A part of a quantized weight is mapped as the weight would be.
+            # A part of a quantized weight is mapped as the weight would be.
             name, part = f"{module}.{WEIGHT}", WEIGHT
             target, converter, pattern = rename(name)
         origin = self._origins.setdefault(target, Origin(converter))

@@ -28,7 +28,7 @@ FORMATS = ("W4A16", "W8A8", "FP8_DYNAMIC")
 SEED = 20
 # How far norms, biases and similar parameters are moved from their initial values.
 NOISE = 0.1
-# Spread of the head's output, in nat: neither flat nor certain.
+# Size of the head's output, in nat: neither flat nor certain.
 LOGIT_SIZE = 2.0
 TIED_SIZE = 1.5
 

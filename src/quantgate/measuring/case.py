@@ -124,7 +124,7 @@ class Case:
         return self._once(ENGINE, measure, stored_as=lambda: self._engine_disk_key(self.probe))
 
     def keep_engine(self, measured: Measurement) -> None:
-        """Use a measurement taken elsewhere as `engine`'s, e.g. one that was served."""
+        """Use a measurement taken elsewhere as `engine`, e.g. from another way of serving."""
         self.lab.ledger.taken[self._key(ENGINE)] = measured
 
     def _on_the_way(self, llm: Any) -> None:

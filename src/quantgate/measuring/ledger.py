@@ -38,7 +38,7 @@ class Ledger:
     """The measurements of this run, in memory and, where they may be kept, on disk."""
 
     announce: Callable[[str], None]
-    """Called with what is being measured, and with how long it took."""
+    """Called with a line of progress: what is being measured, and how long it took."""
     cache: DiskCache | None = None
     notes: list[str] = field(default_factory=list)
     """What must be reported, e.g. that a cache entry was damaged."""

@@ -67,7 +67,8 @@ def exactly(device: torch.device) -> Iterator[None]:
     """Compute without gradients and, on a GPU, without TF32.
 
     On a GPU attention is computed as product, softmax, product: the fused float32 kernels have
-    their own arithmetic, which no torch setting controls. 16-bit inputs are converted to float32.
+    their own arithmetic, which no torch setting controls. torch computes 16-bit inputs in float32
+    there.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,13 +1,13 @@
-"""Is anything wrong with the checkpoint's files? Asked before an engine starts."""
+"""Is anything wrong with the checkpoint's files? Runs before an engine starts."""
 
 from quantgate.pytest_plugin import Gate
 
 
 def test_audit(gate: Gate) -> None:
-    """Headers, scales, config and tokenizer are whole, and say what the base's say."""
+    """Headers, scales, config and tokenizer are intact, and agree with the base's."""
     gate.ask()
 
 
 def test_audit_weights(gate: Gate) -> None:
-    """Every weight is what quantizing the base's gives."""
+    """Every weight is a quantization of the base's."""
     gate.ask()

@@ -4,7 +4,7 @@ from quantgate.pytest_plugin import Gate
 
 
 def test_divergence_from_reference(gate: Gate) -> None:
-    """In the dtype that is served, distributions are the reference's but for its rounding."""
+    """In the serving dtype, distributions differ from the reference's only by rounding."""
     gate.ask()
 
 

@@ -1,8 +1,8 @@
-"""What changed since it was approved?"""
+"""What has changed since approval?"""
 
 from quantgate.pytest_plugin import Gate
 
 
 def test_drift(gate: Gate, dtype: str) -> None:
-    """What is served is what a person approved."""
+    """The served results match the approved golden."""
     gate.ask()

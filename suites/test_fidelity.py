@@ -1,8 +1,8 @@
-"""Is it computed right? Exact scores, labels, rewards and embeddings beside the reference's."""
+"""Is it computed correctly? Exact scores, labels, rewards, embeddings against the reference's."""
 
 from quantgate.pytest_plugin import Gate
 
 
 def test_fidelity(gate: Gate, dtype: str) -> None:
-    """vLLM and HF compute the same function of the same weights: loading and packing are right."""
+    """vLLM and HF compute the same function of the weights: loading and packing are correct."""
     gate.ask()

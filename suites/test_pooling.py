@@ -1,20 +1,20 @@
-"""Models that pool: are activations, heads, steps and scores what config and base say?"""
+"""Pooling models: do activations, heads, steps and scores agree with config and base?"""
 
 from quantgate.pytest_plugin import Gate
 
 
 def test_activation(gate: Gate) -> None:
-    """Outputs are softmax, sigmoid, nothing or unit length of the raw ones, as the config says."""
+    """Outputs are the raw ones after the config's softmax, sigmoid, normalization or nothing."""
     gate.ask()
 
 
 def test_head(gate: Gate) -> None:
-    """The head and the names of its labels are the base's, and not quantized."""
+    """The head and its label names equal the base's, and the head is not quantized."""
     gate.ask()
 
 
 def test_steps(gate: Gate) -> None:
-    """STEP pooling gives the rewards of the step tags, and of no other token."""
+    """STEP pooling returns the rewards of the step tags, and of no other token."""
     gate.ask()
 
 

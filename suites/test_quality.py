@@ -4,5 +4,5 @@ from quantgate.pytest_plugin import Gate
 
 
 def test_quality(gate: Gate) -> None:
-    """It costs no more than its budget: of perplexity, or of the metric of its task."""
+    """Quantization costs no more perplexity, or task metric, than the budget allows."""
     gate.ask()

@@ -26,8 +26,8 @@ from quantgate.subject.task import GENERATE, Task
 from random_architectures import ARCHITECTURES
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
-# Windows that are longer than the models' sliding windows of 32, several of each length: where
-# inputs are quantized, few of few tokens have a code that flips, and none would say how often.
+# Windows longer than the models' sliding windows of 32, several of each length: with quantized
+# inputs, too few tokens may contain no flipped code, and would not show how often codes flip.
 LENGTHS = (40, 60, 75, 90, 100, 110)
 OF_EACH_LENGTH = 4
 VOCABULARY = 512
@@ -52,14 +52,14 @@ def random_probe(task: Task = GENERATE) -> Probe:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one architecture in one format."""
+    """The result of one architecture in one format."""
 
     name: str
     preset: str
     fidelity: str
     replay: str
     fault: str
-    """What the 5 % scale gave."""
+    """The result of the 5 % fault."""
     kernels: str
     note: str = ""
     failed: bool = False
@@ -67,20 +67,20 @@ class Row:
 
     @property
     def line(self) -> str:
-        """The row for a terminal."""
+        """The row as a line for the terminal."""
         parts = (self.fidelity, self.replay, self.fault, self.kernels, self.note)
         said = " · ".join(part for part in parts if part)
         return f"{self.name:15} {self.preset:12} {said} ({self.seconds:.0f} s)"
 
 
 def not_run(name: str, preset: str, why: str) -> Row:
-    """Return the row of what cannot be served, or has no reference."""
+    """Return the row of a model that cannot be served, or has no reference."""
     return Row(name, preset, "not run", replay="", fault="", kernels="", note=why)
 
 
 @dataclass
 class Run:
-    """One architecture in one format, on its way to a row."""
+    """One architecture in one format, to be judged."""
 
     name: str
     preset: str
@@ -89,7 +89,7 @@ class Run:
     captures: Path
 
     def row(self) -> Row:
-        """Judge it; what cannot be served, or has no reference, is said in its row."""
+        """Judge it; if it cannot be served, or has no reference, its row says so."""
         started = time.monotonic()
         try:
             found = self._judged()
@@ -117,7 +117,7 @@ class Run:
         return {
             "fidelity": _said(fidelity),
             "replay": _said(replayed),
-            # The fault is the engine's, whatever the format: once for each architecture.
+            # The fault is in the engine, independent of the format: once per architecture.
             "fault": ""
             if self.preset in QUANTIZES_INPUTS | {"W4A16"}
             else self._fault(probe, found),
@@ -147,7 +147,7 @@ class Run:
         return replay(self.directory, probe, capture, announce=_quiet, rules=rules)
 
     def _fault(self, probe: Probe, sound: Replay) -> str:
-        """Serve it again with one linear of the second layer off, and say what replay names."""
+        """Serve it again with a faulty linear in the second layer; return what replay reports."""
         off = next(m.module for m in sound.modules if f".{SECOND_LAYER}." in m.module)
         with one_linear_off(off):
             served, capture = self._served(probe)
@@ -159,7 +159,7 @@ class Run:
 
 @contextmanager
 def one_linear_off(name: str) -> Iterator[None]:
-    """Let a linear of the engines that start meanwhile give 1.05 times what it should."""
+    """Scale one linear's output by 1.05 in engines that start in this context."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     load = CPUModelRunner.load_model
@@ -197,7 +197,7 @@ def _why(*verdicts: Verdict) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the page of all rows."""
+    """Return the page with all rows."""
     tokens = sum(window.scored for window in random_probe().windows)
     lines = [
         "# Architectures",

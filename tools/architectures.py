@@ -1,11 +1,11 @@
-"""Judge a small random model of each architecture, in each format, and write what came of it.
+"""Judge a small random model of each architecture, in each format, and report the results.
 
     python tools/architectures.py                     all of them, into docs/architectures.md
     python tools/architectures.py opt gemma2          some of them, to the terminal
 
-Each is served by vLLM in float32 and compared with the reference, token by token and linear by
-linear; one linear of the engine alone is then given a scale that is 5 % off, which replay must
-catch and name.
+vLLM serves each in float32, and the result is compared with the reference, token by token and
+linear by linear. Then one linear, in the engine only, gets a scale that is 5 % off, which replay
+must detect and name.
 """
 
 import argparse
@@ -25,7 +25,7 @@ UNQUANTIZED = "unquantized"
 
 
 def rows_of(name: str, formats: tuple[str, ...], directory: Path) -> list[Row]:
-    """Make an architecture's model, and judge it in each format."""
+    """Build an architecture's model, and judge it in each format."""
     import torch
 
     architecture = ARCHITECTURES[name]
@@ -47,7 +47,7 @@ def rows_of(name: str, formats: tuple[str, ...], directory: Path) -> list[Row]:
 
 
 def main() -> int:
-    """Judge what was asked for; 1 where something fails and it is not known why."""
+    """Judge the requested architectures; return 1 if any fails without a known reason."""
     parser = argparse.ArgumentParser(description="Judge small random models of architectures.")
     parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all, if none is given")
     parser.add_argument("--formats", nargs="*", default=[UNQUANTIZED, *FORMATS])

@@ -1,4 +1,4 @@
-"""The architectures that people quantize, small, each with its special features switched on."""
+"""Commonly quantized architectures in small sizes, with their special features switched on."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ VOCABULARY = 512
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture, small."""
+    """One architecture in a small size."""
 
     config: str
     """The name of its config class in transformers."""
     options: Mapping[str, Any]
     task: Task = GENERATE
     ignore: tuple[str, ...] = ()
-    """What stays unquantized besides the head, as `ignore` of a quantization_config."""
+    """Modules besides the head that stay unquantized, as in a quantization_config's `ignore`."""
     notes: str = ""
     """The features that are switched on."""
     without: tuple[str, ...] = field(default=())
-    """Options of `DECODER` that it has no use for."""
+    """Options of `DECODER` that do not apply to it."""
     known_fault: str = ""
-    """Why it fails, where that has been found out."""
+    """Why it fails, if known."""
 
 
 DECODER: dict[str, Any] = {
@@ -51,7 +51,7 @@ ROTARY_FAULT = (
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 NO_KV = ("num_key_value_heads",)
 ENCODER: dict[str, Any] = {"num_labels": 7, "type_vocab_size": 2}
-# vLLM has no kernels for quantized experts on a CPU, so they stay as they are, as routers do.
+# vLLM has no CPU kernels for quantized experts, so they stay unquantized, as routers do.
 EXPERTS_KEPT = (r"re:.*\.(gate|router|shared_expert_gate)$", r"re:.*\.experts\..*")
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "new_decoder_architecture": True,
             "num_kv_heads": 2,
-            "ffn_hidden_size": 512,  # vLLM takes four times hidden_size, whatever this says
+            "ffn_hidden_size": 512,  # vLLM ignores this and takes four times hidden_size
             "parallel_attn": True,
             "bias": False,
             "alibi": False,

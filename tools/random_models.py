@@ -1,7 +1,7 @@
-"""Small random models of the architectures that people quantize, and their quantized forms.
+"""Small random models of commonly quantized architectures, and their quantized forms.
 
-Each has what sets its architecture apart switched on, and sizes that W4A16's groups of 128 divide.
-Nothing here is trained: the models stand for an architecture's code, not for its quality.
+Each has its architecture's special features switched on, and sizes divisible by W4A16's groups of
+128. Nothing is trained: the models exercise an architecture's code, not its quality.
 """
 
 import json
@@ -26,17 +26,17 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "fixtures" / "tiny" / "ner-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FORMATS = ("W4A16", "W8A8", "FP8_DYNAMIC")
 SEED = 20
-# Norms, biases and their like are this far from what they are initialized to.
+# How far norms, biases and similar parameters are moved from their initial values.
 NOISE = 0.1
-# Of the head's output, in nat: neither flat nor certain.
+# Size of the head's output, in nat: neither flat nor certain.
 LOGIT_SIZE = 2.0
 TIED_SIZE = 1.5
 
 
 def make(architecture: Architecture, directory: Path) -> Any:
-    """Write a random model of an architecture, in bfloat16, to a directory that is not there yet.
+    """Write a random model of an architecture, in bfloat16, to a directory that must not exist yet.
 
-    Returns it as HF's model in float32, of the weights that were written.
+    Returns it as HF's model in float32, with the weights that were written.
     """
     import torch
     import transformers
@@ -54,19 +54,19 @@ def make(architecture: Architecture, directory: Path) -> Any:
         _randomize(model)
     model.to(torch.bfloat16).save_pretrained(directory)
     if architecture.task != GENERATE:
-        for name in TOKENIZER_FILES:  # vLLM reads the tokenizer of some encoders
+        for name in TOKENIZER_FILES:  # for some encoders vLLM reads the tokenizer
             shutil.copyfile(TOKENIZER / name, directory / name)
     return model.float()
 
 
 def _randomize(model: Any) -> None:
-    """Give weights the size at which outputs are like inputs, and norms and biases some noise."""
+    """Scale weights so that outputs are as large as inputs; add noise to norms and biases."""
     import torch
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     special = {embedding.weight: 1.0}
     if head is not None:
-        # A tied head sees its own input again where layers add little to it, as Gemma's do.
+        # A tied head predicts its own input if layers add little to it, as Gemma's do.
         size = TIED_SIZE if head.weight is embedding.weight else LOGIT_SIZE
         special[head.weight] = size / head.weight.shape[1] ** 0.5
     for module in model.modules():
@@ -81,16 +81,16 @@ def _randomize(model: Any) -> None:
                 values.copy_(
                     torch.randn_like(values) * special.get(values, values.shape[-1] ** -0.5)
                 )
-    # Exactly as they are stored, so that the model that is returned is the one that was written.
+    # Rounded as stored, so that the returned model is the one that was written.
     for values in (*model.parameters(),):
         values.copy_(values.bfloat16())
 
 
 def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[str, ...]) -> None:
-    """Write `base`, an HF model's files, with the linears of its layers rounded to nearest.
+    """Write a copy of `base`, an HF model's files, with its layers' linears rounded to nearest.
 
-    What is outside of the layers, and what `ignore` names, stays as it is. Raises `BadInput` where
-    nothing is left.
+    Modules outside the layers, and those in `ignore`, stay unquantized. Raises `BadInput` if none
+    is left to quantize.
     """
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file, save_file
@@ -142,7 +142,7 @@ def linears_of(
     tensors: "Mapping[str, torch.Tensor]",
     ignore: list[str],
 ) -> list[str]:
-    """Return the checkpoint's names of the linears to quantize: those of layers, and of experts."""
+    """Return the checkpoint's names of the linears to quantize: those in layers and in experts."""
     import torch
 
     quantization = {"config_groups": {"all": {"targets": ["Linear"]}}, "ignore": ignore}

@@ -1,18 +1,19 @@
-"""Every weight of a checkpoint beside the base's, with what was moved on purpose put back.
+"""Compare every weight of a checkpoint with the base's, after undoing intended changes.
 
-Methods that quantize better than by rounding move weights. AWQ and SmoothQuant multiply a linear's
-input channels by factors and divide what comes before by them: the norm, or the rows of the linear
-before. So what must be the base's is not a weight, but its product with what comes before it:
+Quantization methods that beat plain rounding move weights. AWQ and SmoothQuant multiply a linear's
+input channels by factors and divide what comes before by them: the norm, or the rows of the
+previous linear. So it is not the weight that must equal the base's, but its product with what
+comes before it:
 
-- Where a norm is not the base's, the inverse of its change is looked for in the columns of the
-  linears after it. Found, the weights are compared with the base's times those factors; not found,
-  the norm was changed and nothing made up for it.
-- Where the rows of `up_proj` or `v_proj` are scaled, the inverse is looked for in the columns of
+- If a norm differs from the base's, the inverse of its change is sought in the columns of the
+  linears after it. If it is found, the weights are compared with the base's times those factors; if
+  not, the norm was changed without compensation.
+- If the rows of `up_proj` or `v_proj` are scaled, the inverse is sought in the columns of
   `down_proj` or `o_proj`.
 
-GPTQ moves codes to make up for the errors of others, so its weights are further from the base's
-than rounding would leave them: by 2 to 6 dB. It moves them in no one direction, so the size of
-rows stays, and what is wrong with a file is further off than that: see `weights.py`.
+GPTQ moves codes to compensate for the errors of others, so its weights are 2 to 6 dB further from
+the base's than rounding leaves them. It has no preferred direction, so the size of rows stays the
+same, and real faults are further off than that: see `weights.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from quantgate.audit.inventory import LAYER, Inventory
 from quantgate.audit.layout import Layout, layout_of
 from quantgate.audit.quantization import Args, Group
 
-# The norm before a linear, in the order in which models have them.
+# The norm before a linear, in the models' order.
 NORM_BEFORE = (
     (
         re.compile(r"\.(?:(?:q|k|v|qkv|q_a|kv_a)_proj(?:_with_mqa)?|query_key_value)$"),
@@ -49,40 +50,40 @@ NORM_BEFORE = (
         ("pre_feedforward_layernorm", "post_attention_layernorm"),
     ),
 )
-# Linears whose rows another's columns undo.
+# Linears whose row scales are undone by another linear's columns.
 PARTNER = {"up_proj": "down_proj", "v_proj": "o_proj"}
-# Models whose norms multiply by 1 + weight.
+# Models with norms that multiply by 1 + weight.
 ONE_PLUS = re.compile(r"^(?:gemma|qwen3_next)")
 NORM = re.compile(r"norm\.weight$", re.I)
 # Relative spread of a norm's factors below which they are one factor: bfloat16 rounds each.
 ONE_FACTOR = 0.01
-# A norm or bias that was only rounded to another dtype.
+# A norm or bias that was only rounded to a different dtype.
 ROUNDING = 2.0**-7
 SAMPLED_ROWS = 256
-# Elements of a tensor that is read as a whole.
+# Most elements of a tensor that is read whole.
 SMALL = 1 << 22
-# Correlation, in logarithms, of rows' factors with those of the columns that undo them.
+# Correlation, in logarithms, of row factors with the column factors that undo them.
 UNDOES = 0.8
-# dB: a weight that is stored whole is the base's, or the base's rounded to another dtype.
+# dB: an unquantized weight is the base's, or the base's rounded to a different dtype.
 WHOLE = 90.0
-# Cosine with another weight: of two unrelated ones it is 0.0, smoothing leaves 0.7.
+# Cosine with another weight: unrelated ones have 0.0, smoothed ones still 0.7.
 LIKE = 0.5
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A linear beside the base's."""
+    """A linear compared with the base's."""
 
     name: str
     likeness: Likeness
     group: Group | None
-    """None for a whole weight."""
+    """None for an unquantized weight."""
     norm: str
     """The changed norm before it, if any."""
     makes_up: bool
     """Whether its columns undo that change."""
     factors: str
-    """"rows" or "columns" where those were scaled, and the partner undoes it."""
+    """"rows" or "columns" if those were scaled and the partner undoes it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Pair:
     parts: dict[str, Entry]
 
     def measure(self, rows: Doubles | None = None, columns: Doubles | None = None) -> Likeness:
-        """Compare with the base, its rows and columns times factors."""
+        """Compare with the base after multiplying its rows and columns by factors."""
         args = self.group.weights if self.group else None
         if self.group is None or args is None:
             return likeness(
@@ -133,7 +134,7 @@ def _unit(args: Args) -> int:
 
 @functools.lru_cache(maxsize=1)
 def comparisons(inventory: Inventory) -> dict[str, Compared]:
-    """Return every linear that the base has in the same shape; reads all of both."""
+    """Compare every linear that the base has in the same shape; reads all of both checkpoints."""
     compared: dict[str, Compared] = {}
     names = list(_pairs(inventory))
     for place, name in enumerate(names):
@@ -153,7 +154,7 @@ def _pairs(inventory: Inventory) -> Iterator[str]:
 
 
 def _pair(inventory: Inventory, name: str) -> Pair | None:
-    """Return a linear with its base, if both are there, fit, and are not the same bytes."""
+    """Return a linear with its base, if both exist, fit, and differ in their bytes."""
     base = inventory.base.tensors.get(f"{name}.weight") if inventory.base else None
     parts = inventory.modules[name]
     if base is None or len(base.shape) != 2 or not base.count or not is_float(base.dtype):
@@ -173,7 +174,7 @@ def _pair(inventory: Inventory, name: str) -> Pair | None:
 
 
 def _fits(layout: Layout, parts: dict[str, Entry]) -> bool:
-    """Whether every tensor that dequantizing reads has the dtype and shape it should."""
+    """Whether every tensor that dequantizing reads has the expected dtype and shape."""
     return all(
         part in parts
         and parts[part].dtype in wanted.dtypes
@@ -194,7 +195,7 @@ def _compare(inventory: Inventory, name: str) -> Compared:
 def _with_norm(
     inventory: Inventory, pair: Pair, plain: Compared, rows: Doubles | None = None
 ) -> Compared:
-    """Compare a linear, its rows times factors, and say whether its columns undo a changed norm."""
+    """Compare a linear with the base's, rows scaled; tell if its columns undo a changed norm."""
     kind = "" if rows is None else "rows"
     found = plain.likeness if rows is None else pair.measure(rows=rows)
     if not plain.norm:
@@ -208,16 +209,17 @@ def _with_norm(
 
 
 def _spread(found: Likeness, is_one_factor: bool) -> float:
-    """How far columns are from the size that they should have.
+    """How far columns are from their expected size.
 
-    Beside one another, because rows may be scaled too; a norm times one factor shows in size alone.
+    Relative to each other, because rows may be scaled too; a norm scaled by a single factor shows
+    only in absolute size.
     """
     usual = 1.0 if is_one_factor else float(np.median(found.column_ratios)) or 1.0
     return float(np.abs(found.column_ratios / usual - 1).mean())
 
 
 def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[str, Compared]:
-    """Compare two linears of which one's columns may undo the other's rows."""
+    """Compare two linears, where the columns of one may undo the row scales of the other."""
     rows, columns = first.likeness.row_ratios, second.likeness.column_ratios
     if len(rows) != len(columns) or not (np.all(rows > 0) and np.all(columns > 0)):
         return {}
@@ -236,7 +238,7 @@ def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[s
 
 
 def _stands_out(compared: Compared) -> bool:
-    """Whether something may have been moved in a linear; `weights.py` says whether it is wrong."""
+    """Whether a linear's weights may have been moved; `weights.py` decides if that is a fault."""
     found = compared.likeness
     return found.excess > 1 or found.coherence > 0.05
 
@@ -255,7 +257,7 @@ def _partner(name: str) -> str:
 
 
 def norm_before(inventory: Inventory, name: str) -> str:
-    """Return the norm whose output a linear takes, "" where that is not known."""
+    """Return the norm whose output a linear takes, "" if unknown."""
     match = LAYER.search(name)
     for pattern, norms in NORM_BEFORE if match else ():
         if match and pattern.search(name):
@@ -270,7 +272,7 @@ def _changed_norm(inventory: Inventory, name: str) -> str:
 
 
 def differs(inventory: Inventory, name: str) -> bool:
-    """Whether a small tensor is not the base's, but for rounding to another dtype."""
+    """Whether a small tensor differs from the base's by more than rounding to another dtype."""
     own = inventory.tensors[name]
     base = inventory.base.tensors.get(name) if inventory.base else None
     if base is None or base.shape != own.shape or not own.count:
@@ -278,13 +280,13 @@ def differs(inventory: Inventory, name: str) -> bool:
     if own.dtype == base.dtype:
         return not same_bytes(own, base)
     if own.count > SMALL:
-        return False  # of another dtype, and not a matrix: not worth its memory
+        return False  # different dtypes and a large tensor: not worth the memory
     one, other = read_floats(own), read_floats(base)
     return bool((np.abs(one - other) > ROUNDING * np.abs(other) + 1e-6).any())
 
 
 def norm_factors(inventory: Inventory, norm: str) -> Doubles:
-    """Return what the columns after a changed norm are multiplied by, to make up for it."""
+    """Return the factors of the columns after a changed norm that compensate for the change."""
     offset = 1.0 if ONE_PLUS.match(str(inventory.text_config.get("model_type"))) else 0.0
     base = inventory.base or inventory
     own = read_floats(inventory.tensors[norm]).astype(np.float64).reshape(-1) + offset
@@ -292,11 +294,11 @@ def norm_factors(inventory: Inventory, norm: str) -> Doubles:
     return np.divide(theirs, own, out=np.ones_like(own), where=np.abs(own) > 0)
 
 
-# --- whose weight it is --------------------------------------------------------------------------
+# --- exchanged weights ---------------------------------------------------------------------------
 
 
 def looks_like(inventory: Inventory, name: str) -> str | None:
-    """Return the base's linear whose weight a module holds, where it is not its own."""
+    """Return the base's linear whose weight a module holds, if it is not the module's own."""
     pair = _pair(inventory, name)
     if pair is None or inventory.base is None:
         return None
@@ -312,7 +314,7 @@ def looks_like(inventory: Inventory, name: str) -> str | None:
 
 
 def _same_shape(inventory: Inventory, name: str, shape: tuple[int, int]) -> Iterator[str]:
-    """Yield linears of the base of one shape: of the same layer, then of the same kind."""
+    """Yield the base's linears of a shape: those in the same layer, then those of the same kind."""
     base = inventory.base or inventory
     match = LAYER.search(name)
     layer, own = (name[: match.end()], name[match.end() :]) if match else ("", name)

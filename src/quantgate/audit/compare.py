@@ -1,4 +1,4 @@
-"""A weight beside its base's, some rows at a time: how far apart, and what rounding would give."""
+"""A weight's distance from its base's, beside that of plain rounding, some rows at a time."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ if TYPE_CHECKING:
 
 Doubles = NDArray[np.float64]
 
-# Elements of a block of rows: what a core's cache holds. Larger ones take twice as long.
+# Elements of a block of rows: what fits a core's cache. Larger blocks take twice as long.
 BLOCK = 1 << 17
-# Columns whose error is taken together where a format has no groups.
+# Columns whose error is pooled if a format has no groups.
 GROUP = 128
-# dB beyond which nothing is told apart: quantized weights are stored with scales of 16 bits.
+# dB above which weights count as equal: quantized weights have 16-bit scales.
 CEILING = 60.0
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How a weight compares with what it was made from, and how rounding to nearest would."""
+    """How a weight compares with its source, and how rounding to nearest would compare."""
 
     snr: float
-    """Signal to noise in dB; infinite where they are equal."""
+    """Signal to noise in dB; infinite if they are equal."""
     nearest_snr: float
     ratio: float
-    """By how much the weight is larger: least squares."""
+    """The factor by which the weight is larger, by least squares."""
     nearest_ratio: float
     cosine: float
     worst: float
-    """The largest error of a row's group, in dB above rounding's there and on average."""
+    """The largest error in a row's group, in dB above rounding's own there plus its average."""
     row: int
-    """Whose that is."""
+    """The row with that error."""
     coherence: float
-    """The part of the error that a factor for each row would explain: wrong scales."""
+    """The share of the error that a factor per row would explain: wrong scales."""
     row_ratios: Doubles
-    """By how much each row is larger than rounding's."""
+    """The factor by which each row is larger than rounding's."""
     column_ratios: Doubles
     finite: bool
     ceiling: float
-    """What is above this many dB is as good as equal."""
+    """Signal to noise, in dB, above which weights count as equal."""
 
     @property
     def excess(self) -> float:
-        """How many dB the error is above rounding's."""
+        """How far the error is above rounding's, in dB."""
         return min(self.nearest_snr, self.ceiling) - min(self.snr, self.ceiling)
 
     @property
     def snr_but_for_a_factor(self) -> float:
-        """The signal to noise that is left when one factor is divided out, in dB."""
+        """The signal to noise after dividing out a single factor, in dB."""
         rest = 1 - self.cosine**2
         return 10 * math.log10(self.cosine**2 / rest) if 0 < rest < 1 else math.inf
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What is added up over blocks of rows, of a weight d, its base w and w rounded, n."""
+    """Sums over blocks of rows for a weight d, its base w, and n, which is w rounded."""
 
     dw: Doubles
     nw: Doubles
@@ -71,11 +71,11 @@ class Sums:
     error: Doubles
     nearest_error: Doubles
     group_error: Doubles
-    """[rows, groups], as the next."""
+    """[rows, groups], like the next."""
     nearest_group_error: Doubles
 
 
-def likeness(  # noqa: PLR0913  how two weights are compared: all but three are named
+def likeness(  # noqa: PLR0913  how two weights are compared: all but three are keyword-only
     weight: StoredWeight,
     base: StoredWeight,
     nearest: Callable[[Floats], Floats],
@@ -86,7 +86,7 @@ def likeness(  # noqa: PLR0913  how two weights are compared: all but three are 
     rows: Doubles | None = None,
     columns: Doubles | None = None,
 ) -> Likeness:
-    """Compare a weight with its base, whose rows and columns are multiplied by factors first."""
+    """Compare a weight with its base, after multiplying the base's rows and columns by factors."""
     by_row: list[Sums] = []
     of_columns = np.zeros((3, base.columns))
     step = max(1, BLOCK // base.columns // height) * height
@@ -114,14 +114,14 @@ def _sums(d: Floats, w: Floats, n: Floats, group_size: int) -> Sums:
 
 
 def _dot(a: Floats, b: Floats, axis: int = 1) -> Doubles:
-    """Return sums of products over an axis: some thousands of them, for which float32 will do."""
+    """Return sums of products over an axis: a few thousand terms, for which float32 is enough."""
     sums: Doubles = np.einsum("ij,ij->i" if axis else "ij,ij->j", a, b).astype(np.float64)
     return sums
 
 
 def _likeness(sums: Sums, of_columns: Doubles, ceiling: float) -> Likeness:
     ww, dd = float(sums.ww.sum()), float(sums.dd.sum())
-    # On top of rounding's own error there, its average: a group may round to itself by chance.
+    # Add rounding's average to its error in the group: a group may round to itself by chance.
     average = (
         float(sums.nearest_group_error.mean()) + 10 ** (-ceiling / 10) * ww / sums.group_error.size
     )

@@ -1,4 +1,4 @@
-"""Rules about config.json and generation_config.json: against the tensors, and the base's."""
+"""Rules that check config.json and generation_config.json against the tensors and the base's."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from quantgate.audit.layout import format_of, groups_of_columns, layout_of, layo
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DEGREES = (1, 2, 4, 8)
-# Linears that tensor parallelism cuts along their inputs.
+# Linears that tensor parallelism splits along their inputs.
 ROW_PARALLEL = re.compile(r"\.(?:o_proj|down_proj|out_proj|dense|w2)$")
-# Says how the model was written, not what it computes.
+# Describes how the model was written, not what it computes.
 NO_DIFFERENCE = frozenset(
     (
         *("quantization_config", "transformers_version", "_name_or_path", "_commit_hash"),
         *("use_cache", "dtype", "torch_dtype", "model_name", "_attn_implementation"),
         *("pretraining_tp", "initializer_range", "_from_model_config", "return_dict"),
         *("unsloth_fixed", "unsloth_version", "output_attentions", "output_hidden_states"),
-        *("tie_word_embeddings", "vocab_size", "pad_token_id"),  # have rules of their own, or none
+        *("tie_word_embeddings", "vocab_size", "pad_token_id"),  # have their own rules, or none
     )
 )
-# What transformers takes where a config says nothing.
+# transformers' defaults for keys missing from a config.
 DEFAULTS: Mapping[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -39,7 +39,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def effective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with nested ones flattened and both spellings of rope made one."""
+    """Return a config with nested ones flattened and both spellings of rope unified."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("rope_parameters", "rope_scaling", "rope_theta", *NO_DIFFERENCE):
@@ -52,7 +52,7 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what positions are rotated by, as transformers 4 or 5 writes it."""
+    """Return the rotary embedding parameters, as transformers 4 or 5 writes them."""
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         said = config.get(key)
@@ -110,7 +110,7 @@ def _generation(inventory: Inventory) -> Iterator[Place]:
 
 
 def _vocabulary(inventory: Inventory) -> Iterator[Place]:
-    """Vocabularies: as many rows as the config says, and no fewer than the base's."""
+    """Vocabularies must have as many rows as the config says, and no fewer than the base's."""
     said = inventory.size("vocab_size")
     embedding = next(
         (
@@ -161,7 +161,7 @@ def _sizes(inventory: Inventory) -> Iterator[Place]:
 
 
 def _actual_sizes(inventory: Inventory) -> dict[str, tuple[int, int]]:
-    """Return rows and columns of the linears of models whose layers are all alike."""
+    """Return rows and columns of linears, for models whose layers are all alike."""
     if inventory.text_config is not inventory.config or inventory.text_config.get("block_configs"):
         return {}
     model = str(inventory.config.get("model_type"))
@@ -219,7 +219,7 @@ def _indivisible(inventory: Inventory) -> Iterator[Place]:
 
 
 def _parallel(inventory: Inventory) -> Iterator[Place]:
-    """Which degrees of tensor parallelism cut no head, group, block or word."""
+    """Which degrees of tensor parallelism split no head, group, block or word."""
     reasons = {degree: _why_not(inventory, degree) for degree in DEGREES}
     works = [str(degree) for degree, reason in reasons.items() if reason is None]
     not_these = [f"{degree}: {reason}" for degree, reason in reasons.items() if reason]
@@ -253,7 +253,7 @@ def _why_not(inventory: Inventory, degree: int) -> str | None:
 
 
 def _newer(inventory: Inventory) -> Iterator[Place]:
-    """A compressed-tensors that is newer than what would read it."""
+    """A compressed-tensors version newer than the one that would read it."""
     quantization = inventory.quantization
     if quantization is None or not quantization.version or not quantization.is_compressed_tensors:
         return
@@ -263,7 +263,7 @@ def _newer(inventory: Inventory) -> Iterator[Place]:
 
 
 def _rope_reader(inventory: Inventory) -> Iterator[Place]:
-    """Rope in transformers 5's spelling, which 4 takes for the default of 10,000."""
+    """Rope in transformers 5's spelling, which 4 ignores in favour of the default of 10,000."""
     config = inventory.text_config
     if isinstance(config.get("rope_parameters"), dict) and "rope_theta" not in config:
         installed = _installed("transformers")
@@ -281,7 +281,7 @@ def _installed(package: str) -> str | None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Return a version's first numbers; () where it has none."""
+    """Return a version's leading numbers; () if it has none."""
     match = re.match(r"\d{1,6}(?:\.\d{1,6}){0,3}", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 

@@ -1,4 +1,4 @@
-"""Rules about which modules are quantized: as the config says, all of them, and none besides."""
+"""Rules about which modules are quantized: exactly those that the config says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VISION = re.compile(
     r"(?:^|\.)(?:visual|vision_tower|vision_model|audio_tower|multi_modal_projector)(?:\.|$)"
 )
 EXPERT = re.compile(r"(\.experts)\.\d+\.")
-# Layers of one kind that may lack a module before they are taken for another kind of layer.
+# Share of layers lacking a module up to which that is a fault, not a different kind of layer.
 FEW = 0.1
 
 
@@ -36,7 +36,7 @@ def _no_config(inventory: Inventory) -> Iterator[Place]:
 
 
 def _unquantized(inventory: Inventory) -> Iterator[Place]:
-    """Linears that the config quantizes and that are whole on disk."""
+    """Linears that the config quantizes but that are unquantized on disk."""
     if inventory.resolver is None or inventory.config.get("model_type") == "gpt2":
         return
     quantized = set(inventory.quantized)
@@ -84,7 +84,7 @@ def _unused_ignores(inventory: Inventory) -> Iterator[Place]:
         return
     for pattern in resolver.ignore:
         if pattern == "lm_head" or not ("." in pattern or pattern.startswith("re:")):
-            continue  # a tied head is in no file
+            continue  # a tied head is not stored
         if not any(resolver.matches(name, pattern) for name in inventory.modules):
             yield Place(f"ignore: {pattern}", "matches no module", "a module", "config.json")
 
@@ -99,7 +99,7 @@ def _patterns(inventory: Inventory) -> Iterator[tuple[str, str]]:
 
 
 def _libraries(inventory: Inventory) -> Iterator[Place]:
-    """Modules that compressed-tensors and vLLM give different groups."""
+    """Modules that compressed-tensors and vLLM put in different groups."""
     resolver = inventory.resolver
     if resolver is None:
         return
@@ -107,7 +107,7 @@ def _libraries(inventory: Inventory) -> Iterator[Place]:
         vllm = resolver.by_vllm(fused, shards)
         each = {shard: resolver.by_compressed_tensors(shard) for shard in shards}
         if vllm == "refused" or len(set(map(_name, each.values()))) > 1:
-            continue  # `fused-mixed` says so
+            continue  # `fused-mixed` reports it
         (mine,) = set(map(_name, each.values()))
         if mine != _name(vllm):
             value = f"{_name(vllm)} by vLLM, {mine} by compressed-tensors"
@@ -115,7 +115,7 @@ def _libraries(inventory: Inventory) -> Iterator[Place]:
 
 
 def _fused(inventory: Inventory) -> Iterator[Place]:
-    """Shards of one layer of vLLM's that are not quantized alike."""
+    """Shards of one vLLM layer that are not quantized alike."""
     resolver = inventory.resolver
     if resolver is None:
         return
@@ -133,7 +133,7 @@ def _name(group: Group | str | None) -> str:
 
 
 def _sensitive(inventory: Inventory) -> Iterator[Place]:
-    """Heads, routers and vision towers that are quantized, and that no target names."""
+    """Heads, routers and vision towers that are quantized without a target naming them."""
     for name in inventory.quantized:
         kind = next((k for k, p in SENSITIVE.items() if p.search(name)), None)
         if kind is None or (inventory.resolver is not None and inventory.resolver.names(name)):
@@ -145,7 +145,7 @@ SENSITIVE = {"head": HEAD, "router": ROUTER, "part of a vision or audio tower": 
 
 
 def _uneven(inventory: Inventory) -> Iterator[Place]:
-    """Modules that a layer lacks and nearly all of its neighbours have."""
+    """Modules that a layer lacks although nearly all its neighbours have them."""
     for prefix, layers in _layers(inventory).items():
         kinds = Counter(frozenset(own) for own in layers.values())
         usual, count = kinds.most_common(1)[0]
@@ -161,7 +161,7 @@ def _layer_count(inventory: Inventory) -> Iterator[Place]:
     said = inventory.size("num_hidden_layers")
     layers = _layers(inventory)
     if said is None or len(layers) != 1:
-        return  # with an encoder beside it, which is whose is not known
+        return  # with an encoder present, layers cannot be attributed to either
     ((prefix, numbers),) = layers.items()
     missing = [number for number in range(min(said, 100_000)) if number not in numbers]
     if missing:
@@ -174,7 +174,7 @@ def _layer_count(inventory: Inventory) -> Iterator[Place]:
 
 
 def _layers(inventory: Inventory) -> dict[str, dict[int, set[str]]]:
-    """Return, by what stands before a layer's number, the modules of each layer."""
+    """Return the modules of each layer, by the prefix before the layer number."""
     layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module in inventory.modules:
         if match := LAYER.search(module + "."):
@@ -184,7 +184,7 @@ def _layers(inventory: Inventory) -> dict[str, dict[int, set[str]]]:
 
 
 def _counts(inventory: Inventory) -> Iterator[Place]:
-    """How many linears are stored in which way: to be held against the recipe."""
+    """How many linears are stored in each way, to compare with the recipe."""
     if inventory.quantization is None:
         return
     counts = Counter(_stored_as(inventory, name) for name in inventory.linears)

@@ -17,7 +17,7 @@ from quantgate.formats.numbers import E2M1_MAGNITUDES, E8M0_NAN
 
 Floats = NDArray[np.float32]
 
-# Elements of each chunk that a median is taken over.
+# Elements sampled from each chunk for a median.
 SAMPLE = 4096
 
 
@@ -31,7 +31,7 @@ def _e4m3(code: int) -> float:
 
 
 def _e4m3fnuz(code: int) -> float:
-    """Half of OCP's value, for a bias of 8; -0 is NaN, and no other code is."""
+    """Half of OCP's value, for a bias of 8; only the code of -0 is NaN."""
     if code == 0x80:
         return float("nan")
     return _e4m3(code & 0x7F) / 2 * (1 - (code >> 7) * 2) if code & 0x7F != 0x7F else 240.0
@@ -56,8 +56,8 @@ VIEWS = {
     "U64": "<u8",
     "I64": "<i8",
 }
-# Unsigned views of floats, and the first code that is not finite. Codes of positive floats are in
-# the order of their values, so the smallest and the largest code say whether all are finite.
+# Unsigned views of floats, and the first non-finite code. Codes of positive floats sort like their
+# values, so the smallest and the largest code tell whether all are finite.
 POSITIVE = {
     "F8_E4M3": ("u1", 0x7F),
     "F8_E5M2": ("u1", 0x7C),
@@ -70,7 +70,7 @@ POSITIVE = {
 
 
 def decode(raw: Raw, dtype: str) -> Floats:
-    """Return a tensor's bytes as flat float32; `ValueError` where no such dtype is decoded."""
+    """Return a tensor's bytes as flat float32; raise `ValueError` for an unsupported dtype."""
     if dtype in TABLES:
         return TABLES[dtype][raw]
     if dtype == "BF16":
@@ -84,13 +84,13 @@ def decode(raw: Raw, dtype: str) -> Floats:
 
 
 def read_floats(entry: Entry) -> Floats:
-    """Return a small tensor as float32 in its shape."""
+    """Return a small tensor as float32, in its stored shape."""
     return decode(entry.bytes(), entry.dtype).reshape(entry.shape)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What the values of a scale tensor are; smallest, median and largest are of finite ones."""
+    """Statistics of a scale tensor; smallest, median and largest cover only finite values."""
 
     count: int
     not_finite: int
@@ -100,11 +100,11 @@ class Spread:
     median: float
     largest: float
     digest: bytes
-    """Of codes from all over the tensor: equal ones make tensors worth comparing."""
+    """A digest of codes sampled across the tensor: equal digests make a full compare worthwhile."""
 
 
 def spread_of(entry: Entry, dtype: str) -> Spread:
-    """Read a scale tensor of a dtype in `POSITIVE`, a chunk at a time."""
+    """Read a scale tensor whose dtype is in `POSITIVE`, a chunk at a time."""
     view, limit = POSITIVE[dtype]
     zero_is_valid = dtype == "F8_E8M0"
     sample: list[Raw] = []
@@ -148,5 +148,5 @@ def _together(one: Entry, other: Entry) -> Iterator[tuple[Raw, Raw]]:
 
 
 def is_float(dtype: str) -> bool:
-    """Whether a dtype is one that weights are kept in unquantized."""
+    """Whether unquantized weights are stored in a dtype."""
     return dtype in ("F16", "BF16", "F32", "F64") and DTYPES[dtype] >= 16

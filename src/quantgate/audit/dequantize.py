@@ -1,8 +1,8 @@
-"""Quantized weights as float32, some rows at a time, with NumPy; and what rounding would give.
+"""Quantized weights as float32, some rows at a time, with NumPy; and rounding to nearest.
 
 Value = (code - zero point) × scale of the code's group; NVFP4's group scales are divided by its
-global scale. Codes of packed integers have an offset of 2^(bits - 1), the first in a word's lowest
-bits. `formats/weights.py` has the same definitions for torch, whole tensors at a time.
+global scale. Packed integer codes are stored with an offset of 2^(bits - 1), the first in a word's
+lowest bits. `formats/weights.py` has the same definitions in torch, for whole tensors.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ TINY = np.float32(1e-30)
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight [rows, columns] on disk, whole or quantized, read some rows at a time."""
+    """A weight [rows, columns] on disk, quantized or not, read some rows at a time."""
 
     rows: int
     columns: int
     read: Callable[[int, int], Floats]
-    """First row and last, exclusive; float32 [last - first, columns]."""
+    """From first and last row, exclusive, to float32 [last - first, columns]."""
 
 
 def whole_weight(entry: Entry) -> StoredWeight:
-    """Return a weight that is stored as floats; tensors of one dimension have one column."""
+    """Return a weight stored as floats; one-dimensional tensors become one column."""
     columns = int(np.prod(entry.shape[1:]))
 
     def read(first: int, last: int) -> Floats:
@@ -46,7 +46,7 @@ def whole_weight(entry: Entry) -> StoredWeight:
 
 
 def quantized_weight(parts: Mapping[str, Entry], group: Group, layout: Layout) -> StoredWeight:
-    """Return a quantized weight; its tensors have the dtypes and shapes of its layout."""
+    """Return a quantized weight; its tensors must have the dtypes and shapes of its layout."""
     args = _weights(group)
     codes = _codes(parts, args, layout.columns)
     scale = _scale(parts, group)
@@ -85,7 +85,7 @@ def _halves(raw: NDArray[np.uint8]) -> Floats:
 
 
 def unpacked(words: NDArray[np.uint32], bits: int) -> NDArray[np.int32]:
-    """Return signed codes [rows, codes] of words [rows, words] that hold 32 // bits each."""
+    """Return the signed codes [rows, codes] of words [rows, words], 32 // bits codes per word."""
     shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
     codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
     return codes.reshape(len(words), -1).astype(np.int32) - (1 << (bits - 1))
@@ -115,7 +115,7 @@ def _zero_point(
 def _spread(
     args: Args, parts: Mapping[str, Entry], layout: Layout
 ) -> Callable[[Floats, int, int], Floats]:
-    """Return what gives a scale or zero point for each code of some rows, broadcastable to them."""
+    """Return a function giving some rows' scales or zero points, broadcastable to their codes."""
     if args.strategy == "tensor":
         return lambda values, _first, _last: values.reshape(1, 1)
     if args.strategy == "channel":
@@ -131,7 +131,7 @@ def _spread(
 
 
 def column_groups(args: Args, parts: Mapping[str, Entry], columns: int) -> NDArray[np.int64]:
-    """Return the group of each column: in order, or as act-order's `weight_g_idx` says."""
+    """Return the group of each column: consecutive, or given by act-order's `weight_g_idx`."""
     size = args.group_size or columns
     entry = parts.get("weight_g_idx")
     if entry is not None:
@@ -146,16 +146,16 @@ def column_groups(args: Args, parts: Mapping[str, Entry], columns: int) -> NDArr
 
 @dataclass(frozen=True)
 class Nearest:
-    """Rounds weights to nearest in a group's format, with scales of their own."""
+    """Rounds weights to nearest in a group's format, computing scales afresh."""
 
     group: Group
     parts: Mapping[str, Entry]
     columns: int
     amax: float
-    """The largest weight of the whole tensor, for formats of one scale."""
+    """The largest weight of the whole tensor, for formats with a tensor-wide scale."""
 
     def __call__(self, weight: Floats) -> Floats:
-        """Return some rows [rows, columns] rounded; whole blocks of rows."""
+        """Round some rows [rows, columns], which must be whole blocks of rows."""
         args = _weights(self.group)
         rows = len(weight)
         if args.strategy == "tensor":
@@ -185,7 +185,7 @@ class Nearest:
         return whole
 
     def _round(self, weight: Floats, amax: float | None = None) -> Floats:
-        """Round weights [scales, weights of each]."""
+        """Round weights [scales, weights per scale]."""
         args = _weights(self.group)
         largest = np.maximum(
             np.abs(weight).max(axis=1, keepdims=True) if amax is None else np.float32(amax), TINY
@@ -199,7 +199,7 @@ class Nearest:
             divisor = read_floats(self.parts["weight_global_scale"]).reshape(-1)[0]
             scale = to_float(scale * divisor, FP8_MANTISSA, FP8_EXPONENT, FP8_MAX) / divisor
         elif form in (MXFP4, MXFP8):
-            # A largest weight above 1.75 of its power of two is given the next power.
+            # A largest weight above 1.75 times its power of two takes the next power.
             exponent = np.floor(np.log2(largest / np.float32(MX_ROUNDS_UP))) + 1
             scale = np.exp2(exponent - np.floor(np.log2(most))).astype(np.float32)
         scale = np.maximum(scale, TINY)
@@ -226,7 +226,7 @@ def _round_integers(weight: Floats, args: Args, amax: float | None) -> Floats:
 
 
 def rounding_to(dtype: str) -> Callable[[Floats], Floats]:
-    """Return what rounds float32 to a dtype that weights are kept in whole."""
+    """Return a function that rounds float32 to a dtype of unquantized weights."""
     if dtype == "F16":
         return lambda values: values.astype(np.float16).astype(np.float32)
     return _to_bfloat16 if dtype == "BF16" else lambda values: values
@@ -239,7 +239,7 @@ def _to_bfloat16(values: Floats) -> Floats:
 
 
 def to_float(values: Floats, mantissa: int, least: int, most: float) -> Floats:
-    """Round to floats of few bits, to nearest with ties to even; what is too large is cut.
+    """Round to low-bit floats, to nearest with ties to even; larger values are clamped to `most`.
 
     `mantissa` counts stored bits, `least` is the exponent below which numbers are subnormal.
     """

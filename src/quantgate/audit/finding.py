@@ -1,4 +1,4 @@
-"""What a rule is, and what it finds."""
+"""Rules and findings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class Place(NamedTuple):
-    """Where a rule is broken: a tensor, a key or a file, with what is there."""
+    """Where a rule is broken: a tensor, a key or a file, with the value found."""
 
     name: str
     value: str
@@ -24,22 +24,22 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Something that every checkpoint must keep."""
+    """A requirement on every checkpoint."""
 
     id: str
     severity: Severity
     why: str
-    """One sentence: what happens where it is broken."""
+    """One sentence: what happens if it is broken."""
     seen: str
     """Where it was seen in the wild."""
     check: Callable[[Inventory], Iterable[Place]]
     needs: Literal["files", "base", "weights"] = "files"
-    """`base` also compares with the base's files, `weights` with its weights."""
+    """`base` rules also compare with the base's files, `weights` rules with its weights."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that a checkpoint breaks at one place; every text can be shown on a terminal."""
+    """One place where a checkpoint breaks a rule; all texts are safe to print on a terminal."""
 
     rule: str
     severity: Severity

@@ -1,7 +1,7 @@
 """The headers of safetensors files, read without trusting a number in them.
 
 A file is eight bytes with the header's length, the header as JSON, then the tensors' bytes, without
-gaps. Nothing is allocated by a size that a header claims.
+gaps. No allocation depends on a size that a header claims.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 Raw = NDArray[np.uint8]
 
-# What safetensors' own reader allows.
+# The limit of safetensors' own reader.
 LONGEST_HEADER = 100_000_000
 LONGEST_JSON = 200_000_000
 MOST_DIMENSIONS = 8
 CHUNK = 1 << 22
-# Bits of an element.
+# Bits per element.
 DTYPES = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -38,7 +38,7 @@ DTYPES = {
 
 
 class Problem(NamedTuple):
-    """Something that keeps a file or a part of it from being read."""
+    """A reason why a file or a part of it cannot be read."""
 
     name: str
     value: str
@@ -47,15 +47,15 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor in a file; its bytes are known to be there."""
+    """A tensor in a file; its bytes are known to exist."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     begin: int
-    """The first byte's place in the file."""
+    """Offset of the first byte in the file."""
     size: int
-    """Bytes."""
+    """In bytes."""
 
     @property
     def count(self) -> int:
@@ -84,7 +84,7 @@ class Entry:
 
 
 class Shard(NamedTuple):
-    """A safetensors file: the tensors that can be read, and what is wrong with it."""
+    """A safetensors file: its readable tensors and its problems."""
 
     path: Path
     entries: dict[str, Entry]
@@ -94,7 +94,7 @@ class Shard(NamedTuple):
 
 
 def read_shard(path: Path) -> Shard:
-    """Read a safetensors file's header; whatever is wrong becomes a problem."""
+    """Read a safetensors file's header; errors become problems."""
     try:
         header, twice, data = _header(path)
     except (OSError, ValueError, RecursionError) as error:
@@ -116,7 +116,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], tuple[str, ...], int]:
-    """Return a header, the names that are in it twice, and where the tensors' bytes begin."""
+    """Return a header, its duplicate names, and where the tensors' bytes begin."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("is not a regular file")
     with path.open("rb") as stream:
@@ -168,7 +168,7 @@ def _sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _gaps(path: Path, entries: dict[str, Entry], data: int, end: int) -> Iterator[Problem]:
-    """Yield where tensors overlap or leave bytes that are no tensor's."""
+    """Yield where tensors overlap, or leave bytes that belong to no tensor."""
     place = data
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].size)):
         if entry.begin < place:
@@ -181,7 +181,7 @@ def _gaps(path: Path, entries: dict[str, Entry], data: int, end: int) -> Iterato
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; `ValueError` says in a few words why it cannot be read."""
+    """Return the content of a JSON file; raise `ValueError` with a short reason if unreadable."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""Everything about a checkpoint that rules look at: its files' headers, texts and configs."""
+"""Everything that rules examine in a checkpoint: headers, text files and configs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantgate.audit.headers import Entry, Shard, read_json, read_shard
 from quantgate.audit.quantization import Group, Quantization, Resolver, read_quantization
 
 INDEX = "model.safetensors.index.json"
-# Text files that say how a checkpoint is used.
+# Text files that define how a checkpoint is used.
 DOCUMENTS = (
     "config.json",
     "generation_config.json",
@@ -24,7 +24,7 @@ DOCUMENTS = (
     "hf_quant_config.json",
     INDEX,
 )
-# Parts of a module that only a quantized one has.
+# Parts that only a quantized module has.
 QUANTIZED_PARTS = frozenset(
     (
         *("weight_packed", "weight_scale", "weight_scale_inv", "weight_global_scale"),
@@ -39,31 +39,31 @@ SCALE_PARTS = frozenset(
     )
 )
 LAYER = re.compile(r"(?:^|(?<=\.))(?:layers?|h|blocks?)\.(\d{1,6})\.")
-# Two-dimensional weights that are no linear's.
+# Two-dimensional weights that do not belong to linears.
 NOT_LINEAR = re.compile(r"embed|wte$|wpe$|norm|shared$|rotary|position|token_type|conv", re.I)
-# A router is a module of its own in transformers 5, whatever its shape.
+# In transformers 5 a router is a module of its own, not a linear, whatever its shape.
 ROUTER = re.compile(r"(?:^|\.)(?:router|mlp\.gate|block_sparse_moe\.gate|gate\.wg)(?:\.|$)")
 
 
 @dataclass(frozen=True, eq=False)
 class Inventory:
-    """A checkpoint's directory as it was read; nothing in it is to be trusted."""
+    """The content of a checkpoint's directory; none of it is trusted."""
 
     directory: Path
     shards: tuple[Shard, ...]
     documents: Mapping[str, Any]
-    """JSON files that could be read, by name."""
+    """The readable JSON files, by name."""
     unreadable: Mapping[str, str]
-    """Files that are there and cannot be read, with the reason."""
+    """The unreadable files, with the reason."""
     base: Inventory | None = None
     progress: Callable[[str, int, int], None] = lambda _name, _done, _all: None
     """Called before each weight that is compared with the base's."""
 
     @functools.cached_property
     def tensors(self) -> dict[str, Entry]:
-        """Every tensor; of one that is there twice, the last shard's, as loaders take it.
+        """Every tensor; if several shards hold one, the last shard's, which loaders use.
 
-        Files that an index does not name are not loaded.
+        Files missing from the index are not loaded.
         """
         weight_map = self.document(INDEX).get("weight_map")
         named = weight_map.values() if isinstance(weight_map, dict) else ()
@@ -97,13 +97,13 @@ class Inventory:
 
     @functools.cached_property
     def quantization(self) -> Quantization | None:
-        """What config.json says of quantization; None where it says nothing."""
+        """The quantization section of config.json; None if there is none."""
         said = self.config.get("quantization_config", self.text_config.get("quantization_config"))
         return None if said is None else read_quantization(said)
 
     @functools.cached_property
     def resolver(self) -> Resolver | None:
-        """Which group a module belongs to; None where compressed-tensors is not the method."""
+        """Maps modules to groups; None if the method is not compressed-tensors."""
         quantization = self.quantization
         if quantization is None or not quantization.is_compressed_tensors:
             return None
@@ -121,7 +121,7 @@ class Inventory:
 
     @functools.cached_property
     def groups(self) -> dict[str, Group]:
-        """The group of each quantized module that compressed-tensors gives one."""
+        """The group of each quantized module to which compressed-tensors assigns one."""
         if self.resolver is None:
             return {}
         groups = {name: self.resolver.by_compressed_tensors(name) for name in self.quantized}
@@ -129,7 +129,7 @@ class Inventory:
 
     @functools.cached_property
     def linears(self) -> list[str]:
-        """Modules that are linears, quantized or not, as far as names and shapes tell."""
+        """Modules that are linears, quantized or not, judging by names and shapes."""
         quantized = set(self.quantized)
         return [
             name
@@ -139,7 +139,7 @@ class Inventory:
 
     @functools.cached_property
     def spreads(self) -> dict[str, Spread]:
-        """What the values of each scale tensor of a plausible dtype are; reads all of them."""
+        """Statistics of each scale tensor with a plausible dtype; reads all of them."""
         return {
             name: spread_of(entry, dtype)
             for name, entry in self.tensors.items()
@@ -154,15 +154,15 @@ class Inventory:
         return said if isinstance(said, dict) else {}
 
     def size(self, key: str) -> int | None:
-        """Return a positive integer of the language model's config, or None."""
+        """Return a positive integer from the language model's config, or None."""
         value = self.text_config.get(key)
         return value if type(value) is int and 0 < value < 1 << 31 else None
 
 
 def read_inventory(directory: Path, base: Path | None = None) -> Inventory:
-    """Read a checkpoint's headers and text files; what cannot be read is recorded, not raised.
+    """Read a checkpoint's headers and text files; unreadable ones are recorded, not raised.
 
-    Of its weights nothing is read yet.
+    No weights are read yet.
     """
     documents: dict[str, Any] = {}
     unreadable: dict[str, str] = {}
@@ -175,7 +175,7 @@ def read_inventory(directory: Path, base: Path | None = None) -> Inventory:
         except ValueError as error:
             unreadable[name] = str(error)
     paths = sorted(directory.glob("*.safetensors"))
-    # The same weights again, as Mistral's own library wants them.
+    # A second copy of the weights, in the layout of Mistral's own library.
     others = [path for path in paths if not path.name.startswith("consolidated")]
     shards = tuple(read_shard(path) for path in others or paths)
     other = None if base is None else read_inventory(base)

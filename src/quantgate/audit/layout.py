@@ -1,4 +1,4 @@
-"""Rules about the tensors of a quantized module: all that its format needs, and each as it says."""
+"""Rules about a quantized module's tensors: complete, and each as its format requires."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MXFP4 = "mxfp4-pack-quantized"
 MXFP8 = "mxfp8-quantized"
 WHOLE_CODES = ("int-quantized", "float-quantized", "naive-quantized")
 FORMATS = (PACKED, NVFP4, MXFP4, MXFP8, *WHOLE_CODES)
-# What a module may have besides, whatever its format.
+# Parts that a module may also have in any format.
 ALWAYS = frozenset(("bias", "weight_zero_point", "weight_g_idx", "weight_shape", "k_scale"))
 OTHERS = frozenset(("v_scale", "q_scale", "output_scale", "output_zero_point"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor that a format needs: its dtypes, and its shapes where those are known."""
+    """A tensor that a format needs: its allowed dtypes, and its shapes if known."""
 
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -43,7 +43,7 @@ class Layout:
 
 
 def format_of(group: Group) -> str:
-    """Return a group's format, worked out where the config names none for it."""
+    """Return a group's format, inferred if the config does not name it."""
     if group.format not in ("", "mixed-precision") or group.weights is None:
         return group.format
     if group.weights.kind == "float" and group.weights.bits == 4:
@@ -54,7 +54,7 @@ def format_of(group: Group) -> str:
 
 
 def layout_of(group: Group, parts: Mapping[str, Entry]) -> Layout | None:
-    """Return what a module of a group must have; None where its size or format is not known."""
+    """Return the tensors that a group's module must have; None if size or format is unknown."""
     args, form = group.weights, format_of(group)
     size = _size(parts, args)
     if args is None or form not in FORMATS or size is None:
@@ -69,7 +69,7 @@ def layout_of(group: Group, parts: Mapping[str, Entry]) -> Layout | None:
 
 
 def groups_of_columns(args: Args, columns: int) -> int:
-    """Return how many scales a row has."""
+    """Return the number of scales per row."""
     return -(-columns // args.group_size) if args.group_size else 1
 
 
@@ -84,7 +84,7 @@ def _size(parts: Mapping[str, Entry], args: Args | None) -> tuple[int, int] | No
     per_element = 2 if packed.dtype == "U8" else max(1, 32 // args.bits)
     columns = packed.shape[1] * per_element
     scale = parts.get("weight_scale")
-    # The last word may hold padding: groups say then how many columns there are.
+    # The last word may hold padding: then the number of groups gives the number of columns.
     if scale is not None and args.group_size and len(scale.shape) == 2:
         by_scales = scale.shape[1] * args.group_size
         if columns - per_element < by_scales < columns:
@@ -208,7 +208,7 @@ def _shapes(inventory: Inventory) -> Iterator[Place]:
 
 
 def _bytes(inventory: Inventory) -> Iterator[Place]:
-    """Formats that are named and that the bytes are not of."""
+    """Named formats that do not match the stored bytes."""
     named = _named_by_modelopt(inventory)
     if not named or inventory.resolver is not None:
         return
@@ -222,7 +222,7 @@ def _bytes(inventory: Inventory) -> Iterator[Place]:
             yield Place(f"{name}.weight_scale_2", "is missing", "the global scale of NVFP4")
 
 
-# What Model-Optimizer stores weights as.
+# The dtype in which Model-Optimizer stores weights, by format.
 MODELOPT_WEIGHTS = {"NVFP4": "U8", "NVFP4_AWQ": "U8", "FP8": "F8_E4M3", "FP8_PB_WO": "F8_E4M3"}
 
 
@@ -255,7 +255,7 @@ def _fp8_kind(inventory: Inventory) -> Iterator[Place]:
 
 
 def _fused_on_disk(inventory: Inventory) -> Iterator[Place]:
-    """One scale for a layer that is fused on disk: vLLM has a slot for each shard."""
+    """A single scale for a layer that is fused on disk: vLLM expects one per shard."""
     for name, group in inventory.groups.items():
         scale = inventory.modules[name].get("weight_scale")
         own = name.rpartition(".")[2]

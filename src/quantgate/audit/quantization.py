@@ -1,12 +1,12 @@
-"""A checkpoint's `quantization_config`, read without trusting it, and which module is whose.
+"""A checkpoint's `quantization_config`, read without trusting it, and each module's group.
 
-The two libraries that read it do not resolve `targets` and `ignore` alike (compressed-tensors
+The two libraries that read it resolve `targets` and `ignore` differently (compressed-tensors
 0.17, `utils/match.py`; vLLM 0.32, `layers/quantization/compressed_tensors/utils.py`):
 
 | | compressed-tensors | vLLM |
 |---|---|---|
-| order of targets | names, expressions by alphabet, classes | names, fused names, classes |
-| a class | equal | contained in, whatever the case |
+| order of targets | names, expressions alphabetically, classes | names, fused names, classes |
+| a class | equal | contained in, ignoring case |
 | q/k/v, gate/up | one by one | as one layer, which all shards must match |
 """
 
@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 LINEAR = "Linear"
-# The class vLLM gives a linear, by what is fused in it.
+# vLLM's class for a linear, by the shards fused in it.
 VLLM_CLASSES = {"qkv_proj": "QKVParallelLinear", "gate_up_proj": "MergedColumnParallelLinear"}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_INTO = {shards: name for name, shards in FUSED.items()} | {
     ("query", "key", "value"): "qkv_proj"  # a BERT's
 }
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group", "token", "attn_head")
-# An expression may take time that grows with a name's length to the power of its repeats.
+# An expression's time may grow as the name's length to the power of its number of repeats.
 MOST_REPEATS = 6
 NESTED_REPEATS = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")
 REPEATS = re.compile(r"(?<!\\)[*+{]")
@@ -47,7 +47,7 @@ class Args:
     dynamic: bool
     actorder: str | None
     local: bool = False
-    """Group scales are taken at run time, under a global scale that is stored."""
+    """Group scales are computed at run time, relative to a stored global scale."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,16 @@ class Quantization:
     version: str
     has_transforms: bool
     problems: tuple[tuple[str, str, str], ...]
-    """Key, value, and what was expected, of what cannot be read."""
+    """Key, value and expected value of each part that cannot be read."""
 
     @property
     def is_compressed_tensors(self) -> bool:
-        """Whether it is written as compressed-tensors writes it."""
+        """Whether it is in compressed-tensors' format."""
         return self.method == "compressed-tensors"
 
 
 def read_quantization(said: Any) -> Quantization:
-    """Read a `quantization_config`; what is malformed becomes a problem, never an exception."""
+    """Read a `quantization_config`; malformed parts become problems, never exceptions."""
     problems: list[tuple[str, str, str]] = []
     if not isinstance(said, dict):
         problems.append(("quantization_config", _type(said), "an object"))
@@ -179,11 +179,11 @@ def _type(value: Any) -> str:
     return f"is a {type(value).__name__}"
 
 
-# --- which module is whose -----------------------------------------------------------------------
+# --- modules to groups ---------------------------------------------------------------------------
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """Say what is is_valid with a name or an `re:` expression; None where nothing is."""
+    """Return what is wrong with a name or an `re:` expression; None if it is valid."""
     if not pattern.startswith("re:"):
         return None
     expression = pattern[3:]
@@ -198,9 +198,9 @@ def pattern_problem(pattern: str) -> str | None:
 
 
 class Resolver:
-    """Which group a module belongs to, by either library; keeps what it has matched.
+    """Maps modules to groups as either library does; caches its matches.
 
-    Patterns that cannot be used match nothing, and after `MATCHING_SECONDS` none do: see `is_slow`.
+    Unusable patterns match nothing, and after `MATCHING_SECONDS` no pattern does: see `is_slow`.
     """
 
     def __init__(self, quantization: Quantization) -> None:
@@ -214,20 +214,20 @@ class Resolver:
 
     @property
     def is_slow(self) -> bool:
-        """Whether matching was given up."""
+        """Whether matching was abandoned for taking too long."""
         return self._seconds > MATCHING_SECONDS
 
     @functools.cached_property
     def compressed_tensors_order(self) -> list[str]:
-        """Targets as compressed-tensors tries them: names, then expressions, by alphabet."""
+        """Targets in compressed-tensors' order: names, then expressions, alphabetically."""
         return sorted(self._group_of_target, key=lambda target: ("re:" in target, target))
 
     def is_named(self, name: str, patterns: Iterable[str]) -> bool:
-        """Whether a module's name is one of the names or expressions."""
+        """Whether a module's name matches any of the names or expressions."""
         return any(self.matches(name, pattern) for pattern in patterns)
 
     def matches(self, name: str, pattern: str) -> bool:
-        """Whether a name equals a pattern, or begins with what its expression says."""
+        """Whether a name equals a pattern, or its expression matches the name's beginning."""
         if not pattern.startswith("re:"):
             return pattern == name
         if not self._usable.get(pattern, False) or self.is_slow:
@@ -248,10 +248,11 @@ class Resolver:
         return None if target is None else self._group_of_target[target]
 
     def by_vllm(self, name: str, modules: tuple[str, ...]) -> Group | Literal["refused"] | None:
-        """Return the group of a linear that vLLM makes of modules; half-ignored is refused."""
+        """Return the group of a linear that vLLM fuses from modules; a half-ignored one is
+        "refused"."""
         parent, dot, own = name.rpartition(".")
         shards = modules
-        if modules == (name,):  # it is fused on disk, or not at all
+        if modules == (name,):  # fused on disk, or not fused
             shards = tuple(f"{parent}{dot}{shard}" for shard in FUSED.get(own, (own,)))
         if not self.is_named(name, self.ignore):
             ignored = [self.is_named(shard, self.ignore) for shard in shards]
@@ -281,7 +282,7 @@ class Resolver:
         return target.lower() in kind.lower()
 
     def names(self, module: str) -> bool:
-        """Whether a target names a module on purpose, not by a class or among everything."""
+        """Whether a target names a module explicitly, not by a class or a catch-all."""
         return any(
             self.matches(module, target)
             for target in self._group_of_target
@@ -290,7 +291,7 @@ class Resolver:
 
 
 def fused_names(modules: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-    """Return the linears that vLLM makes of modules: q/k/v and gate/up as one, by its name."""
+    """Return the modules in each of vLLM's linears, by its name: q/k/v and gate/up are fused."""
     fused: dict[str, tuple[str, ...]] = {}
     for module in modules:
         parent, dot, own = module.rpartition(".")

@@ -22,7 +22,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def audit(directory: Path, base: Path | None, *, deep: bool = False) -> tuple[Finding, ...]:
-    """Return what is wrong with a checkpoint, errors first; nothing is raised for what it holds.
+    """Return what is wrong with a checkpoint, errors first; never raises for its content.
 
     `base` is the unquantized model it was made from: its config, tokenizer and names are compared.
     `deep` also compares every weight with the base's.
@@ -31,7 +31,7 @@ def audit(directory: Path, base: Path | None, *, deep: bool = False) -> tuple[Fi
 
 
 def examine(inventory: Inventory, *, deep: bool = False) -> tuple[Finding, ...]:
-    """Return what is wrong with a checkpoint that was read."""
+    """Return what is wrong with a checkpoint that has been read."""
     if not inventory.directory.is_dir():
         return tuple(findings_of(shards.UNREADABLE, inventory))
     needs = {"files"} | ({"base"} if inventory.base else set()) | ({"weights"} if deep else set())

@@ -1,4 +1,4 @@
-"""Rules about what could run code, or lead out of the directory; and about the recipe."""
+"""Rules about files that could run code or link out of the directory, and about the recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _remote_code(inventory: Inventory) -> Iterator[Place]:
 
 
 def _symlinks(inventory: Inventory) -> Iterator[Place]:
-    """Links out of the directory; a hub cache's lead to the blobs beside its snapshots."""
+    """Links out of the directory, except a hub cache's to the blobs beside its snapshots."""
     directory = inventory.directory
     if not directory.is_dir():
         return
@@ -51,7 +51,7 @@ def _within(path: Path, *roots: Path) -> bool:
 
 
 def _recipe(inventory: Inventory) -> Iterator[Place]:
-    """llm-compressor writes the recipe beside the checkpoint: its scheme is the config's."""
+    """llm-compressor writes the recipe beside the checkpoint: its scheme must match the config."""
     text = recipe_of(inventory)
     schemes = set(SCHEME.findall(text))
     if inventory.resolver is None or len(schemes) != 1:
@@ -60,13 +60,13 @@ def _recipe(inventory: Inventory) -> Iterator[Place]:
     try:
         actual = scheme_name(inventory.config.get("quantization_config"))
     except (AttributeError, TypeError):
-        return  # `unreadable` says so
+        return  # `unreadable` reports it
     if said.replace("_ASYM", "") not in actual and actual.partition("+")[0] not in said:
         yield Place("quantization_config", actual, f"{said}, as recipe.yaml", "config.json")
 
 
 def recipe_of(inventory: Inventory) -> str:
-    """Return the text of llm-compressor's recipe, or nothing."""
+    """Return the text of llm-compressor's recipe, or ""."""
     path = inventory.directory / "recipe.yaml"
     if not path.is_file() or path.stat().st_size > LONGEST_RECIPE:
         return ""

@@ -1,4 +1,4 @@
-"""Rules about the values of scales, of zero points and of a KV cache's scales."""
+"""Rules about the values of scales, zero points and KV-cache scales."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantgate.audit.quantization import Args, Group, fused_names
 
 # Largest code of each kind.
 FP8_MAX, FP4_MAX = 448.0, 6.0
-# Linears of language models have a largest weight between 0.01 and some hundreds.
+# The largest weight of a language model's linear is between 0.01 and a few hundred.
 LARGEST_WEIGHT, SMALLEST_WEIGHT = 1e4, 1e-6
 FP16_MAX = 65504.0
 # A layer's median scale beside its neighbours': real ones stay within one power of ten.
@@ -54,7 +54,7 @@ def _outliers(inventory: Inventory) -> Iterator[Place]:
 
 
 def _magnitude(inventory: Inventory) -> Iterator[Place]:
-    """The largest weight that scales and codes can stand for."""
+    """The largest weight that scales and codes can represent."""
     for name, group in inventory.groups.items():
         largest = _largest_weight(inventory, name, group)
         if largest is not None and not SMALLEST_WEIGHT < largest < LARGEST_WEIGHT:
@@ -90,7 +90,7 @@ def _largest_code(args: Args) -> float:
 
 
 def _copied(inventory: Inventory) -> Iterator[Place]:
-    """Modules that have another's scales, and not its codes."""
+    """Modules with the same scales as some other module, but different codes."""
     seen: dict[tuple[tuple[int, ...], bytes], str] = {}
     for name, spread in inventory.spreads.items():
         own = name.rpartition(".")[2]
@@ -116,7 +116,7 @@ def _same_codes(inventory: Inventory, name: str, other: str) -> bool:
 
 
 def _fused(inventory: Inventory) -> Iterator[Place]:
-    """Scales that are one for all that vLLM fuses, and differ."""
+    """Scales that differ although vLLM uses a single one for the fused layer."""
     for shards in fused_names(inventory.groups).values():
         for part in ("weight_global_scale", "input_global_scale", "input_scale"):
             each = {n: inventory.spreads.get(f"{n}.{part}") for n in shards}
@@ -129,7 +129,7 @@ def _fused(inventory: Inventory) -> Iterator[Place]:
 
 
 def _takes_largest(group: Group, part: str) -> bool:
-    """FP8 inputs have codes to spare: vLLM takes the largest scale, and none saturates."""
+    """FP8 inputs have range to spare: vLLM uses the largest scale, and nothing saturates."""
     return part == "input_scale" and group.inputs is not None and group.inputs.kind == "float"
 
 
@@ -210,7 +210,7 @@ def _zero_range(inventory: Inventory) -> Iterator[Place]:
 
 
 def _g_idx(inventory: Inventory) -> Iterator[Place]:
-    """Groups of columns that act-order names and that are none."""
+    """Column groups that act-order refers to and that do not exist."""
     for name, group in inventory.groups.items():
         entry = inventory.modules[name].get("weight_g_idx")
         layout = layout_of(group, inventory.modules[name])
@@ -226,7 +226,7 @@ def _g_idx(inventory: Inventory) -> Iterator[Place]:
 
 
 def _gptq_zeros(inventory: Inventory) -> Iterator[Place]:
-    """GPTQ's first format stores a zero point less one, its second the zero point itself."""
+    """GPTQ's first format stores the zero point minus one, its second the zero point itself."""
     said = inventory.config.get("quantization_config")
     if inventory.quantization is None or not isinstance(said, dict):
         return

@@ -1,4 +1,4 @@
-"""Rules about files: can they be read, are they whole, does the index say what is in them."""
+"""Rules about files: they are readable, complete, and in agreement with the index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a rule says of a checkpoint to findings whose texts a terminal may show."""
+"""Turns the places that a rule yields into findings that are safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantgate.errors import printable
 if TYPE_CHECKING:
     from quantgate.audit.inventory import Inventory
 
-# Of a name or value that a checkpoint gives: more than a real one has.
+# Most characters shown of a checkpoint's name or value: longer than any real one.
 LONGEST = 300
 
 
@@ -23,5 +23,5 @@ def findings_of(rule: Rule, inventory: Inventory) -> list[Finding]:
 
 
 def shown(text: str) -> str:
-    """Return a checkpoint's text as a terminal may show it, cut if it is long."""
+    """Return a checkpoint's text made safe for a terminal, truncated if it is long."""
     return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}…")

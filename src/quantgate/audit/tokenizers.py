@@ -1,4 +1,4 @@
-"""Rules about the tokenizer: against the config, and against the base's, file by file."""
+"""Rules that check the tokenizer against the config and, file by file, against the base's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from quantgate.audit.inventory import Inventory
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, SENTENCEPIECE = "chat_template.jinja", "tokenizer.model"
-# What a tokenizer does to text, besides its vocabulary. Truncation and padding are set anew by
-# whoever calls it.
+# The parts of a tokenizer that act on text, besides its vocabulary. Truncation and padding are set
+# by the caller.
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Changes ids.
@@ -36,7 +36,7 @@ def _missing(inventory: Inventory) -> Iterator[Place]:
 
 
 def _ids(inventory: Inventory) -> Iterator[Place]:
-    """Ids of special tokens in the configs that are not the tokenizer's."""
+    """Special token ids in the configs that differ from the tokenizer's."""
     ids = _vocabulary(inventory)
     named = _special_names(inventory)
     for token in ("bos_token", "eos_token"):
@@ -141,7 +141,7 @@ def _file_differs(inventory: Inventory, name: str) -> Iterator[Place]:
 
 
 def chat_template(inventory: Inventory) -> str | None:
-    """Return the template of a checkpoint's prompts, wherever it is kept; None without one."""
+    """Return a checkpoint's chat template from any of the places it may be kept in, or None."""
     path = inventory.directory / TEMPLATE
     if path.is_file() and path.stat().st_size < LONGEST_TEMPLATE:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -152,13 +152,13 @@ def chat_template(inventory: Inventory) -> str | None:
 
 
 def _vocabulary(inventory: Inventory) -> dict[str, int]:
-    """Return the id of every token, of tokenizer.json; {} where it cannot be read."""
+    """Return the id of every token in tokenizer.json; {} if it cannot be read."""
     model = inventory.document(TOKENIZER).get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
     if isinstance(vocabulary, dict):
         ids = {token: i for token, i in vocabulary.items() if type(i) is int}
-    elif isinstance(vocabulary, list):  # a unigram model's: pieces with their scores
+    elif isinstance(vocabulary, list):  # a unigram model: pieces with their scores
         pieces = (p[0] for p in vocabulary if isinstance(p, list) and p and isinstance(p[0], str))
         ids = {piece: i for i, piece in enumerate(pieces)}
     return ids | {name: token["id"] for name, token in _added(inventory).items()}
@@ -177,7 +177,7 @@ def _added(inventory: Inventory) -> dict[str, dict[str, Any]]:
 
 
 def _special_names(inventory: Inventory) -> dict[str, str]:
-    """Return the names of special tokens by what they are for."""
+    """Return the names of special tokens by role."""
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", TOKENIZER_CONFIG):
         for key in NAMES:

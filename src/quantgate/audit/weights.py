@@ -1,9 +1,9 @@
-"""Rules about weights beside the base's: what `beside_base` has found, and when it is wrong.
+"""Rules that judge the comparison of weights with the base's, made in `beside_base`.
 
 Measured on llm-compressor's and the embedded checkpoints: rounding to nearest is within 0.9 dB of
 this audit's own rounding (3.5 dB in the worst group) and within 0.0022 in size; so is AWQ, once
-what it moved is put back. GPTQ's error is 2.2 to 4.5 dB above, 5.9 in the worst group, and within
-0.0012 in size. Exchanged weights are over 20 dB above, a scale × 1.02 is 0.02 off in size.
+its rescaling is undone. GPTQ's error is 2.2 to 4.5 dB above, 5.9 in the worst group, and within
+0.0012 in size. Exchanged weights are over 20 dB above; a scale × 1.02 is off by 0.02 in size.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from quantgate.audit.headers import Entry
 from quantgate.audit.inventory import QUANTIZED_PARTS, Inventory
 from quantgate.audit.safety import recipe_of
 
-# dB above what rounding to nearest leaves: of a whole weight, and of its worst group; of a group
-# where the rest of the weight is what rounding gives, too.
+# dB above the error of rounding to nearest: for a whole weight; for its worst group; and for a
+# group when the rest of the weight matches rounding.
 WORST, WORST_GROUP, WORST_GROUP_OF_ROUNDED = 9.0, 12.0, 7.0
 ROUNDED = 1.0
 # bfloat16 rounds a scale by 0.002 at most.
 RATIO = 0.005
-# A part of the error that factors of rows explain: rounding's own share is below 0.02.
+# Share of the error explained by row factors: rounding's own share is below 0.02.
 COHERENCE = 0.15
-# Scales stretch rows; a row that holds another's codes is not its own times a factor.
+# Scales stretch rows; a row with the wrong codes is not a multiple of the right one.
 STRETCHED = 0.3
 CALIBRATED = ("GPTQModifier", "AWQModifier", "AutoRoundModifier", "SmoothQuantModifier")
 
@@ -46,7 +46,7 @@ def _wrong(compared: Compared) -> bool:
 
 
 def _wrong_scales(compared: Compared) -> bool:
-    """Whether factors make a weight of the base's: one for all, or one for each row."""
+    """Whether a weight is the base's times factors: a single one, or one per row."""
     found = compared.likeness
     if compared.group is None or not found.finite or found.row_ratios.min() < STRETCHED:
         return False
@@ -96,7 +96,7 @@ def _not_finite(inventory: Inventory) -> Iterator[Place]:
 
 
 def _norms(inventory: Inventory) -> Iterator[Place]:
-    """Norms that are not the base's, and that no weight makes up for."""
+    """Norms that differ from the base's without weights that compensate."""
     after: dict[str, list[Compared]] = {}
     for compared in comparisons(inventory).values():
         if compared.norm:
@@ -135,7 +135,7 @@ def _base(inventory: Inventory, name: str) -> Floats:
 
 
 def _tensors(inventory: Inventory) -> Iterator[Place]:
-    """Embeddings, biases and whatever else is no linear and no norm."""
+    """Embeddings, biases and everything else that is neither a linear nor a norm."""
     compared = comparisons(inventory)
     for name, entry in inventory.tensors.items():
         module, _, part = name.rpartition(".")
@@ -150,7 +150,7 @@ def _tensors(inventory: Inventory) -> Iterator[Place]:
 
 
 def _is_scaled(compared: Compared | None, inventory: Inventory, name: str) -> bool:
-    """Whether a bias is scaled as its linear's rows are."""
+    """Whether a bias is scaled like its linear's rows."""
     if compared is None or compared.factors != "rows":
         return False
     own, base = read_floats(inventory.tensors[name]), _base(inventory, name)
@@ -188,7 +188,7 @@ def _other_shapes(inventory: Inventory) -> Iterator[Place]:
 
 
 def _no_calibration(inventory: Inventory) -> Iterator[Place]:
-    """A recipe with calibration whose weights are what rounding gives."""
+    """A recipe with calibration, but weights that equal plain rounding."""
     named = [name for name in CALIBRATED if name in recipe_of(inventory)]
     four_bits = [
         c

@@ -1,7 +1,7 @@
-"""Approving goldens: what would change, why it may not, and the writing. For tools/regen_golden.py.
+"""Approving goldens: proposing changes, refusing some, writing the rest. For tools/regen_golden.py.
 
-A golden is replaced only where the check that reads it would not pass: a run within tolerance
-rewrites nothing.
+A golden is replaced only if the check that reads it would not pass: a run within tolerance rewrites
+nothing.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proposal:
-    """One golden, as it is and as it would be."""
+    """One golden, current and proposed."""
 
     path: Path
     probe: Probe
     old: Golden | None
     new: Golden
     compared: Verdict | None
-    """What `drift` says of the new values against the old; None without comparable ones."""
+    """`drift`'s verdict on the new values against the old; None without comparable ones."""
     refusals: tuple[str, ...]
-    """Why it is not to be written."""
+    """Why it must not be written."""
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether the golden is as good as it was, so that nothing is to be written."""
+        """Whether the stored golden still holds, so that nothing needs writing."""
         same_key = self.old is not None and self.old.key == self.new.key
         return same_key and self.compared is not None and self.compared.outcome == "pass"
 
     def lines(self) -> Iterator[str]:
-        """Yield what a reviewer reads: old → new for every figure, with the statistic."""
+        """Yield the lines for a reviewer: old → new for every figure, with the statistic."""
         before = figures_of(self.old.measurement, self.probe) if self.old else {}
         for name, value in figures_of(self.new.measurement, self.probe).items():
             yield f"{name} {before[name]:.9g} → {value:.9g}" if before else f"{name} {value:.9g}"
@@ -67,7 +67,7 @@ class Proposal:
 def propose(case: Case, reason: str, *, accept_failing: bool) -> Proposal:
     """Measure a checkpoint and compare it with its golden.
 
-    Raises `BadInput` where the stored golden is damaged: what it was must be known.
+    Raises `BadInput` if the stored golden is damaged: its old values must be known.
     """
     checkpoint, probe, measured = case.checkpoint, case.probe, case.engine
     dtype = stored_dtype(case.dtype)
@@ -106,9 +106,9 @@ def propose(case: Case, reason: str, *, accept_failing: bool) -> Proposal:
 
 
 def write(case: Case, proposal: Proposal) -> list[Path]:
-    """Write what a proposal changes, each file in one step; return what was written.
+    """Write what a proposal changes, each file atomically; return the paths written.
 
-    The noise floor comes first: a golden with its key has one, whenever the writing is killed.
+    The noise floor is written first, so that even after an interruption every golden has a floor.
     """
     if proposal.refusals:
         return []
@@ -135,7 +135,7 @@ def _stored(path: Path, probe: Probe) -> Golden | None:
 
 
 def _unlike(old: Golden | None, emulated: tuple[str, ...], probe: Probe) -> Iterator[str]:
-    """Yield why a measurement cannot take a golden's place: it is of something else."""
+    """Yield reasons why a measurement cannot replace a golden: it measures something else."""
     if old is None:
         return
     remove = "if that is meant, remove the golden (git rm) and take a new one"

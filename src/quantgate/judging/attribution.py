@@ -1,4 +1,4 @@
-"""Attribution: when fidelity fails, whose fault it is, and what shows it."""
+"""Attribution: which component is at fault when fidelity fails, with the evidence."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
     from quantgate.measuring.measurement import Measurement
 
-# How far a weight of the library's may be from ours, relative to it: compressed-tensors rounds
-# NVFP4's scale and then its value to bfloat16, by half a unit in the last place (2^-9) each, which
+# Largest relative difference of the library's weights from ours: compressed-tensors rounds NVFP4's
+# scale and then its value to bfloat16, by half a unit in the last place (2^-9) each, which together
 # with the product of the two is a little above 2^-8.
 LIBRARY_ROUNDING = 2.0**-7
 
 
 @dataclass(frozen=True)
 class Suspects:
-    """What a failure is looked for in; measured when asked for, in the order of the verdicts."""
+    """Where to look for a fault; measured on demand, in the order of the verdicts."""
 
     engine: Measurement
     own: Measurement
@@ -29,14 +29,14 @@ class Suspects:
     library: Callable[[], Measurement]
     """The reference over weights from compressed-tensors'."""
     disagreement: Callable[[], tuple[str, float]]
-    """The linear on whose weights the two dequantizers differ most, and how far, relatively."""
+    """The linear on which the two dequantizers differ most, and their relative difference."""
     base: Callable[[], Verdict] | None
-    """The same check of the unquantized base, if there is one."""
+    """The same check on the unquantized base, if there is one."""
     modules: Callable[[], list[str]]
     """A line for each linear that replay finds to be off (`modules.modules_beyond`)."""
     whole: Callable[[], float | None] = lambda: 0.0
-    """How far HF's own forward, not streamed, is from the reference on a window, at most; None
-    where it does not fit into memory."""
+    """Largest difference of HF's own forward, not streamed, from the reference on a window; None
+    if it does not fit into memory."""
 
 
 def attribute(verdict: Verdict, suspects: Suspects) -> Verdict:
@@ -89,9 +89,9 @@ def _fault(suspects: Suspects) -> tuple[str, list[str]]:
 
 
 def _not_hfs_own(moved: float, engine: Measurement, own: Measurement) -> str | None:
-    """Say that the reference is not the model, where that explains half of what the engine is off.
+    """Report the reference as unlike the model if that explains half of the engine's error.
 
-    Two forwards of one model differ by rounding, far less than an engine that fails is off.
+    Two forwards of one model differ by rounding, far less than the error of a failing engine.
     """
     off = largest_difference(engine, own)
     if not moved > off / 2:

@@ -1,4 +1,4 @@
-"""The audit as checks: is anything wrong with a checkpoint's files, before an engine starts?"""
+"""The audit as checks: is anything wrong with a checkpoint's files? Runs before any engine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from quantgate.audit.finding import Finding
     from quantgate.subject.checkpoint import Checkpoint
 
-# Findings that a failure lists.
+# How many findings a failure lists.
 SHOWN = 5
 
 
 def files(checkpoint: Checkpoint) -> Verdict:
-    """Judge headers, scales, config and tokenizer, and these beside the base's, if one is named."""
-    from quantgate.audit.rules import RULES, audit  # the rules load with their first use
+    """Judge headers, scales, config and tokenizer, also against the base's, if one is named."""
+    from quantgate.audit.rules import RULES, audit  # load the rules on first use
 
     found = audit(checkpoint.directory, _base_of(checkpoint))
     asked = sum(rule.needs != "weights" for rule in RULES)
@@ -28,7 +28,7 @@ def files(checkpoint: Checkpoint) -> Verdict:
 
 
 def weights(checkpoint: Checkpoint) -> Verdict:
-    """Judge every weight beside the base's: is it what quantizing that one gives?"""
+    """Judge every weight against the base's: is it a quantization of that weight?"""
     from quantgate.audit.rules import RULES, audit
 
     of_weights = {rule.id for rule in RULES if rule.needs == "weights"}

@@ -1,4 +1,4 @@
-"""Budgets: what a check allows by default, and where each number comes from."""
+"""Budgets: the default limits of checks, and where each number comes from."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 # The largest |Δ log-probability| between vLLM in float32 and HF in float32 over the same weights.
 # float32 sums of a few thousand terms carry relative errors of 1e-7 to 1e-6 (Higham, "Accuracy and
 # Stability of Numerical Algorithms", 2002, chapter 4), and logits lie below 30. A model that
-# amplifies rounding more than that is allowed what float32 costs its reference, measured against
-# float64, times ROUNDING_FACTOR.
+# amplifies rounding more than that is allowed ROUNDING_FACTOR times the error that float32 causes
+# in its reference, measured against float64.
 FP32_MAX = 1e-5
 
-# The same for raw logits, rewards and embeddings, which no log-softmax keeps small: values
-# of up to 20 with relative errors of 1e-6.
+# The same for raw logits, rewards and embeddings, which no log-softmax keeps small: values of up to
+# 20 with relative errors of 1e-6.
 FP32_MAX_RAW = 2e-5
 
-# What the reference's own error in a dtype is multiplied by. The reference rounds as the build at
-# hand does (`builds`), but in other places: one fuses what the other does in two steps. Independent
-# roundings add up as their squares do, so twice the error stands for four times as many of them.
-# The reference's error is a mean of so many values; `stats.rounding_allowance` adds what another
-# draw of as many may lie above it, once in a thousand.
+# Factor on the reference's own error in a dtype. The reference rounds like the vLLM build in use
+# (`builds`), but in different places: one fuses what the other does in two steps. The squares of
+# independent rounding errors add up, so twice the error allows for four times as many roundings.
+# The reference's error is the mean of a sample; `stats.rounding_allowance` adds the amount by which
+# another sample of the same size exceeds it once in a thousand.
 ROUNDING_FACTOR = 2.0
 
 # A drift of the mean NLL that matters: 0.1 % of perplexity, a tenth of what vLLM's own perplexity
@@ -34,13 +34,13 @@ ROUNDING_FACTOR = 2.0
 DRIFT_MEAN = 1e-3
 
 # Replay in float32: the rms error of one linear's output on the engine's own input, relative to the
-# rms of that output, and of that input. A float32 sum of K terms in any order has an error of about
-# sqrt(K) x 2^-24 of the terms' root sum of squares (Higham 2002, section 4.2's rule of thumb): 1e-5
-# for K = 28,000, more inputs than any layer of today's models has.
+# rms of that output, and the same for that input. A float32 sum of K terms in any order has an
+# error of about sqrt(K) x 2^-24 of the terms' root sum of squares (Higham 2002, rule of thumb in
+# section 4.2): 1e-5 for K = 28,000, more inputs than any layer of today's models has.
 REPLAY_MODULE = 1e-5
 
-# Replay in float32: mean |Δ log-probability| on the engine's own inputs. Only what is between the
-# last linear and the log-softmax adds to it: two roundings of a logit below 30, at 2^-24 each, are
+# Replay in float32: mean |Δ log-probability| on the engine's own inputs. Only the steps between the
+# last linear and the log-softmax contribute: two roundings of a logit below 30, at 2^-24 each, are
 # 3.6e-6 at most and a quarter of that on average (errors uniform, of random sign).
 REPLAY_MEAN = 1e-6
 
@@ -51,16 +51,16 @@ REPLAY_MODULE_16_BIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 @dataclass(frozen=True)
 class SchemeBudget:
-    """What schemes may cost: mean ΔNLL against the unquantized base, nat per token."""
+    """The allowed cost of schemes: mean ΔNLL against the unquantized base, nat per token."""
 
     schemes: tuple[str, ...]
-    """By the beginnings of their names."""
+    """By the prefixes of their names."""
     margin: float
     source: str
 
 
-# Published ln(PPL(Q)/PPL(base)) of the plainest quantization of the same width: what costs more
-# than that was done worse than it can be.
+# Published ln(PPL(Q)/PPL(base)) of the simplest quantization of the same width: one that costs more
+# was not done well.
 SCHEME_BUDGETS = (
     SchemeBudget(
         ("W4", "NVFP4", "MXFP4"),
@@ -77,28 +77,28 @@ SCHEME_BUDGETS = (
 )
 
 
-# What mean KL divergence from the base a scheme may have, in nat, is what `SCHEME_BUDGETS` says: of
-# text that the base itself would write the two are one number, since the expectation of ΔNLL under
-# the base is KL(base || other). llama.cpp's q4_0 of Llama 3 8B has 0.0722 and a mean KLD of 0.0719.
+# `SCHEME_BUDGETS` also limits a scheme's mean KL divergence from the base, in nat: on text sampled
+# from the base the two are equal, since the expectation of ΔNLL under the base is KL(base ||
+# other). llama.cpp's q4_0 of Llama 3 8B has 0.0722 and a mean KLD of 0.0719.
 
-# What quantization may cost of a task's own metric (entity F1, step accuracy, ranking accuracy,
-# retrieval), as a part of the base's: MLPerf Inference asks of a quantized model 99 % of the
-# float32 reference's (inference rules, "Model Quality").
+# How much of a task's own metric (entity F1, step accuracy, ranking accuracy, retrieval)
+# quantization may cost, as a fraction of the base's: MLPerf Inference requires a quantized model to
+# reach 99 % of the float32 reference (inference rules, "Model Quality").
 METRIC_LOSS = 0.01
 
-# How far probabilities or unit vectors in float32 may be from float64's of the same raw outputs:
+# How far float32 probabilities or unit vectors may be from float64 ones of the same raw outputs:
 # exponentials, a sum and a quotient, each to a unit in the last place of a number up to 1 (2^-23).
 ACTIVATION_MAX = 8 * 2.0**-23
 
 
-# How far a value in float32 may move with the way that it is served: sums of the same terms in
-# another order, as FP32_MAX.
+# How far a float32 value may depend on how it is served: sums of the same terms in a different
+# order, as for FP32_MAX.
 INVARIANCE_MAX = FP32_MAX
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit that is the same for every scheme."""
+    """A limit shared by all schemes."""
 
     check: str
     what: str
@@ -183,7 +183,7 @@ def fp32_max(task: Task) -> float:
 
 
 def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:
-    """Return the margin for `quality`, the checkpoint's own where its file gives one."""
+    """Return the margin for `quality`: the checkpoint's own if its file gives one."""
     if override := checkpoint.budget.get("quality"):
         return override.margin
     margins = [_margin_of(part) for part in scheme.split("+")]
@@ -192,7 +192,7 @@ def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:
             f"{checkpoint.id}: no default quality budget for scheme '{scheme}'; give one as "
             "[budget.quality] with margin (nat per token) and reason in its file."
         )
-    # Of several groups, the one that may cost most.
+    # With several groups, the largest allowed cost.
     return max(margin for margin in margins if margin is not None)
 
 
@@ -201,6 +201,6 @@ def _margin_of(part: str) -> float | None:
 
 
 def drift_margin(checkpoint: Checkpoint) -> float:
-    """Return the margin for the mean in `drift`, the checkpoint's own where its file gives one."""
+    """Return the margin for the mean in `drift`: the checkpoint's own if its file gives one."""
     override = checkpoint.budget.get("drift")
     return override.margin if override else DRIFT_MEAN

@@ -1,8 +1,8 @@
-"""What the gate checks: one object for each check, in the order that a person reads them.
+"""What the gate checks: one object per check, in reading order.
 
-Is it computed right, what did it cost, what changed, does it matter how it is served? Selection,
-names, next steps, reports and the documented table follow from `CHECKS`; a suite has one line for
-each of them.
+Is it computed correctly, what did quantization cost, what changed, does it depend on how it is
+served? Selection, names, next steps, reports and the documented table are derived from `CHECKS`; a
+suite has one line for each check.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "serving"]
 BOTH: tuple[Precision, ...] = ("float32", "serving")
-# What a checkpoint may lack. "tensor-parallel" and "compiled" are asked for in its file.
+# What a checkpoint may lack. "tensor-parallel" and "compiled" are requested in its file.
 Need = Literal["base", "golden", "step_tag", "metric", "tensor-parallel", "compiled"]
-# What a person does when a check does not pass: `next_step` has the words.
+# What to do when a check does not pass; `next_step` has the text.
 Remedy = Literal["find the module", "change the settings", "weigh the cost", "export again", ""]
 
 LABELS: tuple[Task, ...] = ("token_classify", "token_reward", SEQUENCE_REWARD)
@@ -37,34 +37,34 @@ ALL: tuple[Task, ...] = (GENERATE, *POOLS)
 
 
 class Asked(NamedTuple):
-    """What a check is asked about."""
+    """What a check is given to judge."""
 
     case: Case
-    """In the dtype of a check with precisions; in the one that is served for the others, which
-    choose for themselves."""
+    """In the check's dtype if it has precisions; otherwise in the serving dtype, and the check
+    chooses for itself."""
     snapshot: Callable[[], SnapshotAssertion]
-    """Gives the golden of the test that asks."""
+    """Gives the golden of the calling test."""
     name: str
-    """The check's, with its precision."""
+    """The check's name, with its precision."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question to a checkpoint."""
+    """One question about a checkpoint."""
 
     family: str
-    """Its name without a precision, e.g. "replay"; `test_<family>` in the suites asks it."""
+    """Its name without a precision, e.g. "replay"; `test_<family>` in the suites runs it."""
     question: str
     judge: Callable[[Asked], Verdict]
     remedy: Remedy
     tasks: tuple[Task, ...] = ALL
     needs: tuple[Need, ...] = ()
     precisions: tuple[Precision, ...] = ()
-    """The ones that it is asked in; none where it chooses for itself."""
+    """The precisions to run it in; none if it chooses for itself."""
 
     @property
     def names(self) -> list[str]:
-        """What verdicts, known failures and goldens call it, e.g. "replay-float32"."""
+        """Its names in verdicts, known failures and goldens, e.g. "replay-float32"."""
         return [f"{self.family}-{dtype}" for dtype in self.precisions] or [self.family]
 
 
@@ -184,24 +184,24 @@ _BY_NAME = {name: check for check in CHECKS for name in check.names}
 
 
 def named(name: str) -> Check | None:
-    """Return the check with a name such as "replay-float32"; None of a project's own."""
+    """Return the check with a name such as "replay-float32"; None for a project's own check."""
     return _BY_NAME.get(name)
 
 
 def of_test(function: str) -> Check | None:
-    """Return the check that a suite's test asks, e.g. `test_late_interaction`."""
+    """Return the check that a suite's test runs, e.g. `test_late_interaction`."""
     family = function.removeprefix("test_").replace("_", "-")
     return next((check for check in CHECKS if check.family == family), None)
 
 
 def place_of(name: str) -> int:
-    """Return where a check stands among a checkpoint's; a project's own come last."""
+    """Return a check's position in a checkpoint's list; a project's own checks come last."""
     check = named(name)
     return len(CHECKS) if check is None else CHECKS.index(check)
 
 
 def require_known(checkpoint: Checkpoint) -> None:
-    """Raise `BadInput` where a checkpoint's file names a check that there is not."""
+    """Raise `BadInput` if a checkpoint's file names a check that does not exist."""
     given = {known.check: "[[known_failure]] check" for known in checkpoint.known_failure}
     given |= dict.fromkeys(checkpoint.not_quick, "not_quick")
     for name, key in given.items():

@@ -1,6 +1,6 @@
 """The comparisons of measurements: fidelity, quality and drift. Measurements in, a verdict out.
 
-Of models that generate and of models that pool: log-probabilities [n] or raw outputs [n, D].
+For generative and pooling models: log-probabilities [n] or raw outputs [n, D].
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def fidelity_fp32(
 ) -> Verdict:
     """Judge float32 log-probabilities token by token: both sides computed the same function.
 
-    `rounding`, how far float32 moves the reference (`largest_difference` from float64), is asked
-    for only where `FP32_MAX` is exceeded, to tell a fault from a model that amplifies rounding.
+    `rounding`, the reference's float32 error (`largest_difference` from float64), is computed only
+    if `FP32_MAX` is exceeded, to tell a fault from a model that amplifies rounding.
     """
     return _token_by_token(engine, reference, "reference", probe, rounding)
 
@@ -63,8 +63,8 @@ def fidelity_chaotic(
 ) -> Verdict:
     """Judge float32 log-probabilities of a format that quantizes activations, by their mean |Δ|.
 
-    A difference of 1e-7 flips a code, and flips cascade. How far that goes is measured: the
-    reference in float64 against itself in float32. Replay is the sharp check of such a format.
+    A difference of 1e-7 flips a code, and flips cascade. The extent of that is measured: the
+    reference in float64 against itself in float32. Replay is the sharp check for such a format.
     """
     floor = mean_absolute_difference(exact_reference, reference)
     said = (
@@ -83,10 +83,11 @@ def fidelity_serving(
     *,
     base_noise: float | None,
 ) -> Verdict:
-    """Judge the serving dtype by the mean |Δ log-prob| to the float32 reference.
+    """Judge the serving dtype by the mean |Δ log-prob| from the float32 reference.
 
-    The allowance is what rounding to that dtype, as this build rounds, may cost the reference
-    (`within_rounding`). `base_noise` is the same mean for the unquantized base, shown beside it.
+    The allowance is the error that rounding to that dtype, as this build rounds, may cause in the
+    reference (`within_rounding`). `base_noise` is the same mean for the unquantized base, shown
+    alongside.
     """
     noise = mean_absolute_difference(reference_serving, reference)
     said = f"the reference itself moves by {noise:.3g} in {engine.provenance.dtype}"
@@ -97,7 +98,7 @@ def fidelity_serving(
 
 
 def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: float) -> Verdict:
-    """Judge what quantization costs: mean ΔNLL over the base, non-inferiority with a margin."""
+    """Judge the cost of quantization: mean ΔNLL against the base, non-inferiority with a margin."""
     pair = Pair(engine, base, probe)
     delta = -pair.delta  # ΔNLL = -Δ log-prob
     if engine.nonfinite or base.nonfinite:
@@ -119,7 +120,7 @@ def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: flo
 
 
 def _decided(delta: NDArray[np.float64], probe: Probe, margin: float) -> dict[str, float]:
-    """Say after how many documents, shuffled, an early stop would have known."""
+    """Return after how many documents, shuffled, an early stop would have decided."""
     documents = documents_to_decide(delta, probe.documents, margin)
     return {} if documents is None else {"documents until decided": documents}
 
@@ -130,7 +131,7 @@ def drift_exact(
     """Judge float32 scores against the approved ones, token by token.
 
     For formats that do not quantize activations; `drift_mean` judges the others. `rounding` is as
-    for `fidelity_fp32`: the golden may come from a processor that adds up in another order.
+    in `fidelity_fp32`: the golden may come from a processor that sums in a different order.
     """
     return _token_by_token(engine, golden, "golden", probe, rounding)
 
@@ -143,12 +144,13 @@ def drift_mean(
     margin: float,
     moved: Callable[[], float],
 ) -> Verdict:
-    """Judge the mean NLL against the approved one: equivalence, both sides.
+    """Judge the mean NLL against the approved one by a two-sided equivalence test.
 
     For the serving dtype, and for formats that quantize activations, where a difference of 1e-7
-    between two machines moves single tokens far. "Better than approved" is drift too. A machine of
-    another arithmetic than the golden's is allowed what rounding alone may move the mean between
-    the two besides: `moved`, asked for only where the margin is not kept.
+    between two machines moves single tokens far. "Better than approved" is drift too. If the
+    machine's arithmetic differs from the golden's, the limit also includes `moved`, the shift of
+    the mean that rounding alone may cause between the two; it is computed only if the margin is
+    exceeded.
     """
     pair = Pair(engine, golden, probe)
     if engine.nonfinite or golden.nonfinite:
@@ -174,7 +176,7 @@ def drift_mean(
     verdict = pair.statistical_verdict(outcome, detail, shift, paired, margin)
     return dataclasses.replace(
         verdict,
-        # Outside on either side; at the margin's edge only one of the two can be.
+        # Beyond the margin on either side; a true mean at one edge cannot be beyond the other.
         p_value=min(paired.p_above(margin), paired.p_below(-margin)),
         unpaired_mde=pair.unpaired_mde(),
     )
@@ -185,8 +187,9 @@ def drift_rounding(
 ) -> Verdict:
     """Judge pooling outputs against the approved ones by their mean |Δ|.
 
-    For the serving dtype, and for formats that quantize activations. `allowed` is what rounding, or
-    its cascade, may cost: two engines that only round are each within it of the exact outputs.
+    For the serving dtype, and for formats that quantize activations. `allowed` is the error that
+    rounding, or its cascade, may cause: an engine that only rounds is within it of the exact
+    outputs.
     """
     said = f"rounding may move it by {allowed:.3g}"
     if other := arithmetic_difference(engine, golden):
@@ -195,7 +198,7 @@ def drift_rounding(
 
 
 def arithmetic_difference(engine: Measurement, golden: Measurement) -> str:
-    """Return how the arithmetic of two measurements' machines differs; "" where it does not."""
+    """Return how the arithmetic of two measurements' machines differs; "" if it does not."""
     here, there = engine.provenance.arithmetic, golden.provenance.arithmetic
     names = sorted({*here, *there})
     return ", ".join(
@@ -206,14 +209,14 @@ def arithmetic_difference(engine: Measurement, golden: Measurement) -> str:
 
 
 def mean_shift(rounded: Measurement, exact: Measurement, probe: Probe) -> float:
-    """Return the largest |mean| that rounding may move log-probabilities by: its upper bound."""
+    """Return an upper bound of |mean Δ log-probability| that rounding may cause."""
     return max(map(abs, paired_mean(difference(rounded, exact), probe.documents).bounds()))
 
 
 def within_rounding(rounded: Measurement, exact: Measurement, probe: Probe) -> float:
-    """Return what mean |Δ| an engine that only rounds may have from the exact reference.
+    """Return the mean |Δ| from the exact reference allowed for an engine that only rounds.
 
-    `ROUNDING_FACTOR` times the reference's own, with the error of a mean of so few values.
+    `ROUNDING_FACTOR` times the reference's own, plus the sampling error of that mean.
     """
     sizes = np.abs(difference(rounded, exact)).reshape(probe.scored, -1).mean(axis=1)
     return rounding_allowance(sizes, probe.documents, ROUNDING_FACTOR)

@@ -45,7 +45,7 @@ def divergence_from_reference(
     """Judge the mean KL divergence of an engine's distributions from the float32 reference's.
 
     Divergence grows with the square of an error, so the allowance is the square of
-    `ROUNDING_FACTOR` times what rounding to the dtype costs the reference itself.
+    `ROUNDING_FACTOR` times the divergence that rounding to the dtype causes in the reference.
     """
     allowed = rounding_allowance(rounded.kld, probe.documents, ROUNDING_FACTOR**2)
     mean = Deviation("mean KLD", float(found.kld.mean()), allowed, statistic="kld")
@@ -64,7 +64,7 @@ def _divergence_detail(found: Divergence) -> str:
 
 
 def _vocabularies(extra: int) -> str:
-    """Say what became of the tokens that only one vocabulary has."""
+    """Describe how the tokens that only one vocabulary has were treated."""
     if extra > 0:
         return (
             f"; the checkpoint has {extra} tokens that the base lacks: the probability they get "
@@ -76,7 +76,7 @@ def _vocabularies(extra: int) -> str:
 
 
 def _with_divergence(verdict: Verdict, found: Divergence, probe: Probe) -> Verdict:
-    """Return a verdict with llama.cpp's statistics, their ±, and where the divergence is."""
+    """Return a verdict with llama.cpp's statistics, their ±, and the divergence by group."""
     figures = {}
     for name, estimate in llama_cpp_statistics(found).items():
         figures[name] = estimate.value

@@ -1,6 +1,6 @@
-"""Drift: is what is served what a person approved?
+"""Drift: do the served results match the approved ones?
 
-Takes what the check needs from its case and hands it to the comparison.
+Collects what the check needs from its case and passes it to the comparison.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def drift(case: Case, snapshot: SnapshotAssertion, check: str) -> Verdict:
     """Judge an engine against the golden for `check`.
 
-    float32 is judged token by token, any other dtype and any format that quantizes activations by
-    a mean.
+    float32 is judged token by token; other dtypes, and formats that quantize activations, by a
+    mean.
     """
     return judge_golden(
         snapshot,
@@ -41,7 +41,7 @@ def drift(case: Case, snapshot: SnapshotAssertion, check: str) -> Verdict:
 
 
 def against(case: Case, engine: Measurement, golden: Measurement) -> Verdict:
-    """Judge what a golden would keep of an engine's measurement against what it keeps."""
+    """Judge the part of an engine's measurement that a golden stores against the stored values."""
     probe = case.probe
     if case.by_value:
         return compare.drift_exact(engine, golden, probe, rounding=lambda: case.rounding)
@@ -53,7 +53,7 @@ def against(case: Case, engine: Measurement, golden: Measurement) -> Verdict:
             margin=drift_margin(case.checkpoint),
             moved=lambda: sum(_of_both(case, golden, compare.mean_shift)),
         )
-    # Half of what each may be off: within ROUNDING_FACTOR of the rounding of two that are alike.
+    # Half of each side's allowance: equal machines are within ROUNDING_FACTOR of their rounding.
     allowed = sum(_of_both(case, golden, compare.within_rounding)) / 2
     return compare.drift_rounding(engine, golden, probe, allowed=allowed)
 
@@ -63,9 +63,10 @@ def _of_both(
     golden: Measurement,
     figure: Callable[[Measurement, Measurement, Probe], float],
 ) -> list[float]:
-    """Return a figure of what rounding does to the reference: as it is done here, and there.
+    """Return a figure of rounding's effect on the reference, with this machine's rounding and the
+    golden's.
 
-    Rounding to the serving dtype; or, in float32, where inputs are quantized, from float64.
+    Rounding to the serving dtype or, in float32 with quantized inputs, from float64.
     """
     exact = as_stored(case.exact)
     there = golden.provenance.arithmetic.get("bfloat16", builds.narrowing())

@@ -25,7 +25,7 @@ POSITION_BUCKETS = (64, 256, 512)
 
 
 def profile_of(a: Measurement, b: Measurement, probe: Probe) -> Profile:
-    """Return the ten worst values, each in its text, and |Δ| by position; equal ones are not."""
+    """Return the ten worst values in their texts, omitting equal ones, and |Δ| by position."""
     delta = _size_of_difference(a, b, probe)
     columns, sizes = delta.argmax(axis=1), delta.max(axis=1)
     worst = []
@@ -59,7 +59,7 @@ def kld_decades(found: Divergence) -> tuple[int, ...]:
 
 
 def where_they_differ(a: Measurement, b: Measurement, probe: Probe, worst: Profile) -> list[str]:
-    """Return lines for the worst values, each with its text, and the mean by stratum and label."""
+    """Return lines for the worst values, with their texts, and for means by stratum and label."""
     delta = _size_of_difference(a, b, probe)
     lines = worst_lines(worst)
     by_stratum = (f"{s} {np.mean(delta[probe.strata == s]):.3g}" for s in _unique(probe.strata))
@@ -76,13 +76,13 @@ def worst_lines(profile: Profile) -> list[str]:
 
 
 def _size_of_difference(a: Measurement, b: Measurement, probe: Probe) -> NDArray[np.float64]:
-    """Return |Δ| [n, D], or [n, 1]; what is not finite is infinite."""
+    """Return |Δ| [n, D], or [n, 1]; non-finite values become infinity."""
     delta = np.abs(a.values.astype(np.float64) - b.values).reshape(probe.scored, -1)
     return np.where(np.isfinite(delta), delta, np.inf)
 
 
 def divergence_by_group(found: Divergence, probe: Probe) -> dict[str, float]:
-    """Return the mean KLD by stratum, by position and by how sure the base is, in nat."""
+    """Return the mean KLD by stratum, by position and by the base's confidence, in nat."""
     sure = np.digitize(found.confidence, CONFIDENCE_BUCKETS)
     names = [f"p < {CONFIDENCE_BUCKETS[0]}", *(f"p >= {p}" for p in CONFIDENCE_BUCKETS)]
     places = np.digitize(probe.positions, POSITION_BUCKETS)
@@ -96,9 +96,9 @@ def divergence_by_group(found: Divergence, probe: Probe) -> dict[str, float]:
 
 
 def kernels_line(measured: Measurement) -> list[str]:
-    """Return a line that names the kernel of each kind of layer; none where none is known.
+    """Return a line with the kernel of each kind of layer, if known.
 
-    And one for each kernel that does otherwise than its format says.
+    And one for each kernel that deviates from its format.
     """
     kernels = measured.provenance.kernels
     listed = ", ".join(f"{kind} {name}" for kind, name in kernels.items())
@@ -107,7 +107,7 @@ def kernels_line(measured: Measurement) -> list[str]:
 
 
 def _column(index: int, probe: Probe) -> str:
-    """Return the name of a column of raw outputs: of a label, or its number."""
+    """Return the name of a column of raw outputs: its label, or its number."""
     return probe.labels[index] if index < len(probe.labels) else f"[{index}]"
 
 

@@ -1,6 +1,6 @@
-"""Fidelity: does the engine compute what the checkpoint's weights say? With the fault, where not.
+"""Fidelity: does the engine compute what the checkpoint's weights define? If not, why?
 
-Takes what a check needs from its case and hands it to the comparison.
+Collects what a check needs from its case and passes it to the comparison.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def replay(case: Case) -> Verdict:
 
 
 def divergence(case: Case) -> Verdict:
-    """Judge whole distributions in the dtype that is served: those of the float32 reference."""
+    """Judge whole distributions in the serving dtype against the float32 reference's."""
     exact, probe = case.exact, case.probe
     found, moved = (case.divergence(exact, one, probe) for one in (case.engine, case.rounded()))
     return distributions.divergence_from_reference(case.engine, exact, found, moved, probe)

@@ -1,6 +1,6 @@
-"""Goldens: what a person approved, stored per checkpoint, check and platform.
+"""Goldens: approved measurements, stored per checkpoint, check and platform.
 
-A golden holds measured values and where they come from, never a threshold: policy and measurement
+A golden holds measured values and their provenance, never a threshold: policy and measurement
 change for different reasons. Only `tools/regen_golden.py` writes one.
 """
 
@@ -36,14 +36,14 @@ SCHEMA = 2
 CHECKSUM = "sha256"
 UNCHANGED = "same versions, kernels and arithmetic"
 SKETCH = 16
-# What lies in a checkpoint's folder: `<kind>-<dtype>.<platform>.json`.
+# Files in a checkpoint's folder: `<kind>-<dtype>.<platform>.json`.
 KINDS, DTYPES = ("drift", "noise"), ("float32", "serving")
 _RESTORE = "restore it with git, or remove it and take a new one with tools/regen_golden.py"
 
 
 @dataclass(frozen=True)
 class GoldenKey:
-    """What a golden is of. There is no nearest match: another key has no golden."""
+    """Identifies what a golden measures. Keys match exactly or not at all."""
 
     identity: str
     """sha256 of the checkpoint's bytes."""
@@ -58,7 +58,7 @@ class GoldenKey:
 
 @dataclass(frozen=True)
 class Golden:
-    """A stored measurement, its key, and who approved it why."""
+    """A stored measurement, its key and its approvals."""
 
     key: GoldenKey
     measurement: Measurement
@@ -79,7 +79,7 @@ def golden_key(checkpoint: Checkpoint, probe: Probe, measured: Measurement) -> G
 
 
 def unclaimed(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[Path]:
-    """Return what lies in `golden` and belongs to no checkpoint file, or is no golden's name."""
+    """Return paths in `golden` that belong to no checkpoint file, or are not named like goldens."""
     names = {f"{kind}-{dtype}" for kind in KINDS for dtype in DTYPES}
     found = []
     for path in sorted((root / "golden").glob("*")):
@@ -89,24 +89,24 @@ def unclaimed(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[Path]:
             continue
         for file in sorted(path.glob("*")):
             kind = file.name.split(".")[0]
-            # A file that begins with a dot is what a killed run was writing.
+            # A file that begins with a dot is left from an interrupted write.
             if not file.name.startswith(".") and (kind not in names or file.suffix != ".json"):
                 found.append(file)
     return found
 
 
 def stored_dtype(dtype: str) -> str:
-    """Return what file names call a dtype: "float32", or "serving" for what is served."""
+    """Return a dtype's name in file names: "float32", or "serving" for the serving dtype."""
     return "float32" if dtype == "float32" else "serving"
 
 
 def golden_path(root: Path, checkpoint_id: str, check: str, platform: str) -> Path:
-    """Return where a golden lies: `golden/<checkpoint id>/<check>.<platform>.json`."""
+    """Return a golden's path: `golden/<checkpoint id>/<check>.<platform>.json`."""
     return root / "golden" / checkpoint_id / f"{check}.{platform}.json"
 
 
 def to_json(golden: Golden, probe: Probe) -> str:
-    """Serialize a golden: readable figures, exact scores, one line a document for a reviewer."""
+    """Serialize a golden: readable figures, exact scores, one line per document for reviewers."""
     m = golden.measurement
     documents = {}
     for name in dict.fromkeys(probe.documents.tolist()):
@@ -132,9 +132,9 @@ def to_json(golden: Golden, probe: Probe) -> str:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """Return the sha256 of all that a golden says, but for its own sha256.
+    """Return the sha256 of a golden's content, excluding its own sha256.
 
-    Of the text, not of what could be computed from it: means and perplexities of the same values
+    It covers the stored text, not recomputed figures: means and perplexities of the same values
     differ in their last bit from processor to processor.
     """
     others = {name: value for name, value in content.items() if name != CHECKSUM}
@@ -152,7 +152,7 @@ def _stored_values(values: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def figures_of(measured: Measurement, probe: Probe) -> dict[str, float]:
-    """Return what a golden shows of all its values at a glance."""
+    """Return the figures that summarize a golden's values."""
     if probe.task == GENERATE:
         return {"mean_nll": measured.mean_nll, "perplexity": measured.perplexity}
     values = measured.values.astype(np.float64)
@@ -160,7 +160,7 @@ def figures_of(measured: Measurement, probe: Probe) -> dict[str, float]:
 
 
 def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
-    """Read a golden of `probe`; `BadInput` where the file is damaged or edited by hand."""
+    """Read a golden of `probe`; raise `BadInput` if the file is damaged or edited by hand."""
     try:
         content = json.loads(text)
         if content["schema"] != SCHEMA:
@@ -200,7 +200,7 @@ def _encode(values: np.ndarray[Any, Any]) -> str:
 def _decode_documents(
     documents: dict[str, Any], probe: Probe, key: GoldenKey, field: str, dtype: str, n: int
 ) -> np.ndarray[Any, Any]:
-    """Return [n] or [n, D] in the probe's order; a golden of another probe is read in its own."""
+    """Return [n] or [n, D] in the probe's order, or in the golden's own if the probes differ."""
     arrays = {
         name: np.frombuffer(base64.b64decode(document[field], validate=True), dtype)
         for name, document in documents.items()
@@ -217,9 +217,9 @@ def _decode_documents(
 
 
 def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
-    """Say what a measurement's versions and kernels have otherwise than the golden's.
+    """Describe how a measurement's versions and kernels differ from the golden's.
 
-    None where a checkpoint has no golden that says it.
+    None if the checkpoint has no golden that records them.
     """
     name = f"drift-{stored_dtype(measured.dtype)}"
     path = golden_path(checkpoint.root, checkpoint.id, name, measured.platform)
@@ -228,7 +228,7 @@ def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
         then, taken = content["provenance"], content["history"][-1]["date"]
         before = {**then["versions"], **then["kernels"], **then["arithmetic"]}
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return None  # whoever reads the golden itself says what is wrong with it
+        return None  # reading the golden itself reports what is wrong with it
     now = {**measured.versions, **measured.kernels, **measured.arithmetic}
     changed = [
         f"{name} {before.get(name, 'absent')} → {now.get(name, 'absent')}"
@@ -239,9 +239,9 @@ def since_golden(checkpoint: Checkpoint, measured: Provenance) -> str | None:
 
 
 def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Return who approved a checkpoint's golden in the served dtype when and why, oldest first.
+    """Return the approvals (who, when, why) of a checkpoint's serving golden, oldest first.
 
-    Of whatever platform has one; [] where none can be read.
+    From any platform that has one; [] if none can be read.
     """
     for path in sorted((checkpoint.root / "golden" / checkpoint.id).glob("drift-serving.*.json")):
         try:
@@ -260,10 +260,10 @@ def judge_golden(
     check: str,
     compare: Callable[[Measurement, Measurement], Verdict],
 ) -> Verdict:
-    """Return what `compare` says of a fresh measurement and the checkpoint's golden for `check`.
+    """Return `compare`'s verdict on a fresh measurement and the checkpoint's golden for `check`.
 
-    Without a golden for this very key the verdict is "not-run"; if only the checkpoint's bytes are
-    others than the approved ones, the values are compared all the same, and cannot pass.
+    Without a golden for exactly this key the verdict is "not-run"; if only the checkpoint's bytes
+    differ from the approved ones, the values are still compared, but cannot pass.
     """
     path = golden_path(checkpoint.root, checkpoint.id, check, measured.provenance.platform)
     key = golden_key(checkpoint, probe, measured)
@@ -286,15 +286,15 @@ def judge_golden(
 
 
 def as_stored(measured: Measurement) -> Measurement:
-    """Return what a golden keeps of a measurement: of wide embeddings, a sketch.
+    """Return the part of a measurement that a golden stores: for wide embeddings, a sketch.
 
-    Their projections onto `SKETCH` fixed random directions: a change of an embedding changes them
-    by its rms (Johnson and Lindenstrauss, 1984).
+    A sketch holds projections onto `SKETCH` fixed random directions: a change in an embedding
+    changes them by its rms (Johnson and Lindenstrauss, 1984).
     """
     values = measured.values
     if values.ndim == 1 or values.shape[1] <= SKETCH:
         return measured
-    # NumPy keeps what this generator gives for ever.
+    # NumPy guarantees this generator's stream across versions.
     signs = np.random.RandomState(0).choice((-1.0, 1.0), (values.shape[1], SKETCH))
     sketch = values.astype(np.float64) @ signs / np.sqrt(values.shape[1])
     return dataclasses.replace(measured, values=sketch.astype(np.float32), activated=None)
@@ -324,10 +324,10 @@ def _judge_stored(
     probe: Probe,
     judge: Callable[[Golden], Verdict],
 ) -> Verdict | None:
-    """Return what `judge` says of the golden at `path`, recalled by syrupy; None without one.
+    """Return `judge`'s verdict on the golden at `path`, read through syrupy; None without one.
 
-    syrupy's own equality would compare text and know two outcomes; `judge` compares numbers and
-    knows four.
+    syrupy's own equality would compare text, with two outcomes; `judge` compares numbers, with
+    four.
     """
     verdicts: list[Verdict] = []
 

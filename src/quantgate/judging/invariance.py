@@ -1,7 +1,7 @@
 """Invariance: the same measurement however it is served.
 
-In chunks, in another order, one by one, from the prefix cache; and, where a checkpoint's file asks
-for it, on two ranks and on one, compiled and eager. Takes what a check needs from its case and
+In chunks, in a different order, one by one, from the prefix cache; and, if a checkpoint's file asks
+for it, on two ranks and on one, compiled and eager. Collects what a check needs from its case and
 returns its verdict.
 """
 
@@ -31,7 +31,7 @@ Derive = Callable[[Values], Values]
 
 
 def served_otherwise(case: Case) -> Verdict:
-    """Judge that what a request gets depends neither on its batch, nor on chunks or the cache."""
+    """Judge that a request's result does not depend on its batch, on chunking or on the cache."""
     probe, rows = mixed(case.probe)
     again = case.reruns(probe)
     said = again.how
@@ -46,18 +46,19 @@ def served_otherwise(case: Case) -> Verdict:
 
 
 def tensor_parallel(case: Case) -> Verdict:
-    """Judge that two ranks give what one gives; or that one does, where two are served."""
+    """Judge that two ranks give the same as one, or one the same as the several that are served."""
     size = other_parallel_size(case.checkpoint)
     return _set_otherwise(case, f"tensor_parallel_size={size}", tensor_parallel_size=size)
 
 
 def other_parallel_size(checkpoint: Checkpoint) -> int:
-    """Return how many ranks `tensor_parallel` serves with: two, or one of what has several."""
+    """Return how many ranks `tensor_parallel` serves with: two, or one if the checkpoint has
+    several."""
     return 2 if checkpoint.engine.tensor_parallel_size == 1 else 1
 
 
 def compiled(case: Case) -> Verdict:
-    """Judge that a compiled engine gives what an eager one gives."""
+    """Judge that a compiled engine gives the same as an eager one."""
     eager = not case.checkpoint.engine.enforce_eager
     return _set_otherwise(case, f"enforce_eager={eager}", enforce_eager=eager)
 
@@ -73,7 +74,7 @@ def _set_otherwise(case: Case, setting: str, **settings: Any) -> Verdict:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way of serving: what it gave for some rows of the checkpoint's probe."""
+    """One way of serving, and its values for some rows of the checkpoint's probe."""
 
     name: str
     values: Values
@@ -112,14 +113,14 @@ def same(
     limit: float | None = None,
     raw: bool = True,
 ) -> Deviation:
-    """Return how far `two` ways of serving the same are apart, beside what that may be.
+    """Return the deviation between `two` ways of serving the same rows, with its limit.
 
-    In float32 every value counts. Where inputs are quantized, a sum in another order flips codes,
-    and flips cascade; and a 16-bit dtype rounds otherwise in another order. There the mean may be
-    `ROUNDING_FACTOR` times what such rounding costs the reference, `derive`d likewise, and that
-    mean's own error: either way of serving is within that. It is the floor that
-    is shown: of these rows, which the checkpoint's own is not. `raw` says whether these are values
-    of the measurement itself, whose largest move is known.
+    In float32 every value counts. With quantized inputs, a sum in a different order flips codes,
+    and flips cascade; and a 16-bit dtype rounds differently in a different order. Then the mean may
+    be up to `ROUNDING_FACTOR` times the error that such rounding causes in the reference, `derive`d
+    the same way, plus that mean's own error: each way of serving is within that. It is also shown
+    as the noise floor, because it covers these rows and the checkpoint's own floor does not. `raw`
+    says whether these are values of the measurement itself, whose largest move is known.
     """
     measured, expected = two
     delta = np.abs(measured.astype(np.float64) - expected)
@@ -145,11 +146,11 @@ def by_limits(
     evidence: Sequence[str] = (),
     profile: Profile | None = None,
 ) -> Verdict:
-    """Return the verdict of several deviations, the one nearest to its limit first."""
+    """Return the verdict on several deviations, the one nearest to its limit first."""
     exceeded = [deviation for deviation in deviations if deviation.exceeded]
     profile = profile or Profile()
     shown = [*(f"found      {line}" for line in evidence), *worst_lines(profile)]
-    # The one that is nearest to its limit, or furthest beyond, is what a table shows.
+    # A table shows the one nearest to its limit, or furthest beyond.
     deviations = sorted(deviations, key=_part_of_limit, reverse=True)
     return verdict_on(
         engine,
@@ -170,5 +171,5 @@ def _part_of_limit(deviation: Deviation) -> float:
 
 
 def largest(values: Values) -> float:
-    """Return the largest of values; NaN wins, and exceeds every allowance."""
+    """Return the largest of values; NaN propagates, and exceeds every allowance."""
     return float(values.max())

@@ -1,4 +1,4 @@
-"""llama.cpp's statistics of a divergence, with their standard errors: its names, its formulas."""
+"""llama.cpp's divergence statistics with their standard errors, by its names and formulas."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its ±, as llama.cpp has it: of tokens taken for independent ones."""
+    """A number and its ± as llama.cpp computes it, treating tokens as independent."""
 
     value: float
     error: float | None = None
-    """None where llama.cpp gives none."""
+    """None if llama.cpp gives none."""
 
 
 PERCENTILES_OF_KLD = (99.9, 99.0, 95.0, 90.0, 10.0, 5.0, 1.0, 0.1)
@@ -26,7 +26,7 @@ PERCENTILES_OF_DELTA_P = (99.9, 99.0, 95.0, 90.0, 75.0, 25.0, 10.0, 5.0, 1.0, 0.
 
 
 def llama_cpp_statistics(found: Divergence) -> dict[str, Estimate]:
-    """Return what llama.cpp's `--kl-divergence` prints, by its names; Δp as parts of 1."""
+    """Return what llama.cpp's `--kl-divergence` prints, by its names; Δp as a fraction of 1."""
     ours, theirs = -found.logprob, -found.logprob_base
     q, base = _mean(ours), _mean(theirs)
     covariance = float(np.mean(ours * theirs) - ours.mean() * theirs.mean()) / (len(ours) - 1)
@@ -56,7 +56,7 @@ def llama_cpp_statistics(found: Divergence) -> dict[str, Estimate]:
 
 
 def _mean(values: NDArray[np.float64]) -> Estimate:
-    # llama.cpp's variance is over n, and its square root over n - 1.
+    # llama.cpp divides the variance by n, and again by n - 1 before taking the square root.
     return Estimate(float(values.mean()), float(np.sqrt(values.var() / (len(values) - 1))))
 
 

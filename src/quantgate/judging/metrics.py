@@ -1,6 +1,6 @@
-"""What a model is for, as a number: entity F1, step accuracy, ranking and retrieval accuracy.
+"""Task metrics: entity F1, step accuracy, ranking and retrieval accuracy.
 
-Each metric is of a sample of documents, so that a bootstrap over documents can say how sure it is.
+Each metric is computed on a sample of documents, so that a bootstrap can give its standard error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from quantgate.judging.stats import ALPHA, POWER
 if TYPE_CHECKING:
     from quantgate.subject.probe import Probe
 
-OUTSIDE = "O"  # the label of what is no entity
+OUTSIDE = "O"  # the label of tokens outside entities
 RESAMPLES = 1000
 
 Sample = NDArray[np.int64]
@@ -34,7 +34,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class PairedLoss:
-    """By how much a metric is worse than the base's on the same documents."""
+    """How much worse a metric is than the base's on the same documents."""
 
     loss: float
     standard_error: float
@@ -42,12 +42,12 @@ class PairedLoss:
 
     @property
     def upper(self) -> float:
-        """The one-sided 1 - alpha bound of the loss."""
+        """The one-sided 1 - alpha upper bound of the loss."""
         return self.loss + self._half()
 
     @property
     def lower(self) -> float:
-        """The one-sided 1 - alpha bound on the other side."""
+        """The one-sided 1 - alpha lower bound of the loss."""
         return self.loss - self._half()
 
     def p_above(self, margin: float) -> float:
@@ -57,7 +57,7 @@ class PairedLoss:
         return float(norm.sf((self.loss - margin) / self.standard_error))
 
     def minimum_detectable_effect(self) -> float:
-        """Return the loss that a one-sided test at alpha finds with the usual power."""
+        """Return the loss that a one-sided test at alpha detects with the default power."""
         from scipy.stats import norm
 
         return float((norm.ppf(1 - ALPHA) + norm.ppf(POWER)) * self.standard_error)
@@ -69,13 +69,12 @@ class PairedLoss:
 
 
 def paired_loss(metric: Metric, base: Metric, documents: int) -> PairedLoss:
-    """Return what `metric` loses against `base`, with its standard error.
+    """Return the loss of `metric` against `base`, with its standard error.
 
-    The error of a bootstrap over documents, both metrics of the same resamples (Efron and
-    Tibshirani 1993, chapter 6); and, since documents that happen to change nothing say nothing of
-    those that would, that of half a document more in each cell of the table of changes,
-    1 / (G + 2) (Agresti and Min, "Simple improved confidence intervals for comparing matched
-    proportions", 2005).
+    The error combines a bootstrap over documents, with both metrics on the same resamples (Efron
+    and Tibshirani 1993, chapter 6), and, because a sample without changes does not rule them out,
+    the error from half a document more in each cell of the table of changes, 1 / (G + 2) (Agresti
+    and Min, "Simple improved confidence intervals for comparing matched proportions", 2005).
     """
     from scipy.stats import bootstrap
 
@@ -92,10 +91,10 @@ def paired_loss(metric: Metric, base: Metric, documents: int) -> PairedLoss:
 
 
 def entity_f1(found: NDArray[Any], expected: NDArray[Any], probe: Probe, outside: int) -> Metric:
-    """Return the F1 of whole entities, of labels [n] found and expected (NaN where not judged).
+    """Return the F1 of whole entities, for labels [n] found and expected (NaN: not judged).
 
-    An entity is a run of tokens of one label; it is found where its first and last token and its
-    label are (the exact match of CoNLL 2003).
+    An entity is a run of tokens with one label; it is found if its first token, last token and
+    label all match (the exact match of CoNLL 2003).
     """
     counts = []
     for rows in _rows_by_document(probe):
@@ -107,7 +106,7 @@ def entity_f1(found: NDArray[Any], expected: NDArray[Any], probe: Probe, outside
 
 
 def _entities(labels: NDArray[Any], outside: int) -> set[tuple[int, int, int]]:
-    """Return the runs (first, last, label) of one label that is not `outside`."""
+    """Return the runs (first, last, label) of equal labels other than `outside`."""
     if not len(labels):
         return set()
     ends = np.flatnonzero(np.diff(labels)).tolist()
@@ -117,7 +116,7 @@ def _entities(labels: NDArray[Any], outside: int) -> set[tuple[int, int, int]]:
 
 
 def accuracy(name: str, found: NDArray[Any], expected: NDArray[Any], probe: Probe) -> Metric:
-    """Return how many judged labels [n] are right; NaN in `expected` is not judged."""
+    """Return the share of judged labels [n] that are right; NaN in `expected` is not judged."""
     judged = ~np.isnan(expected)
     right = judged & (found == expected)
     rows = _rows_by_document(probe)
@@ -126,7 +125,7 @@ def accuracy(name: str, found: NDArray[Any], expected: NDArray[Any], probe: Prob
 
 
 def ranking_accuracy(scores: NDArray[Any], grades: NDArray[Any]) -> Metric:
-    """Return how many pairs of texts of other grades [G] are in order; a tie is half right."""
+    """Return the share of text pairs of different grade [G] in the right order; ties count half."""
 
     def of(sample: Sample) -> float:
         score, grade = scores[sample], grades[sample]
@@ -145,7 +144,8 @@ def kendall_tau(scores: NDArray[Any], grades: NDArray[Any]) -> float:
 
 
 def retrieval_accuracy(similarity: NDArray[Any]) -> Metric:
-    """Return how many queries find their own document, of similarities [queries, documents]."""
+    """Return the share of queries that find their own document, by similarity [queries,
+    documents]."""
     found = similarity.argmax(axis=1) == np.arange(len(similarity))
     return Metric("retrieval accuracy", _ratio_of_sums(found, np.ones(len(found))))
 
@@ -153,7 +153,7 @@ def retrieval_accuracy(similarity: NDArray[Any]) -> Metric:
 def max_sim(queries: Sequence[NDArray[Any]], documents: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return ColBERT's similarities [queries, documents] of unit vectors, each [tokens, D].
 
-    The sum over a query's tokens of the largest product with any token of a document (Khattab and
+    The sum over a query's tokens of their largest dot product with any document token (Khattab and
     Zaharia 2020, equation 3).
     """
     return np.array([[(q @ d.T).max(axis=1).sum() for d in documents] for q in queries])

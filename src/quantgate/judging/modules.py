@@ -1,4 +1,4 @@
-"""Replay's verdict: every linear on the engine's own inputs, and which of them are off."""
+"""Replay's verdict: every linear on the engine's own inputs, and which of them are wrong."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WORST_MODULES = 5
 
 
 def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
-    """Judge every linear on the engine's own inputs, and the log-probabilities that come of it.
+    """Judge every linear on the engine's own inputs, and the resulting log-probabilities.
 
-    In a 16-bit dtype only outputs are judged: inputs carry the rounding of all layers before. What
-    the engine was given is given, so no noise of its own moves these numbers.
+    In a 16-bit dtype only outputs are judged: inputs carry the rounding of all earlier layers. The
+    inputs are fixed, so the engine's noise does not affect these numbers.
     """
     dtype = engine.provenance.dtype
     output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
@@ -46,7 +46,7 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
     else:
         limit = REPLAY_MODULE_16_BIT[dtype]
         deviations = [Deviation("largest module error", output.output, limit, "of its rms")]
-    # The one that is nearest to its limit, or furthest beyond, is what a table shows.
+    # A table shows the one nearest to its limit, or furthest beyond.
     deviations.sort(key=lambda d: _nan_is_largest(d.measured / d.allowed), reverse=True)
     outcome: Outcome = "fail" if any(d.exceeded for d in deviations) else "pass"
     detail = (
@@ -67,16 +67,16 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
 
 
 def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:
-    """Return a line for each of the modules that are furthest beyond replay's limit.
+    """Return a line for each of the modules furthest beyond replay's limit.
 
-    Where none is, one line says what replay does not see.
+    If there are none, one line says what replay does not cover.
     """
     dtype = engine.provenance.dtype
     limit = REPLAY_MODULE if dtype == FLOAT32 else REPLAY_MODULE_16_BIT[dtype]
 
     def size(module: ModuleError) -> float:
         output = _nan_is_largest(module.output)
-        # In 16 bits an input carries the rounding of all layers before.
+        # In 16 bits an input carries the rounding of all earlier layers.
         return max(output, _nan_is_largest(module.input)) if dtype == FLOAT32 else output
 
     beyond = sorted((m for m in replay.modules if size(m) > limit), key=size, reverse=True)
@@ -94,7 +94,7 @@ def _module_line(module: ModuleError, engine: Measurement, limit: float) -> str:
         f"module     {module.name}: output {module.output:.3g}, input {module.input:.3g} of its "
         f"rms, {engine.provenance.kernels.get(kind, 'kernel unknown')}"
     )
-    fed_wrong = module.output <= limit  # but its input is beyond
+    fed_wrong = module.output <= limit  # but its input is beyond the limit
     return line + "; its product is right, what feeds it is not" if fed_wrong else line
 
 

@@ -1,4 +1,4 @@
-"""What a person does next when a check does not pass: one line, a command where there is one."""
+"""What to do next when a check does not pass: one line, with a command if there is one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FAULT = (
 _MORE = "more documents in the probe decide it; tools/sequential_quality.py takes any text"
 _EXPORT = "export the checkpoint again with its base's head and config.json: docs/pooling.md"
 
-# A loss of more than this many times its margin is not what quantization of that width costs.
+# A loss of more than this many times its margin is not the ordinary cost of such a quantization.
 FAR_BEYOND = 10
 
 _STEPS: Mapping[Remedy, str] = {
@@ -38,7 +38,7 @@ _STEPS: Mapping[Remedy, str] = {
 
 
 def next_step(check: Check | None, verdict: Verdict, checkpoint: Checkpoint) -> str:
-    """Return what to do about a check that did not pass; "" for a project's own."""
+    """Return what to do about a check that did not pass; "" for a project's own check."""
     if check is None:
         return ""
     step = _STEPS[check.remedy]
@@ -55,7 +55,7 @@ def next_step(check: Check | None, verdict: Verdict, checkpoint: Checkpoint) -> 
 
 
 def _far_beyond(verdict: Verdict) -> bool:
-    """Whether a loss is beyond `FAR_BEYOND` times its margin, or not a number."""
+    """Whether a loss is more than `FAR_BEYOND` times its margin, or NaN."""
     return any(not d.measured <= FAR_BEYOND * d.allowed for d in verdict.deviations)
 
 

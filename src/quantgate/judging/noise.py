@@ -1,8 +1,8 @@
 """The noise floor: how far a checkpoint's numbers move when nothing that matters changes.
 
-The same checkpoint served again, in another order, in other batches, in chunks; and the reference
-in the dtype that is served against itself in float32. Taken with the goldens and stored beside
-them; a checkpoint without any is measured in the run that judges it.
+The same checkpoint is served again in a different order, in different batches and in chunks, and
+the reference in the serving dtype is compared with itself in float32. Floors are measured and
+stored with the goldens; without one, a checkpoint's floor is measured in the run that judges it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Rerun:
-    """One way to measure the same again, and how far that moved each statistic."""
+    """One way of repeating a measurement, and how far it moved each statistic."""
 
     name: str
     moved: Mapping[Statistic, float]
@@ -45,16 +45,16 @@ class Rerun:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What a checkpoint's statistics move by on their own, in one dtype on one platform."""
+    """How far a checkpoint's statistics move by themselves, in one dtype on one platform."""
 
     key: GoldenKey
     reruns: tuple[Rerun, ...]
     provenance: Provenance
 
     def of(self, statistic: Statistic) -> float | None:
-        """Return the largest move of a statistic; None where no rerun has it."""
+        """Return the largest move of a statistic; None if no rerun has it."""
         moves = [rerun.moved[statistic] for rerun in self.reruns if statistic in rerun.moved]
-        # max() would lose a NaN or keep it, by its place.
+        # max() would keep or lose a NaN, depending on its position.
         return float(np.max(moves)) if moves else None
 
 
@@ -62,10 +62,10 @@ class NoiseFloor:
 
 
 def beside(verdict: Verdict, floor: Callable[[], NoiseFloor]) -> Verdict:
-    """Return a verdict with the floor beside each of its limits; asked for only if one has a floor.
+    """Return a verdict with the floor beside each limit; computed only if noise affects any.
 
-    Where noise alone exceeds a limit nothing can be shown there: a pass is inconclusive, and so is
-    a fail whose excess is not above the floor either.
+    If noise alone exceeds a limit, nothing can be shown: a pass becomes inconclusive, and so does a
+    fail whose excess is not above the floor.
     """
     if not any(deviation.statistic for deviation in verdict.deviations):
         return verdict
@@ -104,7 +104,7 @@ def measure(case: Case) -> NoiseFloor:
         f"{way}, {again.how}": _moved(case, measured, before, part)
         for way, measured in again.found.items()
     }
-    # What is judged value by value has its own rule for rounding.
+    # Values judged one by one have their own rule for rounding.
     if not case.by_value:
         exact, reference = case.exact, case.rounded()
         name = f"the reference in {reference.provenance.dtype}, not float32"
@@ -119,7 +119,7 @@ def measure(case: Case) -> NoiseFloor:
 def served_again(case: Case) -> list[Probe]:
     """Return the probes that `measure` will serve again; none if a floor is stored.
 
-    A stored one may turn out to be of something else: it is measured then all the same.
+    A stored floor may turn out to have a different key; then the floor is measured after all.
     """
     (platform,) = environment.available_devices().values()
     checkpoint = case.checkpoint
@@ -164,13 +164,13 @@ def _metric_moved(case: Case) -> dict[str, float]:
 
 
 def noise_path(checkpoint: Checkpoint, dtype: str, platform: str) -> Path:
-    """Return where a floor lies: `golden/<checkpoint id>/noise-<dtype>.<platform>.json`."""
+    """Return a floor's path: `golden/<checkpoint id>/noise-<dtype>.<platform>.json`."""
     name = f"noise-{stored_dtype(dtype)}"
     return golden_path(checkpoint.root, checkpoint.id, name, platform)
 
 
 def to_json(floor: NoiseFloor) -> str:
-    """Serialize a floor: names and numbers as they are."""
+    """Serialize a floor: plain names and numbers."""
     content = {
         "schema": SCHEMA,
         "key": asdict(floor.key),
@@ -181,7 +181,7 @@ def to_json(floor: NoiseFloor) -> str:
 
 
 def from_json(text: str, path: Path | str) -> NoiseFloor:
-    """Read a floor; `BadInput` where the file is damaged."""
+    """Read a floor; raise `BadInput` if the file is damaged."""
     try:
         content: dict[str, Any] = json.loads(text)
         if content["schema"] != SCHEMA:
@@ -204,7 +204,7 @@ def from_json(text: str, path: Path | str) -> NoiseFloor:
 
 
 def floor_of(case: Case) -> NoiseFloor:
-    """Return the floor beside a checkpoint's goldens; a new one where there is none for its key."""
+    """Return the floor stored with a checkpoint's goldens; measure one if none matches its key."""
     engine, checkpoint = case.engine, case.checkpoint
     path = noise_path(checkpoint, case.dtype, engine.provenance.platform)
     if checkpoint.golden and path.exists():
@@ -215,5 +215,5 @@ def floor_of(case: Case) -> NoiseFloor:
 
 
 def measured_once(case: Case) -> NoiseFloor:
-    """Measure a floor, at the first call in a run."""
+    """Return a floor, measured at the first call in a run."""
     return case.once("noise floor", lambda: measure(case))

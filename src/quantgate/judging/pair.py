@@ -1,4 +1,4 @@
-"""Two measurements of one probe, and the verdicts on how far they are apart."""
+"""Two measurements of one probe, and verdicts on their difference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """What an engine gave, and what it is compared with."""
+    """An engine's measurement, and the one it is compared with."""
 
     ours: Measurement
     theirs: Measurement
@@ -30,7 +30,7 @@ class Pair:
 
     @functools.cached_property
     def delta(self) -> NDArray[np.float64]:
-        """Ours less theirs [n] or [n, D]."""
+        """Ours minus theirs [n] or [n, D]."""
         return difference(self.ours, self.theirs)
 
     @property
@@ -39,7 +39,7 @@ class Pair:
         return np.abs(self.delta)
 
     def agreement(self, theirs: str) -> str:
-        """Say how far the engine is from `theirs`, e.g. "reference"."""
+        """Describe how far the engine is from `theirs`, e.g. "reference"."""
         unit = " nat per token" if self.probe.task == GENERATE else ""
         text = (
             f"engine and {theirs} differ by {self.size.mean():.3g}{unit}, {self.size.max():.3g} "
@@ -51,7 +51,7 @@ class Pair:
         return text
 
     def unpaired_mde(self) -> float:
-        """Return what would be detected had the two been measured on different text."""
+        """Return the detectable effect had the two been measured on different text."""
         unpaired = unpaired_mean(self.ours.logprob, self.theirs.logprob, self.probe.documents)
         return unpaired.minimum_detectable_effect()
 
@@ -62,7 +62,7 @@ class Pair:
         deviations: Sequence[Deviation],
         mde: float | None = None,
     ) -> Verdict:
-        """Return the verdict on this pair; values that are not finite fail, whatever `outcome`."""
+        """Return the verdict on this pair; non-finite values fail, whatever `outcome` is."""
         quantity = quantity_of(self.probe.task)
         nonfinite = Deviation(f"non-finite {quantity}s", self.ours.nonfinite, 0, "values")
         if nonfinite.exceeded:
@@ -86,7 +86,7 @@ class Pair:
     def statistical_verdict(
         self, outcome: Outcome, detail: str, deviation: Deviation, paired: PairedMean, margin: float
     ) -> Verdict:
-        """Return the verdict of a test on a mean; too few documents decide nothing for it."""
+        """Return the verdict of a test on a mean; too few documents make it inconclusive."""
         if paired.clusters < FEWEST_CLUSTERS and outcome == "pass":
             outcome = "inconclusive"
             detail += f"; {paired.clusters} documents are too few, {FEWEST_CLUSTERS} are needed"
@@ -97,7 +97,7 @@ class Pair:
 
 
 def upper_bound(what: str, paired: PairedMean, margin: float, statistic: Statistic) -> Deviation:
-    """Return the upper confidence bound of a mean beside its margin, in nat per token."""
+    """Return the upper confidence bound of a mean with its margin, in nat per token."""
     what = f"upper {1 - ALPHA:.0%} bound of {what}"
     return Deviation(what, paired.bounds()[1], margin, "nat/token", statistic=statistic)
 
@@ -110,7 +110,7 @@ def deviation_of(
     *,
     noisy: bool = True,
 ) -> Deviation:
-    """Return a mean or largest |Δ| of a probe's quantity beside its limit."""
+    """Return a mean or largest |Δ| of a probe's quantity with its limit."""
     what = f"{kind} |Δ {quantity_of(probe.task)}|"
     unit = "nat" if probe.task == GENERATE else ""
     statistic: Statistic = "mean_abs" if kind == "mean" else "max_abs"
@@ -127,7 +127,7 @@ def figures_of(size: NDArray[np.float64], probe: Probe) -> dict[str, float]:
 
 
 def _tokens_wanted(paired: PairedMean, margins: tuple[float, ...]) -> str:
-    """Say how many tokens would put the mean clear of all of `margins`, which these do not."""
+    """Describe how many tokens would separate the mean from all `margins`; these are too few."""
     wanted = [paired.tokens_to_decide(margin) for margin in margins]
     numbers = [number for number in wanted if number is not None]
     if len(numbers) < len(wanted):

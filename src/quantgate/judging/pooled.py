@@ -1,6 +1,6 @@
-"""The checks of how models that pool are served: activations, heads, steps, batches, scores.
+"""The checks of how pooling models are served: activations, heads, steps, batches, scores.
 
-Takes what a check needs from its case and returns its verdict, as `fidelity` does.
+Collects what a check needs from its case and returns its verdict, as `fidelity` does.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 
 def activation(case: Case) -> Verdict:
-    """Judge what a request that asks for nothing gets: the config's function of the raw outputs."""
+    """Judge a request with default parameters: its result is the config's function of the raw
+    outputs."""
     case = case.sharpest
     engine, checkpoint = case.engine, case.checkpoint
     assert engine.activated is not None
     given = engine.activated.astype(np.float64)
     kind, expected = _activated(engine.values, checkpoint)
-    # The raw outputs are another request's, and no activation moves more than its input.
+    # The raw outputs come from a separate request, and no activation moves more than its input.
     deviations = [
         same(
             "output",
@@ -84,7 +85,7 @@ def _activated(raw: Values, checkpoint: Checkpoint) -> tuple[str, Values]:
 
 
 def head(case: Case) -> Verdict:
-    """Judge that head and label names are the base's, to the bit, and in full precision."""
+    """Judge that head and label names equal the base's bit for bit, in full precision."""
     checkpoint, base = case.checkpoint, case.checkpoint.base_checkpoint
     assert base is not None
     engine = case.sharpest.engine
@@ -130,7 +131,7 @@ def _head_differences(checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
 
 
 def step_rows(case: Case) -> Verdict:
-    """Judge that STEP pooling gives the rows of the step tags, as each request asks."""
+    """Judge that STEP pooling returns the rows of the step tags that each request asks for."""
     case = case.sharpest
     probe, checkpoint = case.probe, case.checkpoint
     ids = np.concatenate([window.ids for window in probe.windows])
@@ -163,7 +164,7 @@ def step_rows(case: Case) -> Verdict:
 
 
 def late_interaction(case: Case) -> Verdict:
-    """Judge `LLM.score`: the max-sim of the engine's own unit vectors."""
+    """Judge that `LLM.score` is the max-sim of the engine's own unit vectors."""
     case = case.sharpest
     engine = case.engine
     probe, rows = mixed(case.probe)
@@ -171,7 +172,7 @@ def late_interaction(case: Case) -> Verdict:
     def scores(values: Values) -> Values:
         return metrics.similarity(values[rows], probe)
 
-    # A score adds up as many products of unit vectors as its query has tokens.
+    # A score sums one product of unit vectors per query token.
     longest = max(len(w.ids) for w in probe.windows if w.stratum == "query")
     limit = fp32_max(case.checkpoint.task) * longest
     served, expected = case.late_interaction, scores(engine.values)

@@ -1,6 +1,6 @@
 """Quality: what did quantization cost, against the unquantized base on the same documents?
 
-Takes what a check needs from its case and hands it to the comparison.
+Collects what a check needs from its case and passes it to the comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def quality(case: Case) -> Verdict:
-    """Judge perplexity, or the metric of a task, in the dtype that is served."""
+    """Judge perplexity, or the metric of a task, in the serving dtype."""
     if case.checkpoint.task != GENERATE:
         return task_quality.quality(case)
     assert case.base is not None  # the check needs one
@@ -32,7 +32,7 @@ def quality(case: Case) -> Verdict:
 
 
 def divergence_from_base(case: Case) -> Verdict:
-    """Judge whole next-token distributions, in the dtype that is served."""
+    """Judge whole next-token distributions, in the serving dtype."""
     assert case.base is not None  # the check needs one
     engine, base, probe = case.for_quality, case.base.for_quality, case.quality_probe
     found = case.divergence(base, engine, probe, base_of=case.base)

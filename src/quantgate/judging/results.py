@@ -1,4 +1,4 @@
-"""The results of a gate run, as every report takes them."""
+"""The results of a gate run, the input of every report."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class CheckResult:
     task: Task = GENERATE
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, which cross from an xdist worker to its controller."""
+        """Return plain values, to send from an xdist worker to its controller."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckResult:
-        """Undo `to_dict`."""
+        """Invert `to_dict`."""
         return msgspec.convert(values, cls)
 
 
 def upheld(results: list[CheckResult]) -> list[CheckResult]:
-    """Return results where a statistical fail is one only if Holm's adjustment upholds it.
+    """Return the results, keeping a statistical fail only if Holm's adjustment upholds it.
 
-    Over the statistical checks of each checkpoint: with several of them, one shows a fault by
-    chance more often than alpha. A pass needs no adjustment: all of them must pass, and the
-    chance that all do is not above any single one's (Berger 1982, intersection-union tests).
+    The adjustment covers each checkpoint's statistical checks: with several, some fail by chance
+    more often than alpha. A pass needs no adjustment: all must pass, and the chance that all do is
+    at most that of any single one (Berger 1982, intersection-union tests).
     """
     family: dict[str, list[int]] = {}
     for index, result in enumerate(results):

@@ -11,25 +11,25 @@ from numpy.typing import NDArray
 
 ALPHA = 0.05
 POWER = 0.8
-# How often a clean checkpoint may exceed what rounding is allowed by chance.
+# How often a correct checkpoint may exceed the rounding allowance by chance.
 RARE = 1e-3
-# Below this many clusters the cluster-robust standard error is not to be relied on (Cameron and
+# Below this many clusters the cluster-robust standard error is unreliable (Cameron and
 # Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015, section VI).
 FEWEST_CLUSTERS = 30
 
 
 @dataclass(frozen=True)
 class PairedMean:
-    """The mean of paired differences d [n], in their unit, with two standard errors of it."""
+    """The mean of paired differences d [n], in their unit, with two standard errors."""
 
     mean: float
     clustered_error: float
-    """Cluster-robust: whatever depends on whatever within a document."""
+    """Cluster-robust: allows any dependence within a document."""
     n: int
     clusters: int
     block_error: float = 0.0
-    """By a stationary block bootstrap inside documents: few long ones say more of it than of the
-    other. 0 where the order of tokens is not known."""
+    """By a stationary block bootstrap inside documents: more reliable than the other for a few long
+    ones. 0 if the order of tokens is unknown."""
 
     @property
     def standard_error(self) -> float:
@@ -50,24 +50,24 @@ class PairedMean:
         return self.mean - half, self.mean + half
 
     def p_below(self, margin: float) -> float:
-        """Return the p-value of "the true mean is at least `margin`": small where it is below."""
+        """Return the p-value of "the true mean is at least `margin`": small if it is below."""
         return self._tail((self.mean - margin), below=True)
 
     def p_above(self, margin: float) -> float:
-        """Return the p-value of "the true mean is at most `margin`": small where it is above."""
+        """Return the p-value of "the true mean is at most `margin`": small if it is above."""
         return self._tail((self.mean - margin), below=False)
 
     def minimum_detectable_effect(self, alpha: float = ALPHA, power: float = POWER) -> float:
-        """Return the shift of the mean that a one-sided test at `alpha` finds with `power`.
+        """Return the shift of the mean that a one-sided test at `alpha` detects with `power`.
 
         (t_{1-α} + t_{power}) · SE (Bloom 1995, "Minimum Detectable Effects").
         """
         return (self.quantile(1 - alpha) + self.quantile(power)) * self.standard_error
 
     def tokens_to_decide(self, margin: float, alpha: float = ALPHA) -> int | None:
-        """Return how many tokens would put the mean, as it is, clear of `margin`.
+        """Return how many tokens would separate the mean, as observed, from `margin`.
 
-        None where the mean is so near to it that no number would.
+        None if the mean is so close to it that no number would.
         """
         gap = abs(margin - self.mean)
         half = self.quantile(1 - alpha) * self.standard_error
@@ -84,7 +84,7 @@ class PairedMean:
         return float((stats.t.cdf if below else stats.t.sf)(t, self.degrees_of_freedom))
 
     def quantile(self, quantile: float) -> float:
-        """Return Student's t of these degrees of freedom that `quantile` of the draws are below."""
+        """Return the quantile of Student's t with these degrees of freedom."""
         from scipy import stats
 
         return float(stats.t.ppf(quantile, self.degrees_of_freedom))
@@ -114,11 +114,12 @@ def paired_mean(difference: NDArray[Any], clusters: NDArray[Any]) -> PairedMean:
 def rounding_allowance(
     sizes: NDArray[Any], clusters: NDArray[Any], factor: float, alpha: float = RARE
 ) -> float:
-    """Return what the mean of an error may be that is of the kind whose sizes [n] are given.
+    """Return the largest mean allowed for errors like those whose sizes [n] are given.
 
-    `factor` times their mean, and what another draw of n such errors, with the same clusters, may
-    lie above it: a difference of two means of one distribution has √2 of a mean's standard error.
-    Few values say little of what rounding costs: of 80 independent ones the mean is off by 8 %.
+    `factor` times their mean, plus the amount by which another sample of n such errors, with the
+    same clusters, may exceed it: the difference of two means of one distribution has √2 times a
+    mean's standard error. Few values estimate rounding poorly: the mean of 80 independent ones is
+    off by 8 %.
     """
     found = paired_mean(sizes, clusters)
     error = np.sqrt(2) * found.standard_error
@@ -128,8 +129,8 @@ def rounding_allowance(
 def unpaired_mean(one: NDArray[Any], other: NDArray[Any], clusters: NDArray[Any]) -> PairedMean:
     """Return mean(one) - mean(other) [n] as if the two came from different texts of this size.
 
-    Their variances add up. With the smaller sample's degrees of freedom, G - 1, which Welch's
-    (1947) are never below.
+    Their variances add up. Uses the smaller sample's degrees of freedom, G - 1; Welch's (1947) are
+    never fewer.
     """
     a, b = paired_mean(one, clusters), paired_mean(other, clusters)
     error = float(np.hypot(a.standard_error, b.standard_error))
@@ -141,7 +142,8 @@ def documents_to_decide(
 ) -> int | None:
     """Return after how many documents, shuffled, the mean is known to be on one side of `margin`.
 
-    By `confidence_sequence`, so that stopping there is as safe as going on; None where it never is.
+    By `confidence_sequence`, so that stopping there is as safe as going on; None if it never is
+    known.
     """
     _, index = np.unique(clusters, return_inverse=True)
     order = np.random.default_rng(0).permutation(index.max() + 1)
@@ -152,9 +154,9 @@ def documents_to_decide(
 
 
 def clustered_mean(sums: NDArray[Any], counts: NDArray[Any]) -> PairedMean:
-    """Return the mean over all of G clusters' members, of which sums [G] and counts [G] are known.
+    """Return the mean over all members of G clusters, from their sums [G] and counts [G].
 
-    Its CR1 standard error is `paired_mean`'s.
+    Its CR1 standard error is the same as `paired_mean`'s.
     """
     if len(sums) < 2:
         raise ValueError(f"a cluster-robust error needs 2 clusters at least, got {len(sums)}.")
@@ -168,7 +170,7 @@ def clustered_mean(sums: NDArray[Any], counts: NDArray[Any]) -> PairedMean:
 def stationary_variance(residuals: NDArray[Any]) -> float:
     """Return the variance of the sum of `residuals` [m] under the stationary block bootstrap.
 
-    In closed form, no resample drawn: m·Σ_k w_k C_k over all lags k, with C_k the autocovariance,
+    In closed form, without resampling: m·Σ_k w_k C_k over all lags k, with C_k the autocovariance,
     w_k = (1 - k/m)(1 - p)^k + (k/m)(1 - p)^(m-k) for both signs of k (Politis and Romano 1994,
     lemma 1) and blocks of mean length 1/p = m^(1/3).
     """
@@ -183,7 +185,7 @@ def stationary_variance(residuals: NDArray[Any]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for being several, in their order (Holm 1979)."""
+    """Return p-values adjusted for multiple testing, in their order (Holm 1979)."""
     count = len(p_values)
     adjusted, largest = [0.0] * count, 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
@@ -197,16 +199,16 @@ def confidence_sequence(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return lower and upper bounds [G] of the token-weighted mean after each document.
 
-    All of them hold at once with probability 1 - 2·alpha, each side with 1 - alpha, so that one may
-    stop at any document: the asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha, Kennedy
-    and Ramdas ("Time-uniform central limit theory", 2024, theorem 2.2), tightest after
-    `FEWEST_CLUSTERS` documents; before that there are none (infinite). `means` and `sizes` are each
-    document's mean difference and number of tokens [G], in the order in which they are looked at.
+    All of them hold at once with probability 1 - 2·alpha, each side with 1 - alpha, so it is valid
+    to stop at any document: the asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha,
+    Kennedy and Ramdas ("Time-uniform central limit theory", 2024, theorem 2.2), tightest after
+    `FEWEST_CLUSTERS` documents; before that the bounds are infinite. `means` and `sizes` are each
+    document's mean difference and number of tokens [G], in the order of inspection.
     """
     count = np.arange(1, len(means) + 1)
     weights = np.cumsum(sizes)
     centre = np.cumsum(means * sizes) / weights
-    # The weighted mean is that of y_g = m_g·d_g / mean(m), up to its own running centre.
+    # The weighted mean is the mean of y_g = m_g·d_g / mean(m), up to its own running centre.
     spread = np.cumsum((sizes * means) ** 2) - 2 * centre * np.cumsum(sizes**2 * means)
     spread = (spread + centre**2 * np.cumsum(sizes**2)) / count
     deviation = np.sqrt(np.maximum(spread, 0.0)) / (weights / count)

@@ -1,4 +1,4 @@
-"""Quality of models that pool: is their task done as well as by the base, on the same documents?"""
+"""Quality of pooling models: do they match the base at their task, on the same documents?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantgate.subject.probe import Probe
 
 Values = NDArray[np.floating[Any]]
-# The metric of a checkpoint and of its base, and what else a reader wants to know.
+# The metric of a checkpoint and of its base, and further figures for the report.
 Compared = tuple[Metric, Metric, str]
 
 
@@ -60,7 +60,7 @@ def quality(case: Case) -> Verdict:
 
 
 def metric_of(case: Case, measured: Measurement) -> float:
-    """Return the task's metric of outputs for the larger probe, as `quality` takes it."""
+    """Return the task's metric on outputs for the larger probe, as `quality` computes it."""
     metric, _, _ = _compare(case, measured)
     return metric.of(np.arange(len(dict.fromkeys(case.quality_probe.documents))))
 
@@ -94,7 +94,7 @@ def _compare(case: Case, engine: Measurement) -> Compared:
 
 
 def _compare_with_base(engine: Measurement, base: Measurement, probe: Probe) -> Compared:
-    """Return how often labels are the base's, where the probe does not say which are right."""
+    """Return how often labels equal the base's, for a probe without correct labels."""
     expected = base.top1.astype(np.float64)
     ours, theirs = (
         metrics.accuracy("agreement with the base", m.top1, expected, probe) for m in (engine, base)
@@ -124,9 +124,9 @@ def _compare_embeddings(values: Values, of_base: Values, probe: Probe) -> Compar
 def _as_probe_labels(
     measured: Measurement, names: tuple[str, ...], probe: Probe
 ) -> NDArray[np.float64]:
-    """Return the labels found [n] as the probe numbers them, by name; NaN where it has none such.
+    """Return the labels found [n] in the probe's numbering, by name; NaN for unknown names.
 
-    Labels without names of their own are the probe's, in its order, if they are as many.
+    Unnamed labels are taken to be the probe's, in its order, if their number is the same.
     """
     unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
     if unnamed and measured.values.shape[1] == len(probe.labels):

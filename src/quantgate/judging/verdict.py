@@ -1,4 +1,4 @@
-"""Verdicts: what a check says, with the number, the allowance and where it went wrong."""
+"""Verdicts: the outcome of a check, with the number, its limit and where it went wrong."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 Outcome = Literal["pass", "fail", "inconclusive", "not-run"]
 
-# What a limit limits, for those that noise moves: |mean Δ|, mean |Δ|, max |Δ|, mean KLD, or what a
-# task is measured by.
+# The limited statistics that noise affects: |mean Δ|, mean |Δ|, max |Δ|, mean KLD, or a task's
+# metric.
 Statistic = Literal["mean", "mean_abs", "max_abs", "kld", "metric"]
 
 # From worst to best: the verdict on many checks is the worst among them.
@@ -29,7 +29,7 @@ REPAIRED = "{}: quantgate keeps this head whole; stock vLLM would load it as qua
 
 @dataclass(frozen=True)
 class Deviation:
-    """One number beside what it is allowed to be.
+    """One number with its limit.
 
     >>> found = Deviation("max |Δ log-prob|", 0.25, 1e-5)
     >>> found.exceeded
@@ -44,13 +44,13 @@ class Deviation:
     unit: str = "nat"
     two_sided: bool = False
     statistic: Statistic | None = None
-    """What noise moves of it; None for what noise does not move."""
+    """The statistic that noise affects; None if noise does not affect it."""
     floor: float | None = None
     """How far noise alone moves it."""
 
     @property
     def exceeded(self) -> bool:
-        """Whether the number is outside; NaN always is."""
+        """Whether the number is beyond its limit; NaN always is."""
         value = abs(self.measured) if self.two_sided else self.measured
         return not value <= self.allowed
 
@@ -69,7 +69,7 @@ class WorstToken:
     """Its document and position."""
     passage: Passage
     column: str
-    """The label, or number, of a pooling output; "" of a log-probability."""
+    """The label, or number, of a pooling output; "" for a log-probability."""
     ours: float
     theirs: float
 
@@ -80,16 +80,16 @@ class WorstToken:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where two measurements differ: for a report's charts and tables."""
+    """Where two measurements differ, for a report's charts and tables."""
 
     by_position: tuple[tuple[int, float, float], ...] = ()
-    """Of each bin of positions its first one, and the mean and largest |Δ| there."""
+    """For each bin of positions: its first position, and the mean and largest |Δ| in it."""
     worst: tuple[WorstToken, ...] = ()
     kld: tuple[int, ...] = ()
-    """How many tokens have a KL divergence in each decade, from `KLD_DECADES[0]` on."""
+    """The number of tokens with a KL divergence in each decade, from `KLD_DECADES[0]` on."""
 
 
-# The powers of ten that bound a profile's KL divergences, in nat; what is beyond joins the end.
+# The powers of ten that bound a profile's KL divergences, in nat; values beyond count at the end.
 KLD_DECADES = (-10, 2)
 
 
@@ -97,51 +97,51 @@ KLD_DECADES = (-10, 2)
 class Verdict:
     """The outcome of one check of one checkpoint.
 
-    The first deviation is the one that a table shows. `detail` is one sentence; `evidence` are the
-    lines below it in a failure message, and `next_step` its last one.
+    Tables show the first deviation. `detail` is one sentence; `evidence` holds the lines below it
+    in a failure message, and `next_step` is the last line.
     """
 
     outcome: Outcome
     detail: str
     deviations: tuple[Deviation, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
-    """What was measured besides, by name, in nat: for tables."""
+    """Further measured figures, by name, in nat, for tables."""
     n: int | None = None
     dtype: str | None = None
-    """What was served, as torch calls it; None where nothing was."""
+    """The served dtype's torch name; None if nothing was served."""
     mde: float | None = None
-    """The effect that would be found in 8 of 10 such runs, in the first deviation's unit."""
+    """The effect that 8 of 10 such runs would detect, in the first deviation's unit."""
     unpaired_mde: float | None = None
     """The same, had the two sides been measured on different text."""
     p_value: float | None = None
-    """Of a statistical check: how likely such a value is where it is within its margin, at most.
-    Small in a fail, and adjusted by `results.upheld` for a checkpoint's several such checks."""
+    """For a statistical check, the p-value of the observed value if the true one is within its
+    margin. Small in a fail; `results.upheld` adjusts it for a checkpoint's several such checks."""
     kernels: Mapping[str, str] = field(default_factory=dict)
-    """Kernel that served each kind of layer, read from the loaded model."""
+    """The kernel that served each kind of layer, read from the loaded model."""
     emulated: tuple[str, ...] = ()
     """The kernels among them that are emulations."""
     repaired: tuple[str, ...] = ()
-    """The heads that a patch of quantgate's keeps whole, where vLLM alone would not."""
+    """The heads that unpatched vLLM would load wrong, and that quantgate's patch repairs."""
     findings: tuple[Finding, ...] = ()
     """What the audit found, errors first."""
     evidence: tuple[str, ...] = ()
     profile: Profile = field(default_factory=Profile)
     since_golden: str = ""
-    """What the environment has otherwise than when the golden was taken."""
+    """How the environment differs from the one in which the golden was taken."""
     next_step: str = ""
     attribution: str = ""
-    """Whose fault a failure is, and what shows it: "ENGINE: …"."""
+    """The component at fault and the evidence: "ENGINE: …"."""
     known_failure: str = ""
-    """Why a failure was expected, and where that is followed up; it does not count."""
+    """Why a failure was expected, and where that is tracked; it does not count."""
 
     @property
     def counted(self) -> Outcome:
-        """What this verdict adds to the one on a whole run."""
+        """The outcome that counts towards the whole run's verdict."""
         return "pass" if self.known_failure else self.outcome
 
     @property
     def on_processor(self) -> bool:
-        """Whether kernels of vLLM's CPU platform computed what was judged."""
+        """Whether vLLM's CPU kernels computed what was judged."""
         return any(name.startswith("CPU") for name in self.kernels.values())
 
     def message(self, subject: str) -> str:
@@ -184,10 +184,10 @@ def verdict_on(
     deviations: Sequence[Deviation] = (),
     **more: Any,
 ) -> Verdict:
-    """Return the verdict on what an engine gave: the one place where such a verdict is built.
+    """Return the verdict on an engine's measurement: the only place that builds such verdicts.
 
-    How much there is of it, its dtype and its kernels come from the measurement; `more` are
-    `Verdict`'s other fields, or another `n`.
+    The number of values, the dtype and the kernels come from the measurement; `more` gives
+    `Verdict`'s other fields, or a different `n`.
     """
     held: dict[str, Any] = {
         "n": len(engine.values),
@@ -200,7 +200,7 @@ def verdict_on(
 
 
 def one_sided(lower: float, upper: float, margin: float) -> Outcome:
-    """Return what confidence bounds say of "at most `margin`": a tie decides nothing.
+    """Return the outcome of "at most `margin`" by confidence bounds: a tie is inconclusive.
 
     >>> one_sided(0.01, 0.04, margin=0.05)
     'pass'
@@ -211,7 +211,7 @@ def one_sided(lower: float, upper: float, margin: float) -> Outcome:
 
 
 def not_run(detail: str, next_step: str = "") -> Verdict:
-    """Return the verdict of a selected check that did not happen.
+    """Return the verdict of a selected check that did not run.
 
     >>> print(not_run("no probe has steps", "give one that has").message("my-model steps"))
     my-model steps: NOT-RUN: no probe has steps
@@ -221,5 +221,5 @@ def not_run(detail: str, next_step: str = "") -> Verdict:
 
 
 def worst(outcomes: list[Outcome]) -> Outcome:
-    """Return the verdict on many checks; on none at all it is "not-run"."""
+    """Return the verdict on many checks; for none it is "not-run"."""
     return min(outcomes, key=SEVERITY.index, default="not-run")

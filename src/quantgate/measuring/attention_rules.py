@@ -1,4 +1,4 @@
-"""What vLLM's attention does otherwise than HF's: bfloat16 cut off, keys and values in FP8."""
+"""Where vLLM's attention differs from HF's: truncated bfloat16, keys and values in FP8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Fp8KVCache:
-    """Gives keys and values back as an FP8 (E4M3) cache would: divided, rounded, multiplied."""
+    """Returns keys and values as an FP8 (E4M3) cache would: divided, rounded, multiplied."""
 
     def __init__(self, scales: Callable[[int], tuple[float, float]]) -> None:
         self.scales = scales
@@ -27,7 +27,7 @@ class Fp8KVCache:
         return fp8_cached(key, key_scale), fp8_cached(value, value_scale)
 
     def get_seq_length(self, *_: Any) -> int:
-        """Return how many tokens it holds from before: none."""
+        """Return how many earlier tokens the cache holds: none."""
         return 0
 
 
@@ -39,9 +39,9 @@ def _truncating_attention(
     mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """HF's sdpa attention, with bfloat16 cut off as vLLM's AVX2 build does it (`builds`).
+    """HF's sdpa attention, truncating to bfloat16 as vLLM's AVX2 build does (`builds`).
 
-    Queries and keys come rotated in float32; all are [windows, heads, tokens, width].
+    Queries and keys are passed rotated, in float32; all are [windows, heads, tokens, width].
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -54,7 +54,7 @@ def _truncating_attention(
 
 @functools.cache
 def truncating_attention_name() -> str:
-    """Return the name by which HF's models find the attention that truncates."""
+    """Return the name under which HF's models look up the truncating attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -65,5 +65,5 @@ def truncating_attention_name() -> str:
 
 
 def in_float32(positions: Any) -> Any:
-    """Return cosines and sines in float32, so that what is rotated by them is not rounded."""
+    """Return cosines and sines in float32, so that rotating does not round."""
     return None if positions is None else tuple(part.float() for part in positions)

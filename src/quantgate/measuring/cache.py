@@ -1,4 +1,4 @@
-"""The disk cache: arrays under a key that says all they depend on; verified, never trusted."""
+"""The disk cache: arrays under a key of everything they depend on; verified on every read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from quantgate.atomic import write_atomically
 
 Arrays = Mapping[str, NDArray[Any]]
-# Entries that nobody read for so long are of a package, or of a model, that is no longer used.
+# Entries unread for this long belong to a package version or a model that is no longer used.
 DAYS_KEPT = 30
 ROOMS = ("subject", "formats", "patches", "measuring")
-# An entry, its lock, and what a killed process left of writing it.
+# An entry, its lock, and the partial file that a killed process leaves behind.
 _OWN = re.compile(r"\.?[0-9a-f]{64}\.(safetensors|lock)(\..*)?")
 
 
@@ -33,14 +33,14 @@ class DiskCache:
     directory: Path
 
     def path(self, key: Mapping[str, Any]) -> Path:
-        """Return where the entry for a key lies: the key's hash is its name."""
+        """Return the path of a key's entry, which is named by the key's hash."""
         digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
         return self.directory / f"{digest}.safetensors"
 
     def read(self, key: Mapping[str, Any]) -> Arrays | None:
-        """Return an entry; None where there is none.
+        """Return an entry, or None if there is none.
 
-        `DamagedEntry` where a byte of it, or its key, is not what was written.
+        Raises `DamagedEntry` if its bytes or its key differ from what was written.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -55,12 +55,12 @@ class DiskCache:
             raise DamagedEntry(f"{path}: damaged ({error})") from None
         if metadata.get("key") != _canonical(key) or metadata.get("sha256") != _digest(arrays):
             raise DamagedEntry(f"{path}: not what was written")
-        with suppress(OSError):  # others' entries may be read, too
+        with suppress(OSError):  # the entry may be another user's, and readable only
             path.touch()
         return arrays
 
     def write(self, key: Mapping[str, Any], arrays: Arrays) -> None:
-        """Store an entry, which appears whole or not at all."""
+        """Store an entry atomically."""
         from safetensors.numpy import save
 
         metadata = {"key": _canonical(key), "sha256": _digest(arrays)}
@@ -71,7 +71,7 @@ class DiskCache:
     def alone(self, key: Mapping[str, Any], waiting: Callable[[], None]) -> Iterator[None]:
         """Hold an exclusive lock on this entry, so that only one process computes it.
 
-        `waiting` is called where one is. The lock of a process that was killed is gone with it.
+        `waiting` is called if another process holds it. A killed process releases its lock.
         """
         from filelock import FileLock, Timeout
 
@@ -86,17 +86,17 @@ class DiskCache:
             yield
 
     def forget_unused(self) -> None:
-        """Remove entries that were not read for `DAYS_KEPT` days; nothing else in the directory."""
+        """Remove entries unread for `DAYS_KEPT` days, and nothing else in the directory."""
         oldest = time.time() - DAYS_KEPT * 24 * 3600
         found = self.directory.iterdir() if self.directory.is_dir() else ()
         for path in found:
-            with suppress(OSError):  # another process may be at it, or it may be others'
+            with suppress(OSError):  # in use by another process, or another user's file
                 if _OWN.fullmatch(path.name) and path.stat().st_mtime < oldest:
                     path.unlink()
 
 
 class DamagedEntry(ValueError):
-    """A cache entry that is not what was written; it is computed anew."""
+    """A cache entry differs from what was written; it is computed again."""
 
 
 def _canonical(key: Mapping[str, Any]) -> str:
@@ -114,10 +114,10 @@ def _digest(arrays: Arrays) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """Return the sha256 over the sources that measure: any change of them makes entries stale.
+    """Return the sha256 of the measuring sources; any change to them makes entries stale.
 
-    Of `ROOMS`, which import nothing from the others: how a measurement is judged or shown does not
-    change it.
+    Covers `ROOMS`, which import nothing from the other rooms: how a measurement is judged or shown
+    does not change it.
     """
     return _digest_of(Path(__file__).parent.parent)
 

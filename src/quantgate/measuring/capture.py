@@ -1,8 +1,8 @@
-"""Captures: what every linear of a loaded model was given and gave back, for a few windows.
+"""Captures: the input and output of every linear of a loaded model, for a few windows.
 
-`WorkerExtension` runs inside vLLM's worker, in process or not, one for each tensor-parallel rank,
-and writes what its rank saw; `Capture` puts the ranks together again, under the names that a
-checkpoint uses: vLLM's `qkv_proj` is `q_proj`, `k_proj` and `v_proj` there.
+`WorkerExtension` runs inside each vLLM worker, one per tensor-parallel rank, in process or not, and
+writes what its rank saw. `Capture` joins the ranks and uses the checkpoint's names: vLLM's
+`qkv_proj` is its `q_proj`, `k_proj` and `v_proj`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     import torch
 
 EXTENSION = "quantgate.measuring.capture.WorkerExtension"
-# Where vLLM keeps its linear kernels; a class that derives from one of them is one.
+# Where vLLM keeps its linear kernels; a subclass of one of these counts as a kernel.
 KERNEL_MODULES = "vllm.model_executor.kernels."
 EMULATED_KV_CACHE = "EmulatedFp8KVCache"
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its worker; called by name, so that nothing is pickled."""
+    """Methods that vLLM adds to its worker; called by name, so nothing is pickled."""
 
     def quantgate_kernels(self) -> dict[str, list[str]]:
-        """Return what computes each module, by name: kernel classes, emulated ones marked `*`."""
+        """Return each module's kernel classes by module name, emulations marked `*`."""
         return {
             name: kernels
             for name, module in self.get_model().named_modules()  # type: ignore[attr-defined]
@@ -41,27 +41,27 @@ class WorkerExtension:
         }
 
     def quantgate_repaired(self) -> list[str]:
-        """Return the names of the heads that vLLM alone would have loaded wrong."""
+        """Return the names of the heads that unpatched vLLM would have loaded wrong."""
         modules = self.get_model().named_modules()  # type: ignore[attr-defined]
         return [name for name, module in modules if hasattr(module, REPAIRED_HEAD)]
 
     def quantgate_start_capture(self) -> None:
-        """Watch every linear from now on."""
+        """Start recording every linear."""
         self._quantgate_capture = _Watch(self.get_model())  # type: ignore[attr-defined]
 
     def quantgate_save_capture(self, directory: str, window: int) -> None:
-        """Write what was seen since the last call as `directory`/<window>.<rank>.safetensors."""
+        """Write what was recorded since the last call: `directory`/<window>.<rank>.safetensors."""
         rank = self.rank  # type: ignore[attr-defined]
         self._quantgate_capture.save(Path(directory) / f"{window}.{rank}.safetensors")
 
     def quantgate_stop_capture(self) -> None:
-        """Watch no longer."""
+        """Stop recording."""
         self._quantgate_capture.stop()
         del self._quantgate_capture
 
 
 def _kernels_of(module: Any) -> list[str]:
-    """Return the names of what computes a layer, read from the objects that it holds."""
+    """Return the names of a layer's kernels, read from the objects that it holds."""
     if (attention := getattr(module, "impl", None)) is not None:
         emulated_cache = [f"{EMULATED_KV_CACHE}*"] if hasattr(module, EMULATED_KV_SCALES) else []
         return [type(attention).__name__, *emulated_cache]
@@ -79,7 +79,7 @@ def _is_kernel(held: object) -> bool:
 
 
 class _Watch:
-    """Forward hooks on a model's linears, and what they saw."""
+    """Forward hooks on a model's linears, and what they recorded."""
 
     def __init__(self, model: Any) -> None:
         from vllm.model_executor.layers.linear import LinearBase
@@ -98,8 +98,8 @@ class _Watch:
     def _hook(self, name: str, _: Any, inputs: tuple[Any, ...], output: Any) -> None:
         result = output[0] if isinstance(output, tuple) else output
         for kind, tensor in (("input", inputs[0]), ("output", result)):
-            # A copy: vLLM reuses its buffers, and norms are computed in place. Its Transformers
-            # backend has a batch of one around the tokens.
+            # A copy: vLLM reuses its buffers and computes norms in place. Its Transformers backend
+            # adds a batch dimension of one.
             rows = tensor.detach().reshape(-1, tensor.shape[-1]).cpu().clone()
             self.seen.setdefault(f"{name}.{kind}", []).append(rows)
 
@@ -118,8 +118,8 @@ class _Watch:
 
 
 def _packed(model: Any) -> dict[str, list[str]]:
-    """Return which of a checkpoint's linears each of vLLM's holds, by their own names."""
-    # The body may know what is packed when the model with its head does not.
+    """Return which of a checkpoint's linears each vLLM linear holds, by last name component."""
+    # The body may declare its packed modules where the model with its head does not.
     modules = list(reversed(list(model.modules())))
     packed: dict[str, list[str]] = {}
     for module in modules:
@@ -138,14 +138,14 @@ def _layout(
 ) -> dict[str, Any]:
     """Return which of a checkpoint's linears a module holds, and how ranks share them.
 
-    Of a rank's outputs each linear has some columns, in one run or, where the checkpoint has q, k
-    and v or gate and up in one linear, in several.
+    Each linear owns some columns of a rank's output: one run of them or, where the checkpoint
+    stores q, k and v or gate and up in one linear, several.
     """
     parent, dot, own = name.rpartition(".")
     shards = [f"{parent}{dot}{shard}" for shard in packed.get(own, [own])]
     sizes = list(getattr(module, "output_partition_sizes", None) or [module.output_size])
     replicas = getattr(module, "num_kv_head_replicas", 1)
-    # Several ranks hold the same heads of keys and values.
+    # Several ranks hold the same KV heads.
     runs = [[size, replicas if place else 1] for place, size in enumerate(sizes)]
     held = [[run] for run in runs] if len(runs) == len(shards) else [runs]
     names = shards if len(runs) == len(shards) else [name]
@@ -157,10 +157,10 @@ def _layout(
 
 
 def _grouped_heads(own: str, module: Any, model_type: str) -> list[int] | None:
-    """Return how many heads of queries, and of keys, a linear has that groups q, k and v by head.
+    """Return the numbers of query and KV heads of a linear that groups q, k and v by head.
 
-    These checkpoints have each head's keys and values beside its queries, and vLLM reorders them as
-    it loads them: all queries, all keys, all values (`load_weights` of falcon.py and bloom.py).
+    These checkpoints store each head's keys and values beside its queries, and vLLM reorders them
+    on loading: all queries, all keys, all values (`load_weights` of falcon.py and bloom.py).
     """
     if own != "query_key_value" or model_type not in ("falcon", "bloom"):
         return None
@@ -168,7 +168,7 @@ def _grouped_heads(own: str, module: Any, model_type: str) -> list[int] | None:
 
 
 def _what_ranks_split(module: Any) -> str:
-    """Return which side of a linear each tensor-parallel rank has a part of, if any."""
+    """Return which side of a linear is split across tensor-parallel ranks, if any."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
     if module.tp_size > 1:
@@ -181,7 +181,7 @@ def _what_ranks_split(module: Any) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """One linear's input [tokens, in] and output [tokens, out] in one window, all ranks joined."""
+    """One linear's input [tokens, in] and output [tokens, out] in one window, ranks joined."""
 
     input: torch.Tensor
     output: torch.Tensor
@@ -195,13 +195,13 @@ class Capture:
     windows: tuple[int, ...]
     """Indices into the probe's windows."""
     values: NDArray[np.floating[Any]]
-    """What a measurement holds, of these windows' scored tokens, served one by one [m] or [m, D].
+    """The values of these windows' scored tokens, served one window at a time, [m] or [m, D].
 
-    Where inputs are quantized, a window in a batch gets other last bits, so other codes and values.
+    Batching changes last bits and, where inputs are quantized, therefore codes and values.
     """
 
     def seen(self, name: str, window: int) -> Seen:
-        """Return what the engine's linear `name` saw in a window."""
+        """Return the input and output of the engine's linear `name` in a window."""
         import torch
 
         module, runs, layout = self._places[self._inside(name)]
@@ -229,11 +229,11 @@ class Capture:
         return self._inside(name) in self._places
 
     def module_of(self, name: str) -> str:
-        """Return the module of vLLM's that holds the linear `name`."""
+        """Return the vLLM module that holds the linear `name`."""
         return self._places[self._inside(name)][0]
 
     def _inside(self, name: str) -> str:
-        """Return a linear's name as from its layer's number on, by vLLM's names if need be."""
+        """Return a linear's name from its layer number on, using vLLM's names if necessary."""
         if (own := _inside(name)) in self._places:
             return own
         for part, new in self._metadata["renamed"].items():
@@ -250,7 +250,7 @@ class Capture:
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[str, list[tuple[int, int, int]], dict[str, Any]]]:
-        """By name: vLLM's module, the runs of columns (start, size, replicas), its layout."""
+        """By name: the vLLM module, its runs of columns (start, size, replicas), its layout."""
         places = {}
         for module, layout in self._metadata["layouts"].items():
             start = 0
@@ -262,13 +262,13 @@ class Capture:
                     start += size
                 places[_inside(shard)] = (module, runs, layout)
                 every += runs
-            # A checkpoint may have in one linear what vLLM can also put together.
+            # A checkpoint may already store as one linear what vLLM packs from several.
             places.setdefault(_inside(module), (module, every, layout))
         return places
 
 
 def _renamed(model: Any) -> dict[str, str]:
-    """Return what vLLM calls parts of a checkpoint's names: `.self_attn.` is `.attn.`, say."""
+    """Return vLLM's renamings of parts of a checkpoint's names, e.g. `.self_attn.` to `.attn.`."""
     found: dict[str, str] = {}
     for module in model.modules():
         mapper = getattr(module, "hf_to_vllm_mapper", None)
@@ -278,7 +278,7 @@ def _renamed(model: Any) -> dict[str, str]:
 
 
 def _grouped(output: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
-    """Put queries, keys and values [tokens, (heads + 2 kv_heads) x width] together by kv head."""
+    """Group queries, keys and values [tokens, (heads + 2 kv_heads) x width] by KV head."""
     import torch
 
     width = output.shape[1] // (heads + 2 * kv_heads)
@@ -288,9 +288,9 @@ def _grouped(output: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
 
 
 def _inside(name: str) -> str:
-    """Return a module's name from its layer's number on: what is around layers has other names.
+    """Return a module's name from its layer number on: the prefixes differ.
 
-    A BERT is `model` in vLLM, and `bert` to others.
+    A BERT is `model` in vLLM and `bert` elsewhere.
     """
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
@@ -311,10 +311,10 @@ def take_capture(
     windows: Sequence[int],
     serve_alone: Callable[[int], NDArray[np.floating[Any]]],
 ) -> Capture:
-    """Serve each window by itself, and return what every linear saw and what came of it.
+    """Serve each window by itself; return what every linear saw and the resulting values.
 
-    `serve_alone` gives the values of the probe's window with an index. The engine must be eager:
-    nothing calls a module's hooks under CUDA graphs or `torch.compile`.
+    `serve_alone` returns the values of the probe's window at an index. The engine must be eager:
+    CUDA graphs and `torch.compile` bypass module hooks.
     """
     values = []
     llm.collective_rpc("quantgate_start_capture")

@@ -1,4 +1,4 @@
-"""A case: one checkpoint in one dtype, and what is measured of it, each thing once in a run."""
+"""A case: one checkpoint in one dtype and its measurements, each taken once in a run."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ from quantgate.subject.windows import mixed
 
 Found = TypeVar("Found")
 
-# What the ledger keeps: a measurement, what was seen during it, whether vLLM can cut its prompts.
+# What the ledger keeps: a measurement, its capture, and whether vLLM can chunk its prompts.
 ENGINE, CAPTURE, CHUNKS = "vLLM", "capture", "chunked prefill"
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A checkpoint in a dtype. Its measurements are taken when first asked for, and kept.
+    """A checkpoint in a dtype. Its measurements are taken on first use, and kept.
 
-    References and unquantized bases are kept on disk too, if there is a cache. Checkpoints under
-    test are always served anew.
+    With a cache, references and unquantized bases are kept on disk too. Checkpoints under test are
+    served afresh in every run.
     """
 
     checkpoint: Checkpoint
     dtype: str
-    """As torch calls it."""
+    """torch's name of it."""
     lab: Lab
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str, lab: Lab) -> Case:
-        """Return the case of a dtype: as torch calls it, or "serving"."""
+        """Return the case of a dtype, given by its torch name or as "serving"."""
         return cls(checkpoint, resolve_dtype(checkpoint, dtype), lab)
 
-    # What it is ----------------------------------------------------------------------------------
+    # The case itself -----------------------------------------------------------------------------
 
     @property
     def probe(self) -> Probe:
@@ -65,12 +65,12 @@ class Case:
 
     @property
     def quality_probe(self) -> Probe:
-        """What is scored for `quality`: more documents, of a model that pools."""
+        """What is scored for `quality`: for a pooling model, more documents."""
         return self.lab.probe_of(self.checkpoint, quality=True)
 
     @property
     def by_value(self) -> bool:
-        """Whether values are judged one by one: float32, and no code of an input can flip."""
+        """Whether values are judged one by one: float32, and no quantized input code can flip."""
         return self.dtype == FLOAT32 and not self.checkpoint.quantizes_activations
 
     def within(self, dtype: str) -> Case:
@@ -79,17 +79,17 @@ class Case:
 
     @property
     def served(self) -> Case:
-        """The case in the dtype that is served."""
+        """The case in the serving dtype."""
         return self.within(SERVING)
 
     @property
     def sharpest(self) -> Case:
-        """The case in the dtype that shows the smallest difference."""
+        """The case in the dtype that resolves the smallest difference."""
         return self.within(sharpest_dtype(self.checkpoint))
 
     @property
     def base(self) -> Case | None:
-        """The unquantized base, in this dtype or in the one that it is served in."""
+        """The unquantized base, in this dtype or in its own serving dtype."""
         if (base := self.checkpoint.base_checkpoint) is None:
             return None
         is_served = self.dtype == resolve_dtype(self.checkpoint, SERVING)
@@ -101,7 +101,8 @@ class Case:
     def engine(self) -> Measurement:
         """What vLLM gives for the probe.
 
-        The same engine does what else it is wanted for, so that none like it is started again.
+        The same engine also takes the other measurements that need one like it, so that it is
+        started only once.
         """
 
         def measure(announce: Announce) -> Measurement:
@@ -112,7 +113,7 @@ class Case:
                 settings=self.checkpoint.engine,
                 dtype=self.dtype,
                 announce=announce,
-                # What is compared with another engine's result need not be captured.
+                # A result that is only compared with a second engine's needs no capture.
                 capture_into=None if self.checkpoint.is_base else self.lab.capture_directory(),
                 meanwhile=self._on_the_way,
             )
@@ -123,7 +124,7 @@ class Case:
         return self._once(ENGINE, measure, stored_as=lambda: self._engine_disk_key(self.probe))
 
     def keep_engine(self, measured: Measurement) -> None:
-        """Let `engine` be what was measured otherwise: served in another way, say."""
+        """Use a measurement taken elsewhere as `engine`, e.g. from another way of serving."""
         self.lab.ledger.taken[self._key(ENGINE)] = measured
 
     def _on_the_way(self, llm: Any) -> None:
@@ -132,7 +133,7 @@ class Case:
             self._for_quality(llm)
         if checkpoint.is_base:
             return
-        # Not where attention reads both ways.
+        # False for bidirectional attention.
         chunked = llm.llm_engine.model_config.is_chunked_prefill_supported
         self.lab.ledger.taken[self._key(CHUNKS)] = chunked
         if not chunked or reruns.can_cut(llm):
@@ -143,9 +144,9 @@ class Case:
 
     @property
     def for_quality(self) -> Measurement:
-        """What vLLM gives for the larger probe, in the dtype that is served.
+        """What vLLM gives for the larger probe, in the serving dtype.
 
-        The engine of `engine` does it on the way, where that one runs.
+        Taken with `engine`'s engine if that is started anyway.
         """
         served = self.served
         _ = served.engine
@@ -162,7 +163,7 @@ class Case:
         )
 
     def reruns(self, probe: Probe) -> Reruns:
-        """Serve a probe again in several ways, with prompts cut into chunks where vLLM can."""
+        """Serve a probe again in several ways, with chunked prompts where vLLM can chunk them."""
         _ = self.engine
         return self._reruns(probe, None)
 
@@ -178,7 +179,7 @@ class Case:
 
     @property
     def late_interaction(self) -> np.ndarray[Any, Any]:
-        """What `LLM.score` gives for a part of the probe, `mixed`'s [queries, documents]."""
+        """What `LLM.score` gives for the `mixed` part of the probe [queries, documents]."""
         return self._late_interaction(None)
 
     def _late_interaction(self, llm: Any) -> np.ndarray[Any, Any]:
@@ -192,7 +193,7 @@ class Case:
 
     @property
     def steps(self) -> Steps:
-        """What STEP pooling gives for the probe: the rows of the step tag only."""
+        """What STEP pooling gives for the probe: only the rows at the step tag."""
         more = pooling.pooling_arguments(
             self.checkpoint.directory, self.checkpoint.task, step_tag_id=self.checkpoint.step_tag_id
         )
@@ -202,7 +203,7 @@ class Case:
         )
 
     def set_otherwise(self, settings: EngineSettings, probe: Probe) -> Measurement:
-        """Return what an engine with other settings gives for a probe."""
+        """Return what an engine with different settings gives for a probe."""
         case = dataclasses.replace(
             self, checkpoint=dataclasses.replace(self.checkpoint, engine=settings)
         )
@@ -221,7 +222,7 @@ class Case:
         stored_as: Callable[[], Mapping[str, Any] | None] = lambda: None,
         **more: Any,
     ) -> Found:
-        """Serve a probe with `llm`, or with an engine of its own where that is None."""
+        """Serve a probe with `llm`, or with a new engine if `llm` is None."""
 
         def measure(announce: Announce) -> Found:
             if llm is not None:
@@ -247,13 +248,13 @@ class Case:
         dequantizer: DequantizerName = "own",
         narrowing: Narrowing | None = None,
     ) -> Measurement:
-        """Measure with HF modules over weights from our dequantizer or the library's.
+        """Measure with HF modules over weights from our dequantizer or compressed-tensors'.
 
-        In bfloat16, rotations and attention round as this build's do, or as `narrowing` says.
+        In bfloat16, rotations and attention round as this vLLM build does, or by `narrowing`.
         """
         narrowing = (narrowing or builds.narrowing()) if dtype == "bfloat16" else "rounds"
         device = self.lab.device
-        rules = self._rules()  # its engine has come and gone before the reference starts
+        rules = self._rules()  # first: its engine must have ended before the reference starts
         return self.within(dtype)._once(
             reference.name_of(dequantizer, narrowing, device),
             lambda announce: reference.measure(
@@ -283,25 +284,26 @@ class Case:
         return self.reference(FLOAT32)
 
     def rounded(self, narrowing: Narrowing | None = None) -> Measurement:
-        """Return the reference that rounding alone keeps from `exact`.
+        """Return a reference that differs from `exact` by rounding alone.
 
-        In this dtype; in float64 where this is float32.
+        It is in this case's dtype, or in float64 if that is float32.
         """
         return self.reference("float64" if self.dtype == FLOAT32 else self.dtype, "own", narrowing)
 
     @property
     def rounding(self) -> float:
-        """How far float32 moves the reference's values from float64's, at most."""
+        """The largest distance between the reference's values in float32 and in float64."""
         return largest_difference(self.reference("float64"), self.exact)
 
     @property
     def difference_from_whole(self) -> float | None:
-        """How far HF's own forward is from the streamed one on a window; None without memory."""
+        """Difference of HF's own forward from the streamed one on one window; None if it would
+        not fit in memory."""
         return difference_from_whole(self.checkpoint.directory, self.probe)
 
     @property
     def replay(self) -> Replay:
-        """What the reference makes of what the engine's linears were given, for a few windows."""
+        """The reference computed on the inputs of the engine's linears, for a few windows."""
         _ = self.engine
         capture = self.lab.ledger.taken[self._key(CAPTURE)]
         return self._once(
@@ -317,7 +319,7 @@ class Case:
         )
 
     def _rules(self) -> LinearRules:
-        """Return what the kernels make of a checkpoint that vLLM chose for it, in any dtype."""
+        """Return the rules of the kernels that vLLM chose for the checkpoint, in any dtype."""
         checkpoint = self.checkpoint
         if checkpoint.is_base or actual_scheme(checkpoint.directory) == UNQUANTIZED:
             return FORMATS_RULES
@@ -329,14 +331,14 @@ class Case:
         kernels = self.within(next(served, SERVING)).engine.provenance.kernels
         return rules_of(kernels.values())
 
-    # What is derived -----------------------------------------------------------------------------
+    # Derived from measurements -------------------------------------------------------------------
 
     def divergence(
         self, base: Measurement, other: Measurement, probe: Probe, *, base_of: Case | None = None
     ) -> Divergence:
         """Return how far a measurement's distributions are from a base's, over the vocabulary.
 
-        Both are of `probe`; `other` of this checkpoint, `base` of `base_of`'s or of this one too.
+        Both score `probe`; `other` is this checkpoint's, `base` is `base_of`'s or this one's too.
         """
         targets = [np.array(window.ids[window.score_from :]) for window in probe.windows]
         return divergence(
@@ -353,7 +355,7 @@ class Case:
         return Side(measured.hidden, *head)
 
     def once(self, name: str, derive: Callable[[], Found]) -> Found:
-        """Return what `derive` makes of measurements, made at the first call."""
+        """Return the result of `derive`, computed at the first call."""
         return self._once(name, lambda _: derive())
 
     # Keeping -------------------------------------------------------------------------------------
@@ -380,7 +382,7 @@ class Case:
         )
 
     def _engine_disk_key(self, probe: Probe) -> dict[str, Any] | None:
-        """Return what a base's measurement is kept under; None for what is under test."""
+        """Return a base's key on disk; None for a checkpoint under test."""
         if not self.checkpoint.is_base:
             return None
         return self._disk_key("engine", probe, settings=asdict(self.checkpoint.engine))

@@ -1,8 +1,8 @@
 """Which of a checkpoint's tensors make which parameter of HF's model, by transformers' own rules.
 
-transformers names and shapes some parameters otherwise than checkpoints do: it prefixes bodies,
-renames blocks, stacks experts. Its tables for `from_pretrained` say how; they are read here for
-tensors that are read one at a time, and for quantized ones, whose parts stand for a weight.
+transformers names and shapes some parameters differently from checkpoints: it prefixes bodies,
+renames blocks, stacks experts. Its tables for `from_pretrained` define how. Here they are applied
+to tensors read one at a time, and to quantized ones, whose parts together represent a weight.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ WEIGHT = "weight"
 
 @dataclass
 class Origin:
-    """What one parameter, or several, are made of."""
+    """The tensors that one parameter, or several, are made of."""
 
     converter: Any = None
-    """transformers' `WeightConverter`; None where a tensor is the parameter."""
+    """transformers' `WeightConverter`; None if the tensor is the parameter itself."""
     parts: dict[str, list[str]] = field(default_factory=dict)
-    """Names of weights in the checkpoint, by the converter's pattern that they match."""
+    """Names of weights in the checkpoint, by the converter pattern that they match."""
 
     @property
     def names(self) -> list[str]:
-        """The names of all that it is made of."""
+        """The names of all its tensors."""
         return [name for names in self.parts.values() for name in names]
 
 
 class CheckpointNames:
-    """The names that a checkpoint has for the modules and parameters of HF's model."""
+    """The checkpoint's names for the modules and parameters of HF's model."""
 
     def __init__(self, model: Any, stored: Iterable[str]) -> None:
         self._model = model
@@ -54,7 +54,7 @@ class CheckpointNames:
         module, _, part = name.rpartition(".")
         target, converter, pattern = rename(name)
         if target not in expected:
-            # A part of a quantized weight: it goes where that weight would.
+            # A part of a quantized weight is mapped as the weight would be.
             name, part = f"{module}.{WEIGHT}", WEIGHT
             target, converter, pattern = rename(name)
         origin = self._origins.setdefault(target, Origin(converter))
@@ -65,11 +65,11 @@ class CheckpointNames:
             self._modules[target.removesuffix(f".{part}")] = module
 
     def module(self, name: str) -> str:
-        """Return the checkpoint's name of HF's module `name`; the same where it has no tensor."""
+        """Return the checkpoint's name of HF's module `name`; unchanged if it has no tensor."""
         return self._modules.get(name, name)
 
     def within(self, name: str) -> list[str]:
-        """Return the checkpoint's modules whose tensors are those of HF's module `name`."""
+        """Return the checkpoint's modules whose tensors make up HF's module `name`."""
         found = [o for target, o in self._origins.items() if target.startswith(f"{name}.")]
         return [part.rpartition(".")[0] for origin in found for part in origin.names]
 
@@ -77,17 +77,17 @@ class CheckpointNames:
         return self._origin(name) is not None
 
     def origin_of(self, name: str) -> str | None:
-        """Return the tensor that HF's parameter is, "" for several; None where there is none."""
+        """Return the tensor of HF's parameter; "" if it has several, None if it has none."""
         origin = self._origin(name)
         if origin is None:
             return None
         return origin.names[0] if origin.converter is None else ""
 
     def read(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """Return HF's parameter `name` of what `read` gives for the checkpoint's weights."""
+        """Return HF's parameter `name`, made of the checkpoint's weights as `read` returns them."""
         origin = self._origin(name)
         if origin is None:
-            return read(name)  # which says that it is missing
+            return read(name)  # which reports it as missing
         if origin.converter is None:
             return read(origin.names[0])
         converter = copy.deepcopy(origin.converter)
@@ -102,7 +102,7 @@ class CheckpointNames:
     def _origin(self, name: str) -> Origin | None:
         if name in self._origins:
             return self._origins[name]
-        # One tensor that is cut into several parameters is noted under the first of them.
+        # A tensor that is split into several parameters is recorded under the first of them.
         for target, origin in self._origins.items():
             patterns: list[str] = getattr(origin.converter, "target_patterns", [])
             if len(patterns) > 1 and any(
@@ -115,7 +115,7 @@ class CheckpointNames:
 def _renaming(
     model: Any, expected: Mapping[str, bool]
 ) -> Callable[[str], tuple[str, Any, str | None]]:
-    """Return what gives the parameter that a tensor is for, how it is converted, and as what."""
+    """Return the function from a tensor's name to its parameter, its converter and its pattern."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -123,7 +123,7 @@ def _renaming(
             WeightRenaming,
             rename_source_key,
         )
-    except ImportError:  # transformers 4 has parameters as they are stored
+    except ImportError:  # transformers 4 keeps parameters as they are stored
         return lambda name: (name, None, None)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -141,5 +141,5 @@ def _renaming(
 
 
 def _in_order(name: str) -> list[tuple[int, int, str]]:
-    """Return what sorts names so that expert 10 comes after expert 9."""
+    """Return the key that sorts expert 10 after expert 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""What a cache entry holds of a measurement: named arrays, and back."""
+"""Converts a measurement to the named arrays of a cache entry, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantgate.measuring.measurement import Measurement, Provenance
 
 
 def to_arrays(measured: Measurement) -> dict[str, NDArray[Any]]:
-    """Return a measurement's arrays by the names of its fields; its provenance as JSON in bytes."""
+    """Return a measurement's arrays by field name, its provenance as the bytes of JSON."""
     held = ((field.name, getattr(measured, field.name)) for field in fields(measured))
     arrays = {name: value for name, value in held if isinstance(value, np.ndarray)}
     if measured.hidden is not None:
@@ -25,7 +25,7 @@ def to_arrays(measured: Measurement) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Measurement:
-    """Undo `to_arrays`, to the bit."""
+    """Invert `to_arrays`, bit for bit."""
     provenance = msgspec.convert(json.loads(arrays["provenance"].tobytes()), Provenance)
     found: dict[str, Any] = {**arrays, "provenance": provenance}
     if "hidden" in found:
@@ -34,17 +34,17 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Measurement:
 
 
 def _packed(hidden: NDArray[Any]) -> NDArray[Any]:
-    """Return hidden states in half the bytes where they were in 16 bits: nothing is rounded."""
+    """Return hidden states in 16 bits if they fit there without rounding."""
     bits = np.ascontiguousarray(hidden).view(np.uint32)
     if not (bits & 0xFFFF).any():
-        return (bits >> 16).astype(np.uint16)  # bfloat16, which NumPy has no name for
+        return (bits >> 16).astype(np.uint16)  # bfloat16, for which NumPy has no dtype
     with np.errstate(over="ignore"):
         half = hidden.astype(np.float16)
     return half if np.array_equal(half.astype(np.float32), hidden) else hidden
 
 
 def _unpacked(stored: NDArray[Any]) -> NDArray[Any]:
-    """Undo `_packed`."""
+    """Invert `_packed`."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)

@@ -1,7 +1,7 @@
 """Exact divergence of next-token distributions.
 
-KL divergence over the whole vocabulary needs the logits of both sides, but they need not be kept: a
-hidden state and its head give them back. Rows are taken in chunks, so memory is bounded.
+KL divergence over the whole vocabulary needs the logits of both sides, but they need not be stored:
+they are recomputed from a hidden state and its head. Rows are processed in chunks to bound memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from quantgate.measuring.reference_device import CPU, exactly
 if TYPE_CHECKING:
     import torch
 
-# float32 logits of one side that are held at once: 261 rows of a vocabulary of 128k, enough for the
-# product to be bound by arithmetic and not by reading the head.
+# float32 logits of one side held at once: 261 rows at a vocabulary of 128k, enough to make the
+# product bound by arithmetic rather than by reading the head.
 CHUNK_BYTES = 128 << 20
-# What the sums go over at a time: with its few copies it stays in a processor's cache.
+# How much is summed at a time: small enough that it and its few copies stay in a CPU's cache.
 BLOCK_BYTES = 1 << 20
-# But on a GPU, whose own cache is larger and which each further block makes wait.
+# A GPU has a larger cache, and every further block makes it wait.
 BLOCK_BYTES_OF_A_GPU = CHUNK_BYTES
-# Below this |Δ log-prob| a term of the sum is taken by `expm1`, which cancels nothing.
+# Below this |Δ log-prob| a term of the sum is computed with `expm1`, which avoids cancellation.
 SMALL = 1.0
 
 Logits = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -33,10 +33,10 @@ Logits = Callable[["torch.Tensor"], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Side:
-    """What gives n next-token distributions."""
+    """Hidden states and a head that yield n next-token distributions."""
 
     hidden: NDArray[np.float32]
-    """What the head is given [n, H]."""
+    """The head's input [n, H]."""
     logits: Logits
     """The head: [rows, H] to float32 logits [rows, V]."""
     vocabulary: int
@@ -45,24 +45,24 @@ class Side:
 
 @dataclass(frozen=True)
 class Divergence:
-    """n distributions beside a base's, natural logarithms."""
+    """n distributions compared with a base's; logarithms are natural."""
 
     kld: NDArray[np.float64]
-    """KL(base || other) of each token [n], nat: never negative, and 0 where both are the same."""
+    """KL(base || other) of each token [n], nat: never negative, 0 where both are equal."""
     logprob: NDArray[np.float64]
-    """Of the text's own tokens [n]."""
+    """Log-probability of the text's own tokens [n]."""
     logprob_base: NDArray[np.float64]
     same_top: NDArray[np.bool_]
     """Whether the most probable token is the same [n]."""
     confidence: NDArray[np.float64]
     """The base's largest probability [n]."""
     extra: int = 0
-    """How many tokens the other has that the base lacks, as a padded vocabulary has; negative where
+    """How many more tokens `other` has than the base, e.g. in a padded vocabulary; negative where
     the base has more."""
 
     @property
     def delta_p(self) -> NDArray[np.float64]:
-        """Δp: the probability of the text's own token, less the base's [n]."""
+        """Δp: the probability of the text's own token minus the base's [n]."""
         found: NDArray[np.float64] = np.exp(self.logprob) - np.exp(self.logprob_base)
         return found
 
@@ -72,10 +72,9 @@ def divergence(
 ) -> Divergence:
     """Return the divergence of `other` from `base`; `targets` [n] are the text's own tokens.
 
-    Both sides' heads are on `device`, and the sums are taken there.
-    Where one vocabulary is longer, its first tokens are the other's. The base's distribution is
-    over what both have: it gives other tokens nothing, so what `other` gives them is lost, and
-    counts.
+    Both sides' heads are on `device`, where the sums are computed too. A longer vocabulary must
+    begin with the shorter one. The base's distribution covers the common tokens and is zero
+    elsewhere, so probability that `other` gives to further tokens counts as divergence.
     """
     import torch
 
@@ -113,7 +112,7 @@ def divergence(
 
 
 def _widened(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return logits [rows, V] with further tokens that are impossible."""
+    """Return logits [rows, V] padded with tokens of probability zero."""
     import torch
 
     more = vocabulary - logits.shape[1]
@@ -149,15 +148,15 @@ def _columns(
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Return KL(p || q) [rows] of log-probabilities [rows, V], never negative.
 
-    As the sum of p·ln(p/q) - p + q, whose terms are all at least 0 (a Bregman divergence) and 0
-    where p = q, so that no rounding of large terms makes a small sum negative.
+    Computed as the sum of p·ln(p/q) - p + q, a Bregman divergence: every term is at least 0, and 0
+    where p = q, so rounding of large terms cannot make a small sum negative.
     """
     import torch
 
     delta = log_p - log_q
     p, q = log_p.exp(), log_q.exp()
     small = p * (delta + torch.expm1(-delta))
-    # Where p is 0 in float32, p·Δ is 0 too, but for an infinite Δ.
+    # Where p is 0 in float32, p·Δ is 0 too, unless Δ is infinite.
     large = torch.where(p > 0, p * delta, 0.0) - p + q
     return torch.where(delta.abs() < SMALL, small, large).clamp_min(0).sum(dim=-1)
 

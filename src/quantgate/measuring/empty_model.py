@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def require_understood(directory: Path, quantization: Mapping[str, Any]) -> None:
-    """Refuse a quantization_config that the reference has no rule for, with `BadInput`."""
+    """Raise `BadInput` for a quantization_config that the reference has no rule for."""
     if (reason := _why_not_understood(quantization)) is not None:
         raise BadInput(f"{directory / 'config.json'}: {reason}; the reference has no rule for it.")
 
 
 def _why_not_understood(quantization: Mapping[str, Any]) -> str | None:
-    """Return what in a quantization_config would make a reference without it a wrong one."""
+    """Return the part of a quantization_config that the reference cannot safely ignore, if any."""
     method = quantization.get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
         return f"quant_method is '{method}', not 'compressed-tensors'"
@@ -54,7 +54,7 @@ def empty_model(
 ) -> Any:
     """Return the HF model of a checkpoint's config: parameters on `meta`, buffers on `device`.
 
-    Raises `BadInput` where transformers cannot build it.
+    Raises `BadInput` if transformers cannot build it.
     """
     import torch
 
@@ -70,15 +70,15 @@ def empty_model(
 
 
 def one_by_one(model: Any) -> None:
-    """Have HF compute experts one after the other: its grouped products know no float64."""
+    """Have HF compute experts one by one: its grouped products do not support float64."""
     if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
 
 
 def hf_class(directory: Path, task: Task, stored: StoredTensors) -> tuple[Any, Any]:
-    """Return the HF class that does a task with a checkpoint, and its config, as of no format.
+    """Return the HF class for a checkpoint's task, and its config without the quantization.
 
-    Raises `BadInput` where transformers has none.
+    Raises `BadInput` if transformers has no such class.
     """
     from transformers import AutoConfig
 
@@ -90,14 +90,14 @@ def hf_class(directory: Path, task: Task, stored: StoredTensors) -> tuple[Any, A
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the part of a model that reads text: the body, or one within it."""
+    """Return the part of a model that reads text: its body, or a module within that."""
     find = getattr(model, "get_decoder", None)
     found = model.base_model if find is None else find()
     return model.base_model if found is None or found is model else found
 
 
 def require_layers(model: Any, directory: Path) -> torch.nn.ModuleList:
-    """Return a model's layers; `BadInput` where it has none that can be run one after the other."""
+    """Return a model's layers; raise `BadInput` if none can be run one after the other."""
     layers = layers_of(decoder_of(model))
     if layers is None or model.config.is_encoder_decoder:
         why = "has no list of layers" if layers is None else "is an encoder with a decoder"
@@ -116,11 +116,11 @@ def transformers_version() -> str:
 
 @contextmanager
 def uncompiled(config: Any) -> Iterator[None]:
-    """Have HF's classes run as they were written where vLLM has served with them.
+    """Have HF's classes run uncompiled, even after vLLM has served with them.
 
-    Its Transformers backend decorates the classes themselves, once for the whole process; what is
-    built of them afterwards asks for vLLM's current config, and is compiled unless that says
-    otherwise.
+    vLLM's Transformers backend decorates the classes themselves, for the whole process. Models
+    built from them afterwards ask for vLLM's current config, and are compiled unless that disables
+    compilation.
     """
     if "vllm.model_executor.models.transformers.base" not in sys.modules:
         yield
@@ -137,7 +137,7 @@ def uncompiled(config: Any) -> Iterator[None]:
 
 @contextmanager
 def _refused(directory: Path) -> Iterator[None]:
-    """Turn whatever transformers raises of a config into `BadInput`, in one sentence."""
+    """Turn any error that transformers raises about a config into a one-sentence `BadInput`."""
     try:
         yield
     except Exception as error:
@@ -152,14 +152,14 @@ def _refused(directory: Path) -> Iterator[None]:
 
 
 def _its_part(error: Exception, config: Mapping[str, Any]) -> str:
-    """Return which keys of a config an error speaks of; "" where that is not said."""
+    """Return the config keys that an error mentions; "" if it mentions none."""
     words = set(re.findall(r"\w+", str(error)))
     keys = [key for key in config if key in words and key not in ("model_type", "architectures")]
     return f": its {', '.join(f'{key} = {config[key]!r}' for key in keys)}" if keys else ""
 
 
 def _model_class(directory: Path, config: Any, task: Task, stored: StoredTensors) -> Any:
-    """Return the HF class of a config that does a task."""
+    """Return the HF class for a config and a task."""
     import transformers
 
     architecture = next(iter(config.architectures or ()), "")
@@ -185,7 +185,7 @@ def _model_class(directory: Path, config: Any, task: Task, stored: StoredTensors
 
 
 def _needs_eager_attention(model: Any) -> bool:
-    """Whether its attention has what HF's sdpa leaves out without a word: soft caps, sinks."""
+    """Whether its attention has parts that HF's sdpa silently ignores: soft caps, sinks."""
     return any(
         hasattr(module, "sinks")
         or any("softcap" in name and value is not None for name, value in vars(module).items())
@@ -196,7 +196,7 @@ def _needs_eager_attention(model: Any) -> bool:
 def _compute_buffers(model: Any, device: torch.device) -> None:
     """Compute the buffers that no checkpoint stores, e.g. rotary frequencies, as HF does.
 
-    On the CPU, whatever the device: powers and sines of another one may have other last bits.
+    Always on the CPU: powers and sines may differ in their last bits between devices.
     """
     import torch
 

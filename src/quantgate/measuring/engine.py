@@ -1,4 +1,4 @@
-"""The life of an engine: patched vLLM is started on a checkpoint, serves, and leaves nothing."""
+"""The life of an engine: start patched vLLM on a checkpoint, serve, and clean up completely."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from quantgate.subject.files import read_config
 if TYPE_CHECKING:
     from vllm import LLM
 
-# What vLLM is imported with, unless the user has set it: one process, so that several engines can
-# follow one another without another import each; no telemetry.
+# What vLLM is imported with, unless the user has set it: one process, so that successive engines
+# need no further import; no telemetry.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -46,26 +46,26 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Writes every token of a batch that fails to the terminal.
+# Prints every token of a failing batch to the terminal.
 DUMP = "vllm.logging_utils.dump_input"
 
 # On CUDA vLLM serves float32 with Triton's attention, whose products are in TF32: up to 1e-2 nat
 # off on an H200, where flexible attention is within 6.2e-6 (docs/gpu.md). The variable keeps cuBLAS
-# and cuDNN from TF32, whatever a process was told otherwise.
+# and cuDNN from using TF32, whatever else the process has set.
 EXACT_ATTENTION = "FLEX_ATTENTION"
 WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 
-# vLLM's default on CPU is a part of all memory; `VLLM_CPU_KVCACHE_SPACE` still goes before it.
+# vLLM's default on CPU is a fraction of all memory; `VLLM_CPU_KVCACHE_SPACE` still overrides this.
 CPU_KV_CACHE = 1 << 30
 
 
 class EngineLife(NamedTuple):
-    """An engine that this process started, and for how long."""
+    """An engine that this process started, and its times."""
 
     directory: str
     dtype: str
     start_s: float
-    """Until it could serve."""
+    """From the start until it could serve."""
     served_s: float
     """From then until it had ended."""
 
@@ -78,9 +78,9 @@ LIVES: list[EngineLife] = []
 def running_engine(
     directory: Path, *, settings: EngineSettings, dtype: str, **extra: Any
 ) -> Iterator[LLM]:
-    """Start vLLM on a checkpoint and free all it held afterwards. `extra` goes to `vllm.LLM`.
+    """Start vLLM on a checkpoint, and free everything afterwards. `extra` goes to `vllm.LLM`.
 
-    Raises `EngineFailure` where vLLM cannot load it, or fails while it serves.
+    Raises `EngineFailure` if vLLM cannot load it, or fails while serving.
     """
     require_device()
     set_environment()
@@ -102,7 +102,7 @@ def running_engine(
         "trust_remote_code": False,
         "worker_extension_cls": EXTENSION,
         "load_format": "safetensors",
-        "use_tqdm_on_load": False,  # its bars would stand between a failure and its reason
+        "use_tqdm_on_load": False,  # progress bars would separate a failure from its reason
         "enforce_eager": settings.enforce_eager,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "kv_cache_dtype": settings.kv_cache_dtype,
@@ -115,7 +115,7 @@ def running_engine(
         arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE)
         gc.collect()
         gc.freeze()
-        atexit.register(gc.unfreeze)  # what is frozen at exit looks leaked to its libraries
+        atexit.register(gc.unfreeze)  # its libraries report objects frozen at exit as leaks
     elif dtype == "float32":
         arguments.setdefault("attention_backend", EXACT_ATTENTION)
     vllm = f"{directory}: vLLM {vllm_version()}"
@@ -128,7 +128,7 @@ def running_engine(
         ):
             llm = LLM(**arguments)
     except EngineFailure as failure:
-        with suppress(Exception):  # of what it got to hold
+        with suppress(Exception):  # a partly built engine may not shut down cleanly
             cleanup_dist_env_and_memory()
         from quantgate.measuring.unsupported import why_not_loaded
 
@@ -144,9 +144,9 @@ def running_engine(
             yield llm
         failed = False
     finally:
-        # Now, not when it is collected: the frames of an error may keep it for long, and its end
-        # would then take the next engine's process groups with it. What is broken may not end
-        # well, which is not the failure to report.
+        # Now, not on collection: an error's frames may keep the engine alive for long, and its
+        # shutdown would then destroy the next engine's process groups. A broken engine may fail to
+        # shut down, which is not the failure to report.
         with (
             suppress(Exception) if failed else nullcontext(),
             _collection_suspended() if on_cpu else nullcontext(),
@@ -160,25 +160,25 @@ def running_engine(
 
 
 def _variables(settings: EngineSettings, dtype: str, *, on_cpu: bool) -> Mapping[str, str]:
-    """Return what else an engine is started with in the environment."""
+    """Return the further environment variables that an engine is started with."""
     if not on_cpu:
         return WITHOUT_TF32 if dtype == "float32" else {}
-    # Two ranks on a machine without NUMA nodes: vLLM would bind both to the same processors.
+    # Without NUMA nodes, vLLM would bind both ranks to the same processors.
     several = settings.tensor_parallel_size > 1
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if several else {}
 
 
 def set_environment() -> None:
-    """Set what vLLM reads when it is imported, unless the user has."""
+    """Set the variables that vLLM reads on import, unless the user has set them."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def _override_kernels_once() -> None:
-    """Let the next engines of this process do without a search that the first one did.
+    """Spare later engines of this process a search that the first one has done.
 
-    Each would look through every name of every module for kernels of Triton's to replace by the
-    CPU's, find the replacements, and replace them by their like: 0.13 of its 0.35 s.
+    Each would search every name of every module for Triton kernels to replace by CPU ones, find the
+    replacements of the first search, and replace those by their equals: 0.13 s of its 0.35 s.
     """
     from vllm.platforms import current_platform
 
@@ -189,7 +189,7 @@ def _override_kernels_once() -> None:
 
 @contextmanager
 def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """Have variables in the environment that are not there yet, and take them away again."""
+    """Set environment variables that are not set yet, and remove them afterwards."""
     added = {name: value for name, value in more.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -201,11 +201,11 @@ def _environment(more: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _collection_suspended() -> Iterator[None]:
-    """Collect no garbage meanwhile, whatever vLLM asks for: the caller does, before and after.
+    """Suspend garbage collection, even if vLLM requests it: the caller collects before and after.
 
-    On its way in and out vLLM collects eight times over the million objects of its own modules,
-    which were frozen for that reason, and unfreezes them: two thirds of the life of a small engine.
-    Not for GPUs, where an engine measures its free memory in between.
+    While starting and ending, vLLM collects eight times over the million objects of its own
+    modules, which were frozen to avoid that, and unfreezes them: two thirds of a small engine's
+    lifetime. Not used on GPUs, where an engine measures free memory in between.
     """
     names = ("collect", "freeze", "unfreeze")
     originals = {name: getattr(gc, name) for name in names}
@@ -228,7 +228,7 @@ def _kv_cache_scheme(directory: Path) -> dict[str, Any] | None:
 
 
 def lacking() -> list[str]:
-    """Return what the installed vLLM does not have of what is measured, each with what follows."""
+    """Return the measured features that the installed vLLM lacks, each with the consequence."""
     set_environment()
     from vllm import SamplingParams
     from vllm.model_executor.layers.pooler import special

@@ -1,4 +1,4 @@
-"""What becomes of an engine that fails: one sentence, and nothing that the next one inherits."""
+"""Handles engine failures: one sentence to report, and no state left for the next engine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
 )
 _DRIVER = ("cuda error", "cudnn error", "cublas error", "nccl error", "unspecified launch failure")
-# What is a mistake in somebody's code: its traceback is what one needs.
+# Programming errors, which need their traceback.
 MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)
-# How vLLM says that a process of its own is gone, and gloo that a rank is: whichever of the other
-# processes notices first.
+# How vLLM reports that one of its processes died, and gloo that a rank did, depending on which
+# process notices first.
 _ENDED = (
     "cancelled",
     "process has ended",
@@ -44,31 +44,31 @@ _LESS_MEMORY = (
 
 
 class EngineFailure(RuntimeError):
-    """vLLM could not load or score a checkpoint; the message carries its reason."""
+    """vLLM could not load or score a checkpoint; the message gives the reason."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())  # the names of tensors may be in it
+        return printable(super().__str__())  # it may contain tensor names
 
 
 class LostDevice(EngineFailure):
-    """The device failed under an engine; nothing that this process asks of it will come back."""
+    """The device failed under an engine, and this process can no longer use it."""
 
 
 _lost = ""
 
 
 def require_device() -> None:
-    """Raise `LostDevice` where an earlier engine of this process left the device unusable."""
+    """Raise `LostDevice` if an earlier engine of this process left the device unusable."""
     if _lost:
         raise LostDevice(_lost)
 
 
 @contextmanager
 def explained(said: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what vLLM raises meanwhile, `but` for some, into an `EngineFailure` of one sentence.
+    """Turn errors that vLLM raises, except those in `but`, into a one-sentence `EngineFailure`.
 
     `said` begins it, e.g. "build/x: vLLM 0.32.0 cannot load it in float32". The error's frames are
-    emptied: they hold tensors, and would keep them for as long as a report keeps the error.
+    cleared: otherwise they keep their tensors alive for as long as a report keeps the error.
     """
     try:
         yield
@@ -82,7 +82,7 @@ def explained(said: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[N
 
 
 def _is_vllms_refusal(error: Exception) -> bool:
-    """Whether vLLM asserts something, or its build lacks an operator: its caller did no wrong."""
+    """Whether vLLM failed an assertion or its build lacks an operator: no error of the caller's."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
     asserted = isinstance(error, AssertionError) and raised_in.startswith("vllm.")
@@ -110,7 +110,7 @@ def _failure(said: str, error: Exception) -> EngineFailure:
 
 
 def _device_answers() -> bool:
-    """Whether this process can still use its GPUs: an illegal access ends that for good."""
+    """Whether this process can still use its GPUs: after an illegal access it never can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -131,9 +131,9 @@ def _lose(said: str) -> None:
 
 
 def end_waiting_when_it_dies(client: Any) -> None:
-    """Let whoever waits for an engine in a process of its own wait no longer when that is killed.
+    """Stop waiting for an engine in a separate process when that process is killed.
 
-    vLLM 0.32.0 sees it die, says so to whoever asks next, and leaves those who wait waiting.
+    vLLM 0.32.0 notices that it died and reports it to later requests, but never wakes pending ones.
     """
     if not hasattr(client, "outputs_queue"):
         return  # it runs in this process
@@ -155,9 +155,9 @@ def end_waiting_when_it_dies(client: Any) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; empty where it has none.
+    """Return the first line of an error's message; "" if it has none.
 
-    A pydantic error's first line only counts its parts, so that is the first part's.
+    The first line of a pydantic error only counts its parts, so the first part's is returned.
     """
     if callable(parts := getattr(error, "errors", None)):
         return str(parts()[0].get("msg", ""))

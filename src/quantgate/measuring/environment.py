@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the checkpoint: devices and versions of libraries."""
+"""What a measurement depends on besides the checkpoint: devices and library versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quantgate.patches.scoremode.hooks import vllm_version
 
 
 def available_devices() -> dict[str, str]:
-    """Return the devices that the installed vLLM can use here, each with its golden platform."""
+    """Return the devices that the installed vLLM can use here, with their golden platforms."""
     import torch
 
     if torch.cuda.is_available():
@@ -19,11 +19,11 @@ def available_devices() -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what a score depends on."""
+    """Return the versions of the libraries that a score depends on."""
     return dict(_library_versions())
 
 
-@functools.cache  # every search goes through all that is installed
+@functools.cache  # every search walks all installed packages
 def _library_versions() -> tuple[tuple[str, str], ...]:
     versions = {"vllm": vllm_version()}
     for name in ("torch", "transformers", "compressed-tensors", "quantgate"):

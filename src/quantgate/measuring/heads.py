@@ -1,6 +1,6 @@
-"""Models with heads that transformers has no class for, by the architecture in their config.json.
+"""Models whose heads transformers has no class for, by the architecture in their config.json.
 
-vLLM serves both natively; here they are HF modules, for the reference and for training.
+vLLM serves them natively; these are HF modules, for the reference and for training.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 PROCESS_REWARD = "Qwen2ForProcessRewardModel"
 COLBERT = "HF_ColBERT"
-# Names that a ColBERT's config may give the width of its projection by.
+# Keys under which a ColBERT's config may give the width of its projection.
 _COLBERT_WIDTHS = ("colbert_dim", "projection_dim")
 
 
@@ -22,7 +22,7 @@ def head_classes() -> dict[str, Any]:
     from transformers.modeling_outputs import TokenClassifierOutput
 
     class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):  # type: ignore[misc]
-        """Qwen2.5-Math-PRM: two labels a token, from Linear, ReLU, Linear."""
+        """Qwen2.5-Math-PRM: two labels per token, from Linear, ReLU, Linear."""
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -38,7 +38,7 @@ def head_classes() -> dict[str, Any]:
             return TokenClassifierOutput(logits=self.score(hidden))
 
     class HF_ColBERT(BertPreTrainedModel):  # type: ignore[misc]
-        """ColBERT (Khattab and Zaharia, 2020): a projection of each token of a BERT, no bias."""
+        """ColBERT (Khattab and Zaharia, 2020): a projection without bias of each BERT token."""
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

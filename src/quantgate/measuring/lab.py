@@ -1,4 +1,4 @@
-"""The lab: what the cases of one run have in common."""
+"""The lab: what the cases of one run share."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Lab:
-    """What the cases of one run have in common."""
+    """What the cases of one run share."""
 
     probes: Callable[[Task, bool], Probe]
-    """The probe of a task, in the ids of the tokenizer that it was made with; the larger one, of
-    models that pool, where the second argument is true."""
+    """The probe of a task, in token ids of the tokenizer that it was made with; for pooling models,
+    the larger one if the second argument is true."""
     ledger: Ledger
     reference_device: str | None = None
     """"cpu" or "cuda"; None: a GPU where there is one."""
     served_again: Callable[[Any], Sequence[Probe]] = lambda _: ()
-    """Which probes the `reruns` of a `Case` will be asked for: an engine that can serves them
+    """The probes that a `Case`'s `reruns` will be asked for: an engine that can serve them does so
     before it ends."""
     _probes: dict[tuple[str, bool], Probe] = field(default_factory=dict)
     _heads: dict[Path, Head] = field(default_factory=dict)
-    """The ones that were used last, the last one at the end."""
+    """The most recently used ones, the latest at the end."""
     _scratch: Path | None = None
-    """Where captures lie; gone with this object, or with the process."""
+    """Where captures are stored; removed with this object, or with the process."""
 
     @property
     def device(self) -> str:
@@ -56,9 +56,9 @@ class Lab:
         return self._probes[key]
 
     def forget_others(self, checkpoint: Checkpoint) -> None:
-        """Let go of what was measured of other checkpoints: memory, and captures on disk.
+        """Drop other checkpoints' measurements from memory, and their captures from disk.
 
-        What the checkpoint and its base have in common with them is kept.
+        Measurements that the checkpoint or its base shares with them are kept.
         """
         base = checkpoint.base_checkpoint
         for found in self.ledger.forget_others(
@@ -68,7 +68,7 @@ class Lab:
                 shutil.rmtree(found.directory, ignore_errors=True)
 
     def head(self, directory: Path, read: Callable[[], Head]) -> Head:
-        """Return a checkpoint's head; a base's and its checkpoint's stay in memory, no others."""
+        """Return a checkpoint's head; only a checkpoint's and its base's stay in memory."""
         head = self._heads.pop(directory, None)
         self._heads[directory] = head or read()
         if len(self._heads) > 2:
@@ -76,7 +76,7 @@ class Lab:
         return self._heads[directory]
 
     def make_room(self) -> None:
-        """Leave a GPU to the engine that is about to start: heads are read again after it."""
+        """Free the GPU for the engine that is about to start; heads are read again afterwards."""
         if self.device != CPU:
             self._heads.clear()
             free_memory(self.device)

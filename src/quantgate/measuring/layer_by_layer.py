@@ -1,8 +1,7 @@
 """HF's own forward of a model's body, stopped at a layer: what that layer is called with.
 
-Nothing is known here of any architecture. What precedes the layers, what lies between them and what
-follows them is whatever HF's forward does; the layers alone are run apart, so that one at a time
-needs its weights.
+This module knows no architecture. Everything before, between and after the layers is done by HF's
+own forward; only the layers are run separately, so that one at a time needs its weights.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def layers_of(body: torch.nn.Module) -> torch.nn.ModuleList | None:
-    """Return the longest list of modules that is in no other list; None where there is none.
+    """Return the longest module list that is inside no other list; None if there is none.
 
-    A list within a list is a layer's experts, say.
+    A list inside a list is, for example, a layer's experts.
     """
     import torch
 
@@ -35,7 +34,7 @@ def layers_of(body: torch.nn.Module) -> torch.nn.ModuleList | None:
 
 
 class _Reached(Exception):
-    """A layer was called that has not been computed yet."""
+    """A layer was called whose output has not been computed yet."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -43,7 +42,7 @@ class _Reached(Exception):
 
 
 class OutOfOrder(Exception):
-    """A body calls its layers otherwise than once each, in the order in which it holds them."""
+    """A body does not call each of its layers exactly once, in their stored order."""
 
 
 @dataclass
@@ -52,12 +51,12 @@ class Pass:
 
     layers: torch.nn.ModuleList
     forward: Callable[[], Any]
-    """HF's forward of the body on these windows; what it returns has `last_hidden_state`."""
+    """HF's forward of the body on these windows; its result has `last_hidden_state`."""
     output: Any = None
-    """What the layer before gave back, as it gave it."""
+    """The previous layer's output, unchanged."""
 
     def next_call(self, index: int) -> Call:
-        """Return what layer `index` is called with, once those before it have been run."""
+        """Return the arguments of layer `index`, once the layers before it have been run."""
         try:
             with self._standing_in(stop_at=index):
                 self.forward()
@@ -66,16 +65,16 @@ class Pass:
         raise OutOfOrder(f"layer {index} is not called")
 
     def last_hidden(self) -> torch.Tensor:
-        """Return what follows from the last layer's output."""
+        """Return the body's last hidden state, computed from the last layer's output."""
         with self._standing_in(stop_at=len(self.layers)):
             found: torch.Tensor = self.forward().last_hidden_state
         return found
 
     @contextmanager
     def _standing_in(self, stop_at: int) -> Iterator[None]:
-        """Let every layer give back the last one's output: of those before, nothing else is used.
+        """Have every layer return the output of the last one computed; earlier ones are not needed.
 
-        A layer's input is what the layer before it gave, whatever HF does in between.
+        A layer's input depends only on the previous layer's output and on what HF does in between.
         """
         called = 0
 

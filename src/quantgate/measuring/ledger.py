@@ -1,4 +1,4 @@
-"""The ledger of a run: each thing is measured once, and kept under what it depends on."""
+"""The ledger of a run: takes each measurement once, and keeps it by what it depends on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Found = TypeVar("Found")
 
 
 class Key(NamedTuple):
-    """What is kept in memory under its source, dtype, checkpoint and probe.
+    """The key of a measurement in memory: its source, dtype, checkpoint and probe.
 
-    Not by a checkpoint's id: those with one base and the same engine settings share what is
-    measured of it.
+    It has no checkpoint id: checkpoints with the same base and engine settings share the base's
+    measurements.
     """
 
     source: str
@@ -35,13 +35,13 @@ class Key(NamedTuple):
 
 @dataclass(eq=False)
 class Ledger:
-    """What was measured in this run, in memory and, for what may be kept, on disk."""
+    """The measurements of this run, in memory and, where they may be kept, on disk."""
 
     announce: Callable[[str], None]
-    """Told what is measured, and for how long."""
+    """Called with a line of progress: what is being measured, and how long it took."""
     cache: DiskCache | None = None
     notes: list[str] = field(default_factory=list)
-    """What the run's reader must know, e.g. that a cache entry was damaged."""
+    """What must be reported, e.g. that a cache entry was damaged."""
     taken: dict[Key, Any] = field(default_factory=dict)
 
     def once(
@@ -51,10 +51,10 @@ class Ledger:
         measure: Callable[[Announce], Found],
         stored_as: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ) -> Found:
-        """Return what is kept under a key; what `measure` gives, at the first call.
+        """Return the value kept under a key, calling `measure` the first time.
 
-        `name` is the checkpoint's, for progress. `stored_as` gives what a `Measurement` depends on,
-        its key on disk, or None for what is not kept there.
+        `name` is the checkpoint's, for progress. `stored_as` returns what a `Measurement` depends
+        on, its key on disk, or None if it is not kept there.
         """
         if key in self.taken:
             found: Found = self.taken[key]
@@ -82,7 +82,7 @@ class Ledger:
         return result
 
     def forget_others(self, kept: set[Path]) -> list[Any]:
-        """Let go of what was measured of checkpoints in other directories, and return it."""
+        """Drop and return the measurements of checkpoints in other directories."""
         others = [key for key in self.taken if key.directory not in kept]
         return [self.taken.pop(key) for key in others]
 
@@ -93,7 +93,7 @@ class Ledger:
         anew: Callable[[], Measurement],
         announce: Announce,
     ) -> Measurement:
-        """Measure what is not in the cache, unless another process does: an xdist worker, say."""
+        """Measure what is not cached, unless another process, e.g. an xdist worker, is doing so."""
         with cache.alone(key, lambda: announce("another process measures it")):
             if (found := self._recall(cache, key)) is None:
                 found = anew()

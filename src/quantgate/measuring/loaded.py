@@ -1,8 +1,8 @@
-"""The load audit: after vLLM has loaded a checkpoint, was every parameter in the file, and kept?
+"""The load audit: was every parameter of a loaded model in the file, and loaded unchanged?
 
-vLLM does not miss every tensor: a norm whose tensor is not in the file keeps what it was created
-with. Its own tracker leaves out whole modules that process their weights after loading
-(vllm#57108). The worker says what each parameter is; what is compared with the file is pure.
+vLLM does not notice every missing tensor: a norm without one keeps its initial values. Its own
+tracker skips whole modules that process their weights after loading (vllm#57108). The worker
+describes each parameter; the comparison with the file is a pure function.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from quantgate.formats.stored import StoredTensors
 if TYPE_CHECKING:
     import torch
 
-# Elements of a parameter that is held against the file, value by value: norms and biases.
+# Most elements of a parameter that is compared with the file bit for bit: norms and biases.
 SMALL = 1 << 16
 WHOLE = frozenset(("weight", "bias"))
-# vLLM's fused experts hold many modules under names of their own.
+# vLLM's fused experts hold many modules under their own names.
 EXPERTS = ".experts."
-# Attention's scales, by vLLM's name for them.
+# Attention scales, by their names in vLLM.
 KV_SCALES = {"_k_scale": "k_scale", "_v_scale": "v_scale"}
 
 
 @dataclass(frozen=True)
 class LoadProblem:
-    """A parameter that is not what the file holds."""
+    """A loaded parameter that differs from the file."""
 
     name: str
     value: str
@@ -41,10 +41,10 @@ class LoadProblem:
 
 
 def parameters_of(model: Any) -> dict[str, dict[str, Any]]:
-    """Return, in vLLM's worker, what each parameter of a loaded model is.
+    """Describe each parameter of a loaded model, inside vLLM's worker.
 
-    By name: the file's modules that it was made of, its dtype, whether it is finite, and of a small
-    one the sha256 of its bytes.
+    By name: the file's modules that it was made of, its dtype, whether it is finite and, if it is
+    small, the sha256 of its bytes.
     """
     packed: dict[str, list[str]] = {}
     for module in reversed(list(model.modules())):
@@ -80,7 +80,7 @@ def _described(name: str, value: torch.Tensor, packed: Mapping[str, list[str]]) 
 def problems_of(
     parameters: Mapping[str, Mapping[str, Any]], directory: Path
 ) -> tuple[LoadProblem, ...]:
-    """Return what a loaded model holds and the file does not, by name; of a single rank."""
+    """Return where a loaded model differs from the file, by name; for a single rank."""
     stored = StoredTensors(directory)
     # A BERT is `model` in vLLM, and `bert` in the file.
     modules = {_inside(module): module for module in stored.modules}
@@ -107,7 +107,7 @@ def _problems(
             return
     part = name.rpartition(".")[2]
     owners = [modules[_inside(source)] for source in said["sources"]]
-    # A quantized weight is packed otherwise once it is loaded; replay judges what it computes.
+    # A quantized weight is repacked on loading; replay judges what it computes.
     is_whole = all(WHOLE.issuperset(stored.parts_of(owner)) for owner in owners)
     sources = [f"{owner}.{part}" for owner in owners]
     if said["sha256"] and is_whole and all(source in stored for source in sources):

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Announce = Callable[[str], None]
-"""Tells a person what is measured now."""
+"""Tells the user what is being measured."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a measurement comes from. Listed when two differ; not part of a golden's key."""
+    """Where a measurement comes from. Shown when two differ; not part of a golden's key."""
 
     source: str
     """"engine", "reference" or "golden"."""
@@ -24,38 +24,38 @@ class Provenance:
     platform: str
     """"cpu", "sm90", …"""
     dtype: str
-    """"float32" or "bfloat16": what activations are computed in."""
+    """"float32" or "bfloat16": the dtype of activations."""
     kernels: Mapping[str, str] = field(default_factory=dict)
-    """Kernel that served each kind of layer, read from the loaded model."""
+    """The kernel that served each kind of layer, read from the loaded model."""
     emulated: tuple[str, ...] = ()
     """The kernels among them that are emulations."""
     versions: Mapping[str, str] = field(default_factory=dict)
     arithmetic: Mapping[str, str] = field(default_factory=dict)
-    """What makes a machine round otherwise than another (`builds.arithmetic`); {} where nobody
-    said."""
+    """The properties that make machines round differently (`builds.arithmetic`); {} if not
+    recorded."""
     repaired: tuple[str, ...] = ()
-    """The heads that vLLM alone would have loaded wrong, and that a patch keeps whole."""
+    """The heads that unpatched vLLM would have loaded wrong, and that a patch repairs."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model gives for a probe's n scored tokens, in its order.
+    """What a model gives for a probe's n scored tokens, in the probe's order.
 
-    Of a model that generates, log-probabilities; of one that pools, the raw outputs of each token,
-    or of each text where that has one output.
+    A generative model gives log-probabilities; a pooling model gives raw outputs per token, or per
+    text if a text has one output.
     """
 
     values: NDArray[np.floating[Any]]
-    """Natural-log probability of each scored token [n]; or logits before their activation, or
-    embeddings before they are normalized [n, D]. float64 from a float64 reference only."""
+    """Natural-log probability of each scored token [n]; or logits before activation, or embeddings
+    before normalization [n, D]. float64 only from a float64 reference."""
     top1: NDArray[np.int32]
     """Most probable token, or label, at each position [n]."""
     provenance: Provenance
     hidden: NDArray[np.float32] | None = None
-    """What the head was given for each scored token [n, H]: of a reference, but not in float64,
-    and of an engine in the dtype that is served."""
+    """The head's input for each scored token [n, H]: from a reference, except in float64, and from
+    an engine in the serving dtype."""
     activated: NDArray[np.float32] | None = None
-    """What a pooling request that asks for nothing gets [n, D]; of an engine only."""
+    """What a pooling request with default parameters returns [n, D]; from an engine only."""
 
     @property
     def nonfinite(self) -> int:
@@ -64,7 +64,7 @@ class Measurement:
 
     @property
     def logprob(self) -> NDArray[np.floating[Any]]:
-        """The values of a model that generates."""
+        """The values of a generative model."""
         return self.values
 
     @property
@@ -79,7 +79,7 @@ class Measurement:
 
 
 def rows_of(measured: Measurement, rows: NDArray[np.int64]) -> Measurement:
-    """Return the part of a measurement that is of some of its scored tokens [m]."""
+    """Return the part of a measurement at some of its scored tokens [m]."""
     hidden = None if measured.hidden is None else measured.hidden[rows]
     return replace(
         measured,
@@ -101,9 +101,9 @@ def pooled(
 
 
 def difference(a: Measurement, b: Measurement) -> NDArray[np.float64]:
-    """Return the values of one measurement less another's [n] or [n, D].
+    """Return the values of `a` minus those of `b`, [n] or [n, D].
 
-    Raises `ValueError` where they are of other shapes: that is a mistake of the caller's.
+    Raises `ValueError` if their shapes differ, which is a mistake of the caller's.
     """
     if a.values.shape != b.values.shape:
         raise ValueError(f"measurements of shapes {a.values.shape} and {b.values.shape}")
@@ -111,8 +111,8 @@ def difference(a: Measurement, b: Measurement) -> NDArray[np.float64]:
 
 
 def largest_difference(a: Measurement, b: Measurement) -> float:
-    """Return max |Δ| between two measurements; NaN where one is not finite."""
-    return float(np.abs(difference(a, b)).max())  # NaN wins, and exceeds every allowance
+    """Return max |Δ| between two measurements; NaN if either is not finite."""
+    return float(np.abs(difference(a, b)).max())  # NaN propagates, and fails every limit
 
 
 def mean_absolute_difference(a: Measurement, b: Measurement) -> float:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DequantizerName = Literal["own", "library"]
 Product = Callable[["torch.Tensor"], "torch.Tensor"]
 # Called for every linear of a layer with its name, its input [rows, in] and the product as a
-# function of an input; returns the output [rows, out] that the model goes on with.
+# function of an input; returns the output [rows, out] that the model continues with.
 Watch = Callable[[str, "torch.Tensor", Product], "torch.Tensor"]
 
 
@@ -35,7 +35,7 @@ def dequantizer(name: DequantizerName) -> Dequantizer:
 
 
 class Parameters:
-    """Fills the modules of one model, on the device that its tensors come on, and empties them."""
+    """Fills the modules of one model, on the device of the given tensors, and empties them."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Parameters:
         self.stored_as = CheckpointNames(model, stored.names)
         self.dtype = dtype
         self.exact = torch.promote_types(dtype, torch.float32)
-        """What products are computed in: float32, or float64 where activations are that."""
+        """The dtype of products: float32, or float64 if activations are float64."""
         self.names: dict[torch.nn.Module, str] = {m: name for name, m in model.named_modules()}
         """HF's."""
         in_body = {id(module) for module in model.base_model.modules()}
@@ -66,9 +66,9 @@ class Parameters:
     def fill(
         self, modules: Iterable[torch.nn.Module], stored: LoadedTensors, watch: Watch | None
     ) -> None:
-        """Give modules their parameters, and quantized linears what they compute.
+        """Give modules their parameters, and quantized linears their rules.
 
-        Raises `BadInput` where a tensor is missing or does not fit the config.
+        Raises `BadInput` if a tensor is missing or does not fit the config.
         """
         for module in modules:
             name = self.stored_name(module)
@@ -84,7 +84,7 @@ class Parameters:
         return self.stored_as.module(self.names[module])
 
     def promote_head(self) -> None:
-        """Give the head parameters in the dtype of exact products."""
+        """Convert the head's parameters to the dtype of exact products."""
         for module in self.head:
             for part, parameter in module.named_parameters(recurse=False):
                 _set(module, part, parameter.to(self.exact))
@@ -92,7 +92,7 @@ class Parameters:
     def _fill_whole(
         self, module: torch.nn.Module, stored: LoadedTensors, watch: Watch | None
     ) -> None:
-        """Fill a module whose parameters are stored as they are, and buffers that are stored."""
+        """Fill a module whose parameters are stored unquantized, and its stored buffers."""
         name = self.names[module]
         for part, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -117,7 +117,7 @@ class Parameters:
         return group
 
     def _group(self, name: str, stored: LoadedTensors) -> Group | None:
-        """Return the config group of a linear of the checkpoint's."""
+        """Return the config group of one of the checkpoint's linears."""
         try:
             return group_of(name, "Linear", self._quantization)
         except ValueError as error:
@@ -131,8 +131,8 @@ class Parameters:
         watch: Watch | None,
     ) -> None:
         name, quantize = self.stored_name(module), linear.quantize_input
-        # Kernels that quantize inputs multiply codes, which float32 holds exactly; the others read
-        # weights that were rounded to the dtype they are served in.
+        # Kernels that quantize inputs multiply codes, which float32 represents exactly; the others
+        # read weights rounded to the serving dtype.
         weight = linear.weight.T if _is_transposed(module) else linear.weight
         _require_shape(stored, f"{name}.{WEIGHT}", weight, module.get_parameter(WEIGHT))
         weight = weight.to(self.dtype) if quantize is None else weight
@@ -162,7 +162,7 @@ class Parameters:
         return own
 
     def _weight(self, name: str, stored: LoadedTensors) -> torch.Tensor:
-        """Return a weight of the checkpoint's that is a part of a parameter, dequantized."""
+        """Return one of the checkpoint's weights, dequantized, that is part of a parameter."""
         module = name.removesuffix(f".{WEIGHT}")
         if "weight_scale" not in stored.stored.parts_of(module):
             return stored.read(name)
@@ -178,7 +178,7 @@ class Parameters:
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Whether a module is a linear, or GPT-2's name for one."""
+    """Whether a module is a linear, including GPT-2's `Conv1D`."""
     import torch
 
     return isinstance(module, torch.nn.Linear) or _is_transposed(module)
@@ -196,7 +196,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def empty(layer: torch.nn.Module) -> None:
-    """Free a layer's parameters, and forget how its linears were told to compute."""
+    """Free a layer's parameters, and remove the rules of its linears."""
     for module in layer.modules():
         module.__dict__.pop("forward", None)
         for name, parameter in module.named_parameters(recurse=False):
@@ -206,7 +206,7 @@ def empty(layer: torch.nn.Module) -> None:
 def _require_shape(
     stored: LoadedTensors, name: str, values: torch.Tensor, expected: torch.Tensor
 ) -> None:
-    """Refuse a tensor of another shape than the config's, but for dimensions of 1."""
+    """Reject a tensor whose shape differs from the config's, ignoring dimensions of 1."""
     found, implied = ([n for n in tensor.shape if n != 1] for tensor in (values, expected))
     if found != implied:
         raise BadInput(
@@ -219,10 +219,10 @@ def _require_shape(
 def _compute_by_rule(
     module: torch.nn.Module, name: str, watch: Watch | None, quantize: Quantizer | None
 ) -> None:
-    """Replace a linear's forward by one that quantizes its input, and lets it be watched.
+    """Replace a linear's forward by one that quantizes its input and calls the observer.
 
-    Sums are in float32, or float64, and rounded once, whatever the processor has for products of
-    16-bit numbers.
+    Sums are in float32, or float64, and rounded once, whatever 16-bit products the processor
+    offers.
     """
     import torch
 

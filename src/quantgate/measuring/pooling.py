@@ -1,4 +1,4 @@
-"""Pooling models in vLLM: how an engine is told what a checkpoint does, and what it gives back."""
+"""Pooling models in vLLM: how an engine is configured for a task, and what it returns."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Rows = NDArray[np.float32]
 def pooling_arguments(
     directory: Path, task: Task, *, step_tag_id: int | None = None
 ) -> dict[str, Any]:
-    """Return what `vllm.LLM` is given besides, for a task; {} for one that generates.
+    """Return the further arguments of `vllm.LLM` for a task; {} for text generation.
 
-    With `step_tag_id` a token classifier gives the rows of that token only (vLLM's STEP pooling),
+    With `step_tag_id` a token classifier returns only that token's rows (vLLM's STEP pooling),
     otherwise every row.
     """
     if task == GENERATE:
@@ -36,7 +36,7 @@ def pooling_arguments(
         pooler["tok_pooling_type"] = "ALL" if step_tag_id is None else "STEP"
     if step_tag_id is not None:
         pooler["step_tag_id"] = step_tag_id
-    # vLLM's scoring of pairs, which it prepares for embeddings and rewards, takes texts.
+    # vLLM sets up pair scoring for embeddings and rewards, and that takes texts.
     arguments: dict[str, Any] = {
         "runner": "pooling",
         "pooler_config": pooler,
@@ -50,8 +50,8 @@ def pooling_arguments(
 def outputs(llm: LLM, probe: Probe) -> tuple[Rows, Rows]:
     """Return raw and activated outputs [n, D] of a probe's rows.
 
-    All requests of both kinds are in one batch, in turns, so that a parameter which leaks from one
-    request to another shows in both.
+    Requests of both kinds alternate in one batch, so that a parameter leaking from one request to
+    the next shows in both.
     """
     from vllm import PoolingParams
 
@@ -83,18 +83,18 @@ def late_interaction_scores(llm: LLM, probe: Probe) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Steps:
-    """What an engine with STEP pooling gives: raw rows of one request of each kind a window."""
+    """What an engine with STEP pooling gives: raw rows, for one request of each kind per window."""
 
     tagged: tuple[Rows, ...]
     """With the engine's own step tag [steps, D]."""
     first: tuple[Rows, ...]
     """With the window's first token as the request's own tag [>= 1, D]."""
     column: tuple[Rows, ...] | None
-    """With `returned_token_ids=[1]` [steps, 1]; None where vLLM cannot: see `takes_columns`."""
+    """With `returned_token_ids=[1]` [steps, 1]; None if not supported: see `takes_columns`."""
 
 
 def steps(llm: LLM, probe: Probe) -> Steps:
-    """Serve every window with each kind of parameters, all in one batch."""
+    """Serve every window with each kind of pooling parameters, all in one batch."""
     from vllm import PoolingParams
 
     kinds: list[dict[str, Any]] = [{}, {"first": True}]
@@ -112,10 +112,10 @@ def steps(llm: LLM, probe: Probe) -> Steps:
 
 
 def takes_columns(llm: LLM) -> bool:
-    """Whether the engine's model takes `returned_token_ids`.
+    """Whether the engine's model supports `returned_token_ids`.
 
-    vLLM 0.32.0 takes those columns before a converted token classifier's head, of its hidden state,
-    and crashes; a reward model's head comes before the pooling.
+    For a converted token classifier, vLLM 0.32.0 selects those columns from the hidden state,
+    before the head, and crashes; a reward model's head runs before the pooling.
     """
     architectures = llm.llm_engine.model_config.hf_config.architectures
     return any("RewardModel" in architecture for architecture in architectures)
@@ -131,7 +131,7 @@ def encode(
     prompts: Iterable[Sequence[int]],
     params: PoolingParams | Sequence[PoolingParams],
 ) -> list[Rows]:
-    """Return what vLLM gives for each prompt of token ids: [tokens, D], or [1, D] for a text."""
+    """Return vLLM's output for each prompt of token ids: [tokens, D], or [1, D] for a text."""
     from vllm.inputs import TokensPrompt
 
     found = llm.encode(
@@ -144,7 +144,7 @@ def encode(
 
 
 def rows_of(probe: Probe, found: Sequence[Rows]) -> Rows:
-    """Return the probe's rows [n, D] of what came back for its windows."""
+    """Return the probe's rows [n, D] from the outputs for its windows."""
     from quantgate.measuring.engine_failure import EngineFailure
 
     for window, rows in zip(probe.windows, found, strict=True):

@@ -1,4 +1,4 @@
-"""Which dtype a checkpoint is measured in; "serving" is the one that it is served in."""
+"""Which dtype a checkpoint is measured in; "serving" is the one it is served in."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def has_float32(checkpoint: Checkpoint) -> bool:
 
 
 def sharpest_dtype(checkpoint: Checkpoint) -> str:
-    """Return what shows the smallest difference in a checkpoint: float32, or what is served."""
+    """Return the dtype that resolves the smallest difference: float32, or the serving dtype."""
     return FLOAT32 if has_float32(checkpoint) else resolve_dtype(checkpoint, SERVING)
 
 
 def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:
-    """Return the torch name of a dtype; "serving" is what the checkpoint is served in."""
+    """Return the torch name of a dtype; "serving" is the one that the checkpoint is served in."""
     if dtype != SERVING:
         return dtype
     config = read_config(checkpoint.directory)

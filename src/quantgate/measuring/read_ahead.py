@@ -1,4 +1,4 @@
-"""Read the next part of something from disk while the part before it is in use."""
+"""Read the next part of something from disk while the current part is in use."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Part = TypeVar("Part")
 def read_ahead(read: Callable[[int], Part], count: int) -> Generator[Part]:
     """Yield `read(0)` … `read(count - 1)`; a thread reads each while the one before is in use.
 
-    At most two parts exist at a time: nothing here keeps one that was yielded. What `read` raises
-    is raised when its part is asked for. `close()` waits for the read that is under way, so no
-    thread outlives the generator.
+    At most two parts exist at a time: no reference to a yielded one is kept. An error from `read`
+    is raised when its part is requested. `close()` waits for the read in progress, so no thread
+    outlives the generator.
     """
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         waiting = pool.submit(read, 0)

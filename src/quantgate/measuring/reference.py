@@ -1,4 +1,4 @@
-"""The reference source: HF modules over dequantized weights, a decoder layer in memory at a time.
+"""The reference source: HF modules over dequantized weights, one decoder layer in memory at a time.
 
 Inputs are quantized as vLLM quantizes them, and scales fused as vLLM fuses them
 (formats/linear.py), so that engine and reference compute the same function of the same bytes.
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from quantgate.measuring.parameters import DequantizerName
     from quantgate.subject.probe import Probe
 
-# What makes float32 logits [rows, V] of hidden states [rows, H], and V.
+# The function from hidden states [rows, H] to float32 logits [rows, V], and V.
 Head = tuple[Callable[["torch.Tensor"], "torch.Tensor"], int]
 
 
-def measure(  # noqa: PLR0913  how it computes is five choices that are made independently
+def measure(  # noqa: PLR0913  five independent choices of how to compute
     directory: Path,
     probe: Probe,
     *,
@@ -41,9 +41,9 @@ def measure(  # noqa: PLR0913  how it computes is five choices that are made ind
 ) -> Measurement:
     """Score `probe` with HF modules in `dtype` over the checkpoint's dequantized weights.
 
-    The head's product and the log-softmax are in float32, or in float64 where `dtype` is that.
-    `narrowing` is how rotations and attention come by bfloat16 (`builds.narrowing`), `rules` what
-    the engine's kernels make of linears, `device` where all of it is computed ("cpu", "cuda").
+    The head's product and the log-softmax are in float32, or in float64 if `dtype` is float64.
+    `narrowing` is how rotations and attention convert to bfloat16 (`builds.narrowing`), `rules` how
+    the engine's kernels compute linears, `device` where everything is computed ("cpu", "cuda").
     """
 
     def score() -> Measurement:
@@ -56,7 +56,7 @@ def measure(  # noqa: PLR0913  how it computes is five choices that are made ind
 
 
 def name_of(dequantizer: DequantizerName, narrowing: Narrowing, device: str) -> str:
-    """Return what a reference that is computed so is called, for progress and in memory."""
+    """Return the name of a reference computed this way, for progress and for its key in memory."""
     name = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
     name += ", which truncates" if narrowing == "truncates" else ""
     return name if device == CPU else f"{name} on {device}"

@@ -1,6 +1,6 @@
-"""The device that the reference computes on: which one it is, and exact arithmetic there.
+"""The device that the reference computes on: its choice, and exact arithmetic on it.
 
-On a CPU nothing here changes how anything is computed.
+On a CPU this module changes nothing about the computation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 CPU, CUDA = "cpu", "cuda"
 REFERENCE_DEVICES = (CPU, CUDA)
-# Tokens of windows of one length that go through a layer together, but on a CPU: enough to fill a
-# GPU. Attention's float32 scores are then at most 8,192 x heads x the windows' length.
+# How many tokens, in windows of equal length, go through a layer together on a GPU: enough to fill
+# it. Attention's float32 scores are then at most 8,192 x heads x the windows' length.
 TOKENS_PER_STEP = 8192
 
 
 def choose_device(asked: str | None = None) -> str:
-    """Return the device that was asked for; by default a GPU where there is one.
+    """Return the device that was asked for; by default a GPU if there is one.
 
-    Raises `BadInput` where a GPU was asked for and there is none.
+    Raises `BadInput` if a GPU was asked for and there is none.
     """
     import torch
 
@@ -39,15 +39,15 @@ def choose_device(asked: str | None = None) -> str:
 
 
 def platform_of(device: str) -> str:
-    """Return what a golden's platform would be called: "cpu", "sm90" …"""
+    """Return the device's name as a golden platform: "cpu", "sm90" …"""
     return environment.available_devices()[CUDA] if device == CUDA else device
 
 
 def together(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Return which windows of these lengths go through a layer together, by their places.
+    """Return which windows of these lengths go through a layer together, by index.
 
-    Windows of equal length need no padding, so their masks are those of one alone. On a CPU each
-    goes alone: products of another number of rows may round otherwise.
+    Windows of equal length need no padding, so the mask is the same as for a single one. On a CPU
+    each goes alone: products with a different number of rows may round differently.
     """
     if device.type == CPU:
         return [[place] for place in range(len(lengths))]
@@ -66,9 +66,9 @@ def together(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
 def exactly(device: torch.device) -> Iterator[None]:
     """Compute without gradients and, on a GPU, without TF32.
 
-    Attention is a softmax between two such products there: the fused kernels for float32 have an
-    arithmetic of their own, which no setting of torch's describes. It takes 16-bit inputs in
-    float32.
+    On a GPU attention is computed as product, softmax, product: the fused float32 kernels have
+    their own arithmetic, which no torch setting controls. torch computes 16-bit inputs in float32
+    there.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -83,7 +83,7 @@ def exactly(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Set torch's old and new names for it alike: it refuses to read ones that contradict."""
+    """Set torch's old and new TF32 settings alike: it raises on reading contradictory ones."""
     import torch
 
     products = torch.backends.cuda.matmul
@@ -91,7 +91,7 @@ def _without_tf32() -> Iterator[None]:
     before = products.fp32_precision, convolutions.fp32_precision
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody set the new name alone
+    except RuntimeError:  # only the new setting was set
         precision = "highest"
     torch.set_float32_matmul_precision("highest")
     convolutions.fp32_precision = "ieee"
@@ -104,9 +104,9 @@ def _without_tf32() -> Iterator[None]:
 
 @contextmanager
 def room_on(device: str) -> Iterator[None]:
-    """Free what an engine left on a GPU, and afterwards what was allocated within.
+    """Free what an engine left on a GPU and, on exit, what was allocated in the block.
 
-    torch keeps freed memory for itself, and vLLM refuses to start where too little is free.
+    torch caches freed memory, and vLLM refuses to start if too little is free.
     """
     free_memory(device)
     try:
@@ -116,7 +116,7 @@ def room_on(device: str) -> Iterator[None]:
 
 
 def free_memory(device: str) -> None:
-    """Give a GPU's memory that nothing refers to any more back to it; nothing on a CPU."""
+    """Return unreferenced memory to the GPU; does nothing on a CPU."""
     import torch
 
     if device == CUDA:

@@ -1,8 +1,8 @@
-"""Replay: every linear of the reference is given what the engine's was, and gives what it should.
+"""Replay: feed every linear of the reference the engine's input, and compare the outputs.
 
-A difference of 1e-7 in an input flips a code where inputs are quantized, and flips cascade, so no
+Where inputs are quantized, a difference of 1e-7 can flip a code, and flips cascade, so no
 free-running comparison of such a format can be tight. On the engine's own inputs every module must
-agree to rounding, in every format; one that does not is named, with its kernel.
+agree to within rounding, in every format; one that does not is reported with its kernel.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModuleError:
-    """How far one linear of the engine is off, relative to the rms of what it should be."""
+    """The error of one of the engine's linears, relative to the rms of the correct values."""
 
     name: str
-    """As in the checkpoint."""
+    """Its name in the checkpoint."""
     module: str
-    """vLLM's module that holds it."""
+    """The vLLM module that holds it."""
     output: float
-    """Of its output, on the input that it was given."""
+    """The error of its output, computed on the engine's input."""
     input: float
-    """Of that input, on what the modules before it gave."""
+    """The error of that input, computed on the outputs of the modules before it."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Replay:
     modules: tuple[ModuleError, ...]
     """In the order of the model."""
     values: NDArray[np.floating[Any]]
-    """What the reference makes of the engine's inputs, of the scored tokens [m] or [m, D]."""
+    """The reference's values on the engine's inputs, for the scored tokens [m] or [m, D]."""
     served: NDArray[np.floating[Any]]
-    """What the engine made of them, like `values`."""
+    """The engine's values for the same tokens, shaped like `values`."""
 
 
 def replay(
@@ -68,7 +68,7 @@ def replay(
 ) -> Replay:
     """Run the reference on a capture's windows, each linear on the engine's input.
 
-    `rules` are those of the kernels that served it; `device` is where the reference computes.
+    `rules` belong to the kernels that served it; `device` is where the reference computes.
     """
 
     def run() -> Replay:
@@ -117,7 +117,7 @@ def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: An
 
 
 def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
-    """Raise where a linear was not captured: it would pass for one that is right."""
+    """Raise if a linear was not captured: otherwise it would count as correct."""
     missing = [name for name in linears if name not in replayed]
     if missing:
         raise EngineFailure(
@@ -128,7 +128,7 @@ def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
 
 @dataclass
 class _Errors:
-    """Sums of squares over all windows of one module."""
+    """One module's sums of squares over all windows."""
 
     sums: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("input", "input_error", "output", "output_error"), 0)
@@ -151,7 +151,7 @@ class _Errors:
             self.sums[name] += tensor.double().square().sum().item()
 
     def relative(self) -> tuple[float, float]:
-        """Return the errors of output and input; infinite where something should be nothing."""
+        """Return the errors of output and input; infinite if nonzero where zero is expected."""
         return self._ratio("output"), self._ratio("input")
 
     def _ratio(self, kind: str) -> float:

@@ -1,4 +1,4 @@
-"""Ways of serving the same windows, none of which may matter: chunks, order, batches, the cache."""
+"""Ways of serving the same windows that must not change results: chunks, order, batch, cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from quantgate.subject.probe import Probe
 
-# How many tokens an engine takes at a time that cuts prompts into chunks.
+# The chunk size, in tokens, of an engine that cuts prompts into chunks.
 CHUNK = 64
 Rows = NDArray[np.int64]
 
@@ -30,28 +30,28 @@ class Reruns:
     """One probe, served again by one engine in several ways."""
 
     how: str
-    """What all of them have in common, e.g. "in chunks of 64 tokens"."""
+    """What they all have in common, e.g. "in chunks of 64 tokens"."""
     found: Mapping[str, Measurement]
-    """By the way: in order, shuffled, one by one."""
+    """By way of serving: in order, shuffled, one by one."""
     cached: tuple[Rows, NDArray[np.float32]] | None = None
-    """Rows [m] whose windows' beginnings came from the prefix cache, and their log-probabilities;
-    None where nothing was cached, or where a model pools."""
+    """Rows [m] whose windows began in the prefix cache, and their log-probabilities; None if
+    nothing was cached, or for a pooling model."""
 
 
 def can_cut(llm: LLM) -> bool:
-    """Whether a running engine can be told to cut prompts: it is in this process, and cuts."""
+    """Whether a running engine can be told to chunk prompts: in this process, and able to."""
     return _cutting_scheduler(llm) is not None
 
 
 def chunking(*, chunked: bool) -> dict[str, Any]:
-    """Return what `vllm.LLM` is given to cut prompts into chunks; {} leaves them whole."""
+    """Return the `vllm.LLM` arguments that cut prompts into chunks; {} leaves them whole."""
     if chunked:
         return {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
     return {}
 
 
 def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
-    """Serve a probe in order, shuffled and one by one, and what is cached of it from the cache.
+    """Serve a probe in order, shuffled and one by one, and its cached prefixes from the cache.
 
     `chunked` cuts prompts into chunks, in any engine that `can_cut`, or that `chunking` started.
     """
@@ -66,7 +66,7 @@ def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
     found = {}
     with _in_chunks(llm) if chunked else nullcontext():
         for way, batches in ways.items():
-            llm.reset_prefix_cache()  # nothing comes from what was served before
+            llm.reset_prefix_cache()  # reuse nothing from what was served before
             found[way] = in_batches(llm, probe, batches, provenance)
         cached = _from_the_cache(llm, probe) if probe.task == GENERATE else None
     return Reruns(f"in chunks of {CHUNK} tokens" if chunked else "prompts whole", found, cached)
@@ -74,9 +74,9 @@ def reruns(llm: LLM, probe: Probe, dtype: str, *, chunked: bool) -> Reruns:
 
 @contextmanager
 def _in_chunks(llm: LLM) -> Iterator[None]:
-    """Let the scheduler take `CHUNK` tokens a step, so that longer prompts are cut.
+    """Have the scheduler take `CHUNK` tokens per step, so that longer prompts are cut.
 
-    The kernels and their buffers stay: it is the same as an engine that was started with as many.
+    Kernels and buffers stay as they are: results equal those of an engine started with this limit.
     """
     scheduler = _cutting_scheduler(llm)
     if scheduler is None:
@@ -91,7 +91,7 @@ def _in_chunks(llm: LLM) -> Iterator[None]:
 
 
 def _cutting_scheduler(llm: LLM) -> Any:
-    """Return the scheduler of an engine that cuts prompts; None where it cannot be reached."""
+    """Return the scheduler of an engine that cuts prompts; None if it is out of reach."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)  # None in another process
     scheduler = getattr(core, "scheduler", None)
     cuts = llm.llm_engine.vllm_config.scheduler_config.enable_chunked_prefill
@@ -101,7 +101,7 @@ def _cutting_scheduler(llm: LLM) -> Any:
 def in_batches(
     llm: LLM, probe: Probe, batches: Sequence[Sequence[int]], provenance: Provenance
 ) -> Measurement:
-    """Serve batches of windows one after another; the rows are in the probe's order again."""
+    """Serve batches of windows one after another; return the rows in the probe's order."""
     parts = [session.serve(llm, part_of(probe, batch), provenance) for batch in batches]
     order = np.argsort(np.concatenate([rows_of(probe, batch) for batch in batches]))
     hidden = [part.hidden for part in parts if part.hidden is not None]
@@ -123,7 +123,7 @@ def _from_the_cache(llm: LLM, probe: Probe) -> tuple[Rows, NDArray[np.float32]] 
     )
     if not any(output.num_cached_tokens for output in found):
         return None
-    # Row i of a window is of its token score_from + i; the first one here is of start + 1.
+    # Row i of a window scores its token score_from + i; the first one here scores start + 1.
     rows = [
         rows_of(probe, [index])[start + 1 - window.score_from :]
         for index, (window, start) in enumerate(zip(probe.windows, starts, strict=True))

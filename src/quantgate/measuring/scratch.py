@@ -1,4 +1,4 @@
-"""Directories for what is too large for memory: gone with their process, however that ends."""
+"""Directories for data too large for memory, removed however their process ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIX, LOCK = "quantgate-", "in-use.lock"
 
 
 def scratch_directory(owner: object) -> Path:
-    """Return a new directory that goes with `owner`, and remove what killed processes left."""
+    """Return a new directory, removed with `owner`; also remove those of killed processes."""
     from filelock import FileLock
 
     remove_leftovers(Path(tempfile.gettempdir()))
@@ -36,15 +36,15 @@ def _remove(directory: Path, lock: BaseFileLock) -> None:
 
 
 def remove_leftovers(where: Path) -> None:
-    """Remove the directories of this user whose process is no more: it held the lock in each.
+    """Remove this user's directories whose process, which held the lock inside, has ended.
 
-    Nothing else that is called so: a directory without such a lock is somebody's own.
+    Leaves directories of the same name without such a lock: they were not created here.
     """
     from filelock import FileLock, Timeout
 
     for lock in where.glob(f"{PREFIX}*/{LOCK}"):
         try:
-            # A younger one may be somebody's who is just about to lock it.
+            # A newer one may belong to a process that has yet to lock it.
             found = lock.parent.lstat()
             if found.st_uid != os.getuid() or found.st_mtime > time.time() - HOUR:
                 continue

@@ -1,4 +1,4 @@
-"""What a running engine is asked: scores, raw outputs, captures, and which kernels serve it."""
+"""Queries of a running engine: scores, raw outputs, captures, and the kernels that serve it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-def measure(  # noqa: PLR0913  all but two are named, and none goes with another
+def measure(  # noqa: PLR0913  all but two are keyword-only, and independent
     directory: Path,
     probe: Probe,
     *,
@@ -38,9 +38,9 @@ def measure(  # noqa: PLR0913  all but two are named, and none goes with another
 ) -> tuple[Measurement, Capture | None]:
     """Score `probe` with the checkpoint in `directory`, served by vLLM in `dtype`.
 
-    `meanwhile` is called with the engine once it has scored: what else it is wanted for. With
-    `capture_into`, also write there what every linear saw of a few windows; an engine that compiles
-    or replays graphs is started once more for that, eagerly.
+    `meanwhile` is called with the engine once it has scored, for further measurements. With
+    `capture_into`, also write there what every linear saw of a few windows; for that, an engine
+    that compiles or replays graphs is started a second time, eagerly.
     """
     pooling = pooling_arguments(directory, probe.task)
 
@@ -76,7 +76,7 @@ def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
 def serve(llm: LLM, probe: Probe, provenance: Provenance) -> Measurement:
     """Return what an engine gives for a probe, all in one batch: scores, or raw outputs alone."""
     if probe.task == GENERATE:
-        # float32 is judged token by token; in the dtype that is served, distributions are.
+        # float32 is judged token by token; the serving dtype is judged by its distributions.
         logprob, top1, hidden = score(llm, probe, hidden=provenance.dtype != "float32")
         return Measurement(logprob, top1, provenance, hidden)
     require_length(llm, probe)
@@ -87,7 +87,7 @@ def capture(llm: LLM, probe: Probe, directory: Path) -> Capture:
     """Serve the probe's replay windows one by one, and keep what every linear saw of them."""
 
     def serve_alone(window: int) -> NDArray[np.floating[Any]]:
-        # What is read from the cache runs through no linear: vLLM 0.26 reads it for whole texts.
+        # Tokens read from the cache pass through no linear; vLLM 0.26 caches even whole texts.
         llm.reset_prefix_cache()
         alone = part_of(probe, [window])
         return score(llm, alone)[0] if probe.task == GENERATE else raw_outputs(llm, alone)
@@ -100,7 +100,7 @@ def score(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
     """Return log-probabilities float32 [n] and most probable tokens int32 [n] of a probe.
 
-    And, if asked for, what the head was given float32 [n, H].
+    And, if requested, the head's input float32 [n, H].
     """
     require_length(llm, probe)
     found = _score(llm, [window.ids for window in probe.windows], hidden=hidden)
@@ -119,7 +119,7 @@ def score(
 
 
 def require_length(llm: LLM, probe: Probe) -> None:
-    """Raise `EngineFailure` where the engine does not take the probe's longest window."""
+    """Raise `EngineFailure` if the engine does not accept the probe's longest window."""
     longest = max(len(window.ids) for window in probe.windows)
     limit = llm.llm_engine.model_config.max_model_len
     if longest > limit:
@@ -137,7 +137,8 @@ def _score(llm: LLM, prompts: Sequence[Sequence[int]], *, hidden: bool = False) 
 def generate_scores(
     llm: LLM, prompts: Sequence[Sequence[int]], asked: Sequence[Mapping[str, Any]]
 ) -> list[Any]:
-    """Return vLLM's output for each prompt of token ids, scored with `asked` of score mode."""
+    """Return vLLM's output for each prompt of token ids, scored with the `asked` score-mode
+    options."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -150,7 +151,7 @@ def generate_scores(
 
 
 def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the kernels that serve each kind of layer, and those of them that are emulations.
+    """Return the kernel that serves each kind of layer, and which kernels are emulations.
 
     Read from the loaded model: `{"self_attn.qkv_proj": "MacheteLinearKernel", …}`.
     """
@@ -158,7 +159,7 @@ def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
     modules: dict[str, list[str]] = llm.collective_rpc("quantgate_kernels")[0]
     kinds: dict[str, set[str]] = {}
     for name, kernels in modules.items():
-        # "model.layers.3.self_attn.qkv_proj" and its like in other layers are one kind.
+        # "model.layers.3.self_attn.qkv_proj" and its counterparts in other layers are one kind.
         kind = ".".join(part for part in name.split(".")[-2:] if not part.isdigit())
         kinds.setdefault(kind, set()).update(kernels)
     marked = sorted({kernel for kernels in kinds.values() for kernel in kernels})
@@ -169,7 +170,7 @@ def kernel_fingerprint(llm: LLM) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def provenance_of(llm: LLM, dtype: str) -> Provenance:
-    """Return where a measurement of a running engine comes from."""
+    """Return the provenance of a running engine's measurements."""
     kernels, emulated = kernel_fingerprint(llm)
     ((device, platform),) = environment.available_devices().items()
     return Provenance(

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 LOGIT_ROWS = 256
 PROGRESS_SECONDS = 5.0
 
-# What HF's code raises where a config and its tensors, or transformers' release, do not suit it.
+# What HF's code raises if it does not fit the config and tensors, or transformers' release.
 UNSUITED = (
     AssertionError,
     AttributeError,
@@ -69,10 +69,10 @@ Observer = Callable[[int, str, "torch.Tensor", Product], "torch.Tensor"]
 class StreamedModel:
     """An HF model whose layers are read from disk when their turn comes.
 
-    It computes on `device`, whose name is torch's; what it returns as tensors is there, too.
+    It computes on `device`, a torch device name, and returns its tensors there.
     """
 
-    def __init__(  # noqa: PLR0913  as `reference.measure`, which passes them on
+    def __init__(  # noqa: PLR0913  the parameters that `reference.measure` passes on
         self,
         directory: Path,
         dtype: str,
@@ -94,7 +94,7 @@ class StreamedModel:
         self._truncates = narrowing == "truncates" and dtype == "bfloat16"
         torch_dtype: torch.dtype = getattr(torch, dtype)
         self.model = empty_model(directory, torch_dtype, task, self.stored, self.device)
-        # Attention that HF computes eagerly has a formula of its own, which is left as it is.
+        # Attention that HF computes eagerly has its own formula, which is left unchanged.
         if self._truncates and self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(truncating_attention_name())
         self.parameters = Parameters(
@@ -104,7 +104,7 @@ class StreamedModel:
         inside = {id(module) for module in self.layers.modules()}
         self._outside = [m for m in self.model.modules() if id(m) not in inside]
         self._running: _Step
-        """The windows that go through a layer at the moment."""
+        """The windows now going through a layer."""
 
     @property
     def linears(self) -> list[str]:
@@ -118,10 +118,10 @@ class StreamedModel:
         announce: Announce,
         observe: Observer | None = None,
     ) -> list[torch.Tensor]:
-        """Return what the head is given for each window, [tokens, H].
+        """Return the head's input for each window, [tokens, H].
 
-        Of a model that generates, [tokens - 1, H]: a window's last token predicts nothing that is
-        scored, so it is not computed. Windows that are observed go through a layer one by one.
+        For a generative model, [tokens - 1, H]: a window's last token predicts nothing that is
+        scored, so it is not computed. Observed windows go through a layer one by one.
         """
         told = time.monotonic()
         watch = None if observe is None else self._watch(observe)
@@ -135,7 +135,7 @@ class StreamedModel:
                         told = time.monotonic()
                     self.parameters.fill(layer.modules(), next(tensors), watch)
                     for self._running in steps:
-                        # What observes may raise, too, and says its own reason.
+                        # The observer may raise too, with a reason of its own.
                         with nullcontext() if observe else self._explained(index):
                             self._run(self._running, index)
                     empty(layer)
@@ -143,7 +143,7 @@ class StreamedModel:
                 return self._in_order(steps)
 
     def fill_outside(self) -> None:
-        """Read what is not in a layer: embeddings, norms and the head."""
+        """Read everything outside the layers: embeddings, norms and the head."""
         self.parameters.fill(self._outside, LoadedTensors(self.stored, self.device), None)
         self.model.tie_weights()
 
@@ -171,7 +171,7 @@ class StreamedModel:
     def outputs(
         self, windows: tuple[Window, ...], hidden: list[torch.Tensor]
     ) -> np.ndarray[Any, Any]:
-        """Return logits, rewards or embeddings [n, D] of the scored tokens, not activated."""
+        """Return logits, rewards or embeddings [n, D] of the scored tokens, before activation."""
         import torch
 
         self.parameters.promote_head()
@@ -179,7 +179,7 @@ class StreamedModel:
         with exactly(self.device):
             for window, rows in zip(windows, hidden, strict=True):
                 if self.task == EMBED and self.model.get_output_embeddings() is not None:
-                    values = rows.to(exact)  # a model that generates: its last hidden states
+                    values = rows.to(exact)  # a generative model: its last hidden states
                 else:
                     ids = torch.tensor(window.ids, device=self.device)
                     values = self.logits(rows.to(exact), ids)
@@ -214,7 +214,7 @@ class StreamedModel:
         return lambda name, rows, product: observe(self._running.windows[0], name, rows, product)
 
     def _steps(self, windows: tuple[Window, ...], *, one_by_one: bool) -> list[_Step]:
-        """Return the windows as they go through the layers, those of like length together."""
+        """Return the windows in the batches that go through the layers, grouped by length."""
         computed = [w.ids[:-1] if self.task == GENERATE else w.ids for w in windows]
         places = range(len(windows))
         groups = (
@@ -242,9 +242,9 @@ class StreamedModel:
 
     @contextmanager
     def _explained(self, index: int) -> Iterator[None]:
-        """Turn what HF's code raises of a model that it does not suit into `BadInput`.
+        """Turn errors that HF's code raises for an unsuitable model into `BadInput`.
 
-        Not what else may go wrong there, such as memory that is not to be had.
+        Other failures, such as running out of memory, are left alone.
         """
         try:
             yield
@@ -262,7 +262,7 @@ class StreamedModel:
             ) from error
 
     def _in_order(self, steps: list[_Step]) -> list[torch.Tensor]:
-        """Return what the head is given for each window, in the windows' order."""
+        """Return the head's input for each window, in the windows' order."""
         by_window: dict[int, torch.Tensor] = {}
         for step in steps:
             by_window.update(zip(step.windows, step.through.last_hidden(), strict=True))
@@ -276,7 +276,7 @@ class StreamedModel:
 
 
 class _BodyOutput(tuple[Any, ...]):
-    """What a head takes for its body's output: hidden states, and None for all else it reads."""
+    """Passes for a body's output in a head: hidden states, and None for all else it reads."""
 
     @property
     def last_hidden_state(self) -> Any:
@@ -291,5 +291,5 @@ class _Step:
     """Windows of one length on their way through the layers."""
 
     windows: list[int]
-    """Their places among those that run."""
+    """Their indices among those that run."""
     through: Pass

@@ -1,6 +1,6 @@
-"""Why vLLM did not load a checkpoint, where the checkpoint or the release itself shows it.
+"""Why vLLM did not load a checkpoint, if the checkpoint or the release itself shows it.
 
-Looked into once a load has failed: an exception from deep within says what broke, not why.
+Examined once a load has failed: an exception from deep inside vLLM says what broke, not why.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from quantgate.subject.files import actual_scheme, read_config
 from quantgate.subject.scheme import UNQUANTIZED
 from quantgate.subject.task import task_of
 
-# How vLLM says that a platform has no kernel for quantized experts.
+# vLLM's message that a platform has no kernel for quantized experts.
 NO_EXPERTS = ("moe backend", "no moe", "fusedmoe", "fused_moe", "moe_backend")
 
 
 def why_not_loaded(directory: Path, said: str) -> str | None:
-    """Return in one sentence why vLLM did not load a checkpoint; None where only vLLM's words tell.
+    """Return in one sentence why vLLM did not load a checkpoint; None to leave it at vLLM's words.
 
-    `said` is what vLLM gave for a reason.
+    `said` is the reason that vLLM gave.
     """
     if not directory.is_dir():
         return None  # a hub id, which only tools give
@@ -59,7 +59,7 @@ def _is_registered(architecture: str) -> bool:
 
 
 def _contradiction(directory: Path, config: dict[str, Any]) -> str | None:
-    """Return the first tensor that is not of the shape that the config implies, or is not there."""
+    """Return the first tensor that is missing, or whose shape contradicts the config."""
     import torch
 
     stored = StoredTensors(directory)

@@ -1,10 +1,10 @@
-"""The reference checked: one window of the streamed model against HF's own, loaded whole.
+"""A check of the reference: one window of the streamed model against HF's own, loaded whole.
 
-Both have the same dequantized weights, and neither quantizes inputs, keys or values: what may
-differ is how the model is taken apart, its names, its norms, its head and its attention. HF loads
-it by its own `from_pretrained`, and attends eagerly: a fused attention leaves out what it does not
-know. Falcon with ALiBi is the exception: its eager attention scales ALiBi otherwise than its sdpa
-and vLLM do.
+Both have the same dequantized weights, and neither quantizes inputs, keys or values, so they can
+differ only in how the model is taken apart: its names, norms, head and attention. HF loads it with
+its own `from_pretrained` and uses eager attention: fused attention silently ignores what it does
+not support. Falcon with ALiBi is the exception: its eager attention scales ALiBi differently from
+its sdpa and from vLLM.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ WEIGHTS_ALONE = LinearRules(kept=frozenset(get_args(Family)))
 
 
 def difference_from_whole(directory: Path, probe: Probe) -> float | None:
-    """Return the largest |Δ| of what the streamed and the whole model make of a short window.
+    """Return the largest |Δ| between the streamed and the whole model on a short window.
 
-    None where the whole model, in float32, would take more than half of the memory that is free.
+    None if the whole model, in float32, would take more than half of the free memory.
     """
     window = min(probe.windows, key=lambda window: len(window.ids))
     streamed = StreamedModel(directory, "float32", task=probe.task, rules=WEIGHTS_ALONE)
-    streamed.quantization = None  # keys and values as they are
+    streamed.quantization = None  # keys and values unquantized
     sizes = (parameter.numel() for parameter in streamed.model.parameters())
     if 2 * 4 * sum(sizes) > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
@@ -88,7 +88,7 @@ def _loaded_whole(streamed: StreamedModel) -> Any:
 
 
 def _weights(stored: StoredTensors) -> dict[str, torch.Tensor]:
-    """Return all of a checkpoint's tensors, quantized linears as the weights they stand for."""
+    """Return all of a checkpoint's tensors, quantized linears as dequantized weights."""
     quantization = read_config(stored.directory).get("quantization_config")
     weights: dict[str, torch.Tensor] = {}
     for module in stored.modules:

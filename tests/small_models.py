@@ -65,9 +65,13 @@ def save_random(config: Any, directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
+    # HF's sdpa leaves Gemma 2's soft cap out.
+    attention = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa"
+        config, dtype=torch.float32, attn_implementation=attention
     ).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -120,36 +120,28 @@ def test_the_docs_map_rules_to_historical_bugs() -> None:
     assert len({row[0] for row in bugs}) >= 18
 
 
-def cost(checkpoint: Path) -> tuple[float, float]:
-    """Return the processor time of an audit in seconds, and the most memory in MB.
+def peak_memory(checkpoint: Path) -> float:
+    """Return the most memory that an audit holds, in MB.
 
-    Not the time that passes, because tests run side by side.
+    Its own peak from Linux: a child's `ru_maxrss` begins with that of the process that started it.
     """
     code = (
-        "import json, resource, sys; from quantgate.__main__ import main; "
+        "import re, sys; from quantgate.__main__ import main; "
         "status = main(['audit', sys.argv[1], '--json']); "
-        "used = resource.getrusage(resource.RUSAGE_SELF); "
-        "print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1000, file=sys.stderr); "
-        "sys.exit(status)"
+        "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1], "
+        "file=sys.stderr); sys.exit(status)"
     )
     command = [sys.executable, "-c", code, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, megabytes = map(float, done.stderr.split())
-    print(f"{seconds:.1f} s, {megabytes:.0f} MB")
-    return seconds, megabytes
+    return int(done.stderr) / 1000
 
 
-def test_the_cost_of_an_8b_checkpoint(tmp_path: Path) -> None:
-    """1.5 s on an idle core; a core that two tests share takes up to twice as long."""
+def test_an_8b_checkpoint_needs_little_memory(tmp_path: Path) -> None:
     write_large(tmp_path, SHAPES["8B"])
-    seconds, megabytes = cost(tmp_path)
-    assert seconds < 4
-    assert megabytes < 200
+    assert peak_memory(tmp_path) < 200
 
 
 @pytest.mark.slow(reason="writes 1.1 GB of scales")
-def test_the_cost_of_a_70b_checkpoint(tmp_path: Path) -> None:
+def test_a_70b_checkpoint_needs_little_memory(tmp_path: Path) -> None:
     write_large(tmp_path, SHAPES["70B"])
-    seconds, megabytes = cost(tmp_path)
-    assert seconds < 10
-    assert megabytes < 500
+    assert peak_memory(tmp_path) < 500

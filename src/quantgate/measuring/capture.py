@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.measuring.loaded import parameters_of
 from quantgate.patches.pooling_api import REPAIRED_HEAD
 from quantgate.patches.wanted import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
 
@@ -44,6 +45,10 @@ class WorkerExtension:
         """Return the names of the heads that unpatched vLLM would have loaded wrong."""
         modules = self.get_model().named_modules()  # type: ignore[attr-defined]
         return [name for name, module in modules if hasattr(module, REPAIRED_HEAD)]
+
+    def quantgate_parameters(self) -> dict[str, dict[str, Any]]:
+        """Describe each parameter as loaded, for comparison with the file in `loaded.py`."""
+        return parameters_of(self.get_model())  # type: ignore[attr-defined]
 
     def quantgate_start_capture(self) -> None:
         """Start recording every linear."""

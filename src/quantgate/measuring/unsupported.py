@@ -53,9 +53,15 @@ def why_not_loaded(directory: Path, said: str) -> str | None:
 
 
 def _is_registered(architecture: str) -> bool:
+    """Whether vLLM has an architecture, or one of the same body that it converts to it."""
     from vllm import ModelRegistry
+    from vllm.config.model import iter_architecture_defaults, try_match_architecture_defaults
 
-    return architecture in ModelRegistry.get_supported_archs()
+    names = {architecture}
+    if (match := try_match_architecture_defaults(architecture)) is not None:
+        suffix, _ = match
+        names |= {architecture.replace(suffix, other) for other, _ in iter_architecture_defaults()}
+    return not names.isdisjoint(ModelRegistry.get_supported_archs())
 
 
 def _contradiction(directory: Path, config: dict[str, Any]) -> str | None:

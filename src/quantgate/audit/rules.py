@@ -35,5 +35,14 @@ def examine(inventory: Inventory, *, deep: bool = False) -> tuple[Finding, ...]:
     if not inventory.directory.is_dir():
         return tuple(findings_of(shards.UNREADABLE, inventory))
     needs = {"files"} | ({"base"} if inventory.base else set()) | ({"weights"} if deep else set())
+    return _found(inventory, needs)
+
+
+def audit_weights(directory: Path, base: Path | None) -> tuple[Finding, ...]:
+    """Return what is wrong with a checkpoint's weights, compared with the base's, errors first."""
+    return _found(read_inventory(directory, base), {"weights"})
+
+
+def _found(inventory: Inventory, needs: set[str]) -> tuple[Finding, ...]:
     found = [f for rule in RULES if rule.needs in needs for f in findings_of(rule, inventory)]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))

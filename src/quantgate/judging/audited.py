@@ -29,12 +29,11 @@ def files(checkpoint: Checkpoint) -> Verdict:
 
 def weights(checkpoint: Checkpoint) -> Verdict:
     """Judge every weight against the base's: is it a quantization of that weight?"""
-    from quantgate.audit.rules import RULES, audit
+    from quantgate.audit.rules import audit_weights
 
-    of_weights = {rule.id for rule in RULES if rule.needs == "weights"}
-    found = audit(checkpoint.directory, _base_of(checkpoint), deep=True)
+    found = audit_weights(checkpoint.directory, _base_of(checkpoint))
     said = "every weight is the base's, as far as its format can hold it"
-    return _verdict(checkpoint, [finding for finding in found if finding.rule in of_weights], said)
+    return _verdict(checkpoint, found, said)
 
 
 def _verdict(checkpoint: Checkpoint, found: Sequence[Finding], right: str) -> Verdict:

@@ -48,7 +48,8 @@ class WorkerExtension:
 
     def quantgate_parameters(self) -> dict[str, dict[str, Any]]:
         """Describe each parameter as loaded, for comparison with the file in `loaded.py`."""
-        return parameters_of(self.get_model())  # type: ignore[attr-defined]
+        model = self.get_model()  # type: ignore[attr-defined]
+        return parameters_of(model, _packed(model))
 
     def quantgate_start_capture(self) -> None:
         """Start recording every linear."""

@@ -40,15 +40,13 @@ class LoadProblem:
         return printable(f"{self.name}: {self.value}; expected {self.expected}")
 
 
-def parameters_of(model: Any) -> dict[str, dict[str, Any]]:
+def parameters_of(model: Any, packed: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
     """Describe each parameter of a loaded model, inside vLLM's worker.
 
+    `packed` says which of the file's linears each fused one holds, by their own names.
     By name: the file's modules that it was made of, its dtype, whether it is finite and, if it is
     small, the sha256 of its bytes.
     """
-    packed: dict[str, list[str]] = {}
-    for module in reversed(list(model.modules())):
-        packed |= getattr(module, "packed_modules_mapping", None) or {}
     found = {n: _described(n, p.data, packed) for n, p in model.named_parameters() if p.numel()}
     for name, module in model.named_modules():
         for own, part in KV_SCALES.items():

@@ -19,7 +19,7 @@ from quantgate.measuring import reference, session
 from quantgate.measuring.capture import Capture
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.measuring.measurement import Measurement, largest_difference
-from quantgate.measuring.replay import Replay, replay
+from quantgate.measuring.replay import Replay, distance, replay
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe, Window
 from quantgate.subject.task import GENERATE, Task
@@ -112,7 +112,7 @@ class Run:
             moved = largest_difference(exact, own)
             fidelity = compare.fidelity_fp32(served, own, probe, rounding=lambda: moved)
         found = self._replayed(probe, served, capture)
-        replayed = modules.replayed(served, found, probe)
+        replayed = self._replay_verdict(probe, served, capture, found)
         emulated = ", ".join(served.provenance.emulated)
         return {
             "fidelity": _said(fidelity),
@@ -142,9 +142,21 @@ class Run:
         assert capture is not None
         return served, capture
 
-    def _replayed(self, probe: Probe, served: Measurement, capture: Capture) -> Replay:
+    def _replayed(
+        self, probe: Probe, served: Measurement, capture: Capture, dtype: str = "float32"
+    ) -> Replay:
         rules = rules_of(served.provenance.kernels.values())
-        return replay(self.directory, probe, capture, announce=_quiet, rules=rules)
+        return replay(self.directory, probe, capture, announce=_quiet, dtype=dtype, rules=rules)
+
+    def _replay_verdict(
+        self, probe: Probe, served: Measurement, capture: Capture, found: Replay
+    ) -> Verdict:
+        return modules.replayed(
+            served,
+            found,
+            probe,
+            rounding=lambda: distance(found, self._replayed(probe, served, capture, "float64")),
+        )
 
     def _fault(self, probe: Probe, sound: Replay) -> str:
         """Serve it again with a faulty linear in the second layer; return what replay reports."""
@@ -152,7 +164,7 @@ class Run:
         with one_linear_off(off):
             served, capture = self._served(probe)
         found = self._replayed(probe, served, capture)
-        failed = modules.replayed(served, found, probe).outcome == "fail"
+        failed = self._replay_verdict(probe, served, capture, found).outcome == "fail"
         named = {module.module for module in found.modules if module.output > REPLAY_MODULE}
         return f"caught: {off}" if failed and named == {off} else f"MISSED {off}: {sorted(named)}"
 

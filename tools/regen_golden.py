@@ -23,7 +23,7 @@ from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.precision import has_float32
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import read_checkpoint_files, verify
-from quantgate.subject.probe import embedded_probe
+from quantgate.subject.probe import stored_probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,7 +106,7 @@ def main() -> int:
             verify(checkpoint)
             # One at a time: a checkpoint's measurements are of no use for the next.
             lab = Lab(
-                lambda task, quality: embedded_probe(ROOT, task, quality=quality),
+                stored_probe,
                 Ledger(
                     lambda text: print(f"  {text}", file=sys.stderr),
                     DiskCache(ROOT / ".gate-cache"),

@@ -36,7 +36,7 @@ from quantgate.measuring.session import provenance_of
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 from quantgate.subject.files import actual_scheme, read_config
-from quantgate.subject.probe import embedded_probe
+from quantgate.subject.probe import stored_probe
 from quantgate.subject.task import GENERATE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +104,7 @@ def rerun(
     rng = np.random.default_rng((seed, number))
     checkpoint = known[rng.integers(len(known))]
     lab = Lab(
-        lambda task, quality: embedded_probe(ROOT, task, quality=quality),
+        stored_probe,
         Ledger(lambda _: None, DiskCache(ROOT / ".gate-cache")),
     )
     case = Case.of(checkpoint, DTYPES[rng.integers(2)], lab)

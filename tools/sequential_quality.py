@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> Progress:
     else:
         probe, _ = probe_for(embedded_probe(ROOT, GENERATE), checkpoint.directory)
     cache = DiskCache(ROOT / ".gate-cache")
-    lab = Lab(lambda _task, _quality: probe, Ledger(say, cache))
+    lab = Lab(lambda *_: probe, Ledger(say, cache))
     for progress in quality_until_clear(Case.of(checkpoint, SERVING, lab), probe, margin):
         bounds = (
             f"between {progress.lower:.4g} and {progress.upper:.4g}"

@@ -25,7 +25,7 @@ from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import mean_absolute_difference
 from quantgate.measuring.precision import FLOAT32, SERVING
 from quantgate.subject.checkpoint_file import read_checkpoint_files
-from quantgate.subject.probe import embedded_probe
+from quantgate.subject.probe import stored_probe
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = [2.0**-power for power in range(21)]
@@ -68,7 +68,7 @@ def main() -> int:
         print(f"error: --checkpoint {arguments.checkpoint}: no such file.", file=sys.stderr)
         return 2
     checkpoint = dataclasses.replace(known[arguments.checkpoint], base=None)
-    whole = Lab(lambda task, q: embedded_probe(ROOT, task, quality=q), Ledger(lambda _: None))
+    whole = Lab(stored_probe, Ledger(lambda _: None))
     case = Case.of(checkpoint, arguments.dtype, whole)
     caught = {"old": 0.0, "new": 0.0}
     for fault in [*FAULTS, 0.0]:

@@ -26,6 +26,7 @@ from quantgate.plugin import reporting, selection
 from quantgate.plugin.gate import Gate, gate, record
 from quantgate.plugin.gate_run import RUN, GateRun
 from quantgate.plugin.workers import ResultCollector, take_part
+from quantgate.subject.tier import TIERS
 
 __all__ = ["Deviation", "Gate", "Verdict", "gate", "not_run"]
 
@@ -48,7 +49,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick",
         action="store_true",
-        help="judge only the checkpoints whose file says quick = true",
+        help="judge only the checkpoints whose file says quick = true; see also --tier quick",
+    )
+    group.addoption(
+        "--collection",
+        default=".",
+        metavar="NAME",
+        help="judge the files in fixtures/checkpoints/NAME",
+    )
+    group.addoption(
+        "--tier",
+        choices=TIERS,
+        help="how much to ask: quick (the serving dtype and 2,000 tokens), standard, or full "
+        "(other engines and long contexts too); default: what each checkpoint's file asks, and "
+        "standard if it has none",
+    )
+    group.addoption(
+        "--probe",
+        metavar="NAME_OR_FILE",
+        help="score this probe: a name in fixtures/probes or a file (default: what the "
+        "checkpoint's file says, or its task's embedded probe)",
     )
     group.addoption(
         "--gate-report",

@@ -19,7 +19,7 @@ from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.parameters import dequantizer
 from quantgate.subject.checkpoint_file import read_checkpoint_file
 from quantgate.subject.files import read_config
-from quantgate.subject.probe import embedded_probe
+from quantgate.subject.probe import stored_probe
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_the_reference_rounds_as_the_build_does(root: Path) -> None:
     checkpoint = read_checkpoint_file(
         root / "fixtures" / "checkpoints" / "tiny-reward-qwen2-w4a16.toml", root
     )
-    lab = Lab(lambda task, q: embedded_probe(root, task, quality=q), Ledger(lambda _: None))
+    lab = Lab(stored_probe, Ledger(lambda _: None))
     case = Case.of(checkpoint, "serving", lab)
     exact = case.exact.values
     engine = case.engine.values - exact

@@ -25,7 +25,7 @@ def test_what_fails_fidelity_is_refused_or_recorded(
         return found._replace(logprob=found.logprob - 1e-3)
 
     monkeypatch.setattr(logprob, "score_rows", shifted)
-    lab = Lab(lambda _task, _quality: small_probe, Ledger(lambda _: None))
+    lab = Lab(lambda *_: small_probe, Ledger(lambda _: None))
     case = Case.of(read_checkpoint_files(project)["tiny-llama-w4a16"], "float32", lab)
 
     def propose(*, accept: bool) -> Proposal:

@@ -15,15 +15,14 @@ from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.measurement import Measurement
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.checkpoint_file import read_checkpoint_file
-from quantgate.subject.probe import Probe, embedded_probe
-from quantgate.subject.task import Task
+from quantgate.subject.probe import Probe, stored_probe
 from quantgate.subject.windows import mixed
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def few(task: Task, quality: bool) -> Probe:
-    whole = embedded_probe(ROOT, task, quality=quality)
+def few(checkpoint: Checkpoint, quality: bool) -> Probe:
+    whole = stored_probe(checkpoint, quality)
     # Both long ones, so that each could get the other's blocks of the prefix cache.
     return dataclasses.replace(whole, windows=(*whole.windows[:30:6], *whole.windows[-2:]))
 

@@ -21,8 +21,7 @@ from quantgate.measuring.ledger import Ledger
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.checkpoint_file import read_checkpoint_file, verify
 from quantgate.subject.files import identity
-from quantgate.subject.probe import Probe, embedded_probe, probe_for
-from quantgate.subject.task import Task
+from quantgate.subject.probe import Probe, probe_for, stored_probe
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
@@ -32,9 +31,9 @@ def quiet(_: str) -> None:
     pass
 
 
-def few(task: Task, quality: bool) -> Probe:
+def few(checkpoint: Checkpoint, quality: bool) -> Probe:
     """The embedded probe's first windows: enough for what is tested, and faster."""
-    whole = embedded_probe(ROOT, task, quality=quality)
+    whole = stored_probe(checkpoint, quality)
     return dataclasses.replace(whole, windows=whole.windows[: 64 if quality else 32])
 
 
@@ -236,7 +235,7 @@ def test_a_scale_that_is_a_twentieth_too_large_is_found(
     directory = copy_of(name)
     change_tensors(directory, stretch_a_layer)
     checkpoint = embedded(name, directory)
-    whole = Lab(lambda task, _: embedded_probe(ROOT, task), Ledger(quiet))
+    whole = Lab(stored_probe, Ledger(quiet))
     ours = case(checkpoint, whole, "float32")
     probe = ours.probe
     path = golden_path(ROOT, name, "drift-float32", "cpu")
@@ -279,7 +278,7 @@ def test_a_second_bos_is_refused(copy_of: Callable[[str], Path]) -> None:
     tokenizer["post_processor"]["single"] = [template[0], *template]
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(BadInput, match=r"its tokenizer adds '<\|bos\|>' twice at the start"):
-        probe_for(few("token_classify", quality=False), directory)
+        probe_for(few(embedded("tiny-ner-qwen2-w4a16"), quality=False), directory)
 
 
 def test_what_is_not_finite_fails(copy_of: Callable[[str], Path], lab: Lab) -> None:
@@ -292,8 +291,8 @@ def test_what_is_not_finite_fails(copy_of: Callable[[str], Path], lab: Lab) -> N
 
 
 def test_labels_that_the_probe_does_not_know_are_compared_with_the_bases() -> None:
-    def unlabelled(task: Task, quality: bool) -> Probe:
-        probe = few(task, quality)
+    def unlabelled(checkpoint: Checkpoint, quality: bool) -> Probe:
+        probe = few(checkpoint, quality)
         windows = tuple(dataclasses.replace(window, labels=()) for window in probe.windows)
         return dataclasses.replace(probe, windows=windows)
 

@@ -16,7 +16,7 @@ from quantgate.subject.probe import Probe
 @pytest.fixture(scope="module")
 def lab(large_probe: Probe) -> Lab:
     """It serves the base once for all margins."""
-    return Lab(lambda _task, _quality: large_probe, Ledger(lambda _: None))
+    return Lab(lambda *_: large_probe, Ledger(lambda _: None))
 
 
 @pytest.mark.parametrize(

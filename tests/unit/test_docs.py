@@ -131,4 +131,4 @@ def test_the_file_of_a_real_checkpoint_is_one(root: Path, tmp_path: Path) -> Non
     rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
     keys = {key for row in rows for key in re.findall(r"`\[*([a-z_]+)", row)}
     known = {field.name for field in dataclasses.fields(Checkpoint)}
-    assert known - keys == {"id", "root", "is_base", "step_tag_id"}
+    assert known - keys == {"id", "root", "file", "is_base", "step_tag_id"}

@@ -86,7 +86,7 @@ def replay_of(modules: dict[str, tuple[float, float]], values: float = -1.0) -> 
 def lines_of_modules(dtype: str, found: Replay) -> list[str]:
     """What a failed replay says of modules, attributed to the engine."""
     engine = measurement(-1.0, dtype)
-    verdict = replayed(engine, found, SIX)
+    verdict = replayed(engine, found, SIX, rounding=lambda: np.zeros(6))
     suspects = dataclasses.replace(
         SUSPECTS, engine=engine, modules=lambda: modules_beyond(engine, found)
     )

@@ -29,7 +29,7 @@ from quantgate.measuring.precision import SERVING
 from quantgate.measuring.reference_device import CPU, choose_device
 from quantgate.reporting.gate_json import check_of_verdict
 from quantgate.subject.checkpoint import Checkpoint
-from quantgate.subject.probe import embedded_probe, probe_for
+from quantgate.subject.probe import probe_for, stored_probe
 from quantgate.subject.scheme import UNQUANTIZED
 from quantgate.subject.task import GENERATE
 
@@ -64,9 +64,7 @@ def _case(checkpoint: Checkpoint, dtype: str) -> Case:
         print(f"    {text}", file=sys.stderr, flush=True)
 
     cache = DiskCache(ROOT / ".gate-cache")
-    lab = Lab(
-        lambda task, quality: embedded_probe(ROOT, task, quality=quality), Ledger(announce, cache)
-    )
+    lab = Lab(stored_probe, Ledger(announce, cache))
     return Case.of(checkpoint, dtype, lab)
 
 
@@ -194,7 +192,7 @@ def references(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
 
 def _two_references(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[Measurement, float]:
     """Return a measurement of the embedded probe, and what the second of two took in seconds."""
-    whole = embedded_probe(ROOT, checkpoint.task, quality=False)
+    whole = stored_probe(checkpoint)
     probe, _ = probe_for(whole, checkpoint.directory)
     for _ in range(2):
         started = time.monotonic()

@@ -1,6 +1,7 @@
 """Measuring the activation ranges that static scales are taken from."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,23 @@ CALIBRATION_DOCUMENTS = 20
 Ranges = dict[str, dict[str, tuple[float, float]]]
 
 
-def calibrate(base: Path) -> None:
-    """Write `ranges.json`: the range of each linear's input, and of keys and values.
+def corpus_texts() -> list[str]:
+    """Return training documents of every stratum of the corpus."""
+    return [
+        document.text
+        for stratum in corpus.STRATA
+        for document in corpus.documents("train", stratum, CALIBRATION_DOCUMENTS)
+    ]
+
+
+def calibrate(base: Path, texts: Sequence[str], path: Path) -> None:
+    """Write to `path` the range of each linear's input, and of keys and values, over some texts.
 
     Rounded to 3 significant digits, so that they hold on every machine.
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     ranges = watch(model)
-    texts = [
-        document.text
-        for stratum in corpus.STRATA
-        for document in corpus.documents("train", stratum, CALIBRATION_DOCUMENTS)
-    ]
     with torch.inference_mode():
         for text in track(texts, "Calibrating"):
             model.base_model(torch.tensor([tokenizer(text).input_ids[:1024]]))
@@ -36,7 +41,7 @@ def calibrate(base: Path) -> None:
         kind: {name: tuple(float(f"{value:.3g}") for value in pair) for name, pair in found.items()}
         for kind, found in ranges.items()
     }
-    write_atomically(base / "ranges.json", json.dumps(rounded, indent=1, sort_keys=True) + "\n")
+    write_atomically(path, json.dumps(rounded, indent=1, sort_keys=True) + "\n")
 
 
 def watch(model: Any) -> Ranges:

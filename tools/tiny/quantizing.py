@@ -1,7 +1,7 @@
 """Quantizing a tiny model by a recipe, with compressed-tensors' own compressors.
 
 The same bytes on every machine: weights are rounded to nearest, and static activation scales come
-from the base model's `ranges.json`, because a forward pass is not the same to the last bit.
+from a file of measured ranges, because a forward pass is not the same to the last bit.
 """
 
 import functools
@@ -147,14 +147,14 @@ def kv_scales(ranges: Mapping[str, Any], layer: str) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def _ranges(base: Path) -> dict[str, dict[str, tuple[float, float]]]:
-    ranges: dict[str, dict[str, tuple[float, float]]] = json.loads(
-        (base / "ranges.json").read_text()
-    )
+def _read_ranges(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    ranges: dict[str, dict[str, tuple[float, float]]] = json.loads(path.read_text())
     return ranges
 
 
-def quantize_model(base: Path, recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def quantize_model(
+    base: Path, recipe: Recipe, ranges: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return a checkpoint's tensors, and the quantization_config that says what they are."""
 
     tensors = load_file(base / "model.safetensors")
@@ -170,12 +170,13 @@ def quantize_model(base: Path, recipe: Recipe) -> tuple[dict[str, torch.Tensor],
             del tensors[f"{linear}.weight"]
             parts = quantize_linear(weight, scheme, scales.get(linear))
             if (inputs := scheme.input_activations) and inputs.dynamic is not True:
-                parts |= static_inputs(scheme, *_ranges(base)["inputs"][linear])
+                parts |= static_inputs(scheme, *_read_ranges(ranges)["inputs"][linear])
             tensors |= {f"{linear}.{part}": value for part, value in parts.items()}
     if recipe.fp8_kv_cache:
-        layers = [name for name in _ranges(base)["outputs"] if name.endswith(".k_proj")]
+        found = _read_ranges(ranges)
+        layers = [name for name in found["outputs"] if name.endswith(".k_proj")]
         for layer in layers:
-            tensors |= kv_scales(_ranges(base), layer.removesuffix(".k_proj"))
+            tensors |= kv_scales(found, layer.removesuffix(".k_proj"))
     formats = {str(scheme.format.value) for scheme in schemes}
     config = QuantizationConfig(
         config_groups={f"group_{i}": scheme for i, scheme in enumerate(schemes)},
@@ -195,12 +196,16 @@ def is_target(linear: str, scheme: Any, recipe: Recipe) -> bool:
     )
 
 
-def build(base: Path, target: Path, recipe: Recipe) -> None:
-    """Write the quantized checkpoint to `target`, which appears whole or not at all."""
+def build(base: Path, target: Path, recipe: Recipe, ranges: Path | None = None) -> None:
+    """Write the quantized checkpoint to `target`, which appears whole or not at all.
+
+    `ranges`, as `calibration.calibrate` writes them: `ranges.json` beside the base's weights if not
+    given.
+    """
 
     # Compiled, the FP4 packing takes 15 s and a C++ compiler, for the same bytes.
     with torch.compiler.set_stance("force_eager"):
-        tensors, quantization = quantize_model(base, recipe)
+        tensors, quantization = quantize_model(base, recipe, ranges or base / "ranges.json")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         whole = Path(scratch) / target.name

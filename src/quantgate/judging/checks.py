@@ -16,6 +16,7 @@ from quantgate.judging import audited, fidelity, invariance, pooled
 from quantgate.judging.drift import drift
 from quantgate.judging.quality import divergence_from_base, quality
 from quantgate.subject.task import EMBED, GENERATE, SEQUENCE_REWARD, Task
+from quantgate.subject.tier import Tier
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "serving"]
 BOTH: tuple[Precision, ...] = ("float32", "serving")
-# What a checkpoint may lack. "tensor-parallel" and "compiled" are requested in its file.
-Need = Literal["base", "golden", "step_tag", "metric", "tensor-parallel", "compiled"]
+# What a checkpoint or its probe may lack. "tensor-parallel" and "compiled" are requested in its
+# file, or by the full tier.
+Need = Literal[
+    "base", "golden", "step_tag", "metric", "long contexts", "tensor-parallel", "compiled"
+]
 # What to do when a check does not pass; `next_step` has the text.
 Remedy = Literal["find the module", "change the settings", "weigh the cost", "export again", ""]
 
@@ -61,6 +65,8 @@ class Check:
     needs: tuple[Need, ...] = ()
     precisions: tuple[Precision, ...] = ()
     """The precisions to run it in; none if it chooses for itself."""
+    tier: Tier = "standard"
+    """The lowest tier that asks it. The quick one asks it in the serving dtype only."""
 
     @property
     def names(self) -> list[str]:
@@ -74,6 +80,7 @@ CHECKS = (
         "is anything wrong with its files, by themselves and beside the base's?",
         lambda a: audited.files(a.case.checkpoint),
         "",  # its verdict names the command
+        tier="quick",
     ),
     Check(
         "audit-weights",
@@ -81,6 +88,7 @@ CHECKS = (
         lambda a: audited.weights(a.case.checkpoint),
         "",
         needs=("base",),
+        tier="quick",
     ),
     Check(
         "fidelity",
@@ -88,6 +96,7 @@ CHECKS = (
         lambda a: fidelity.free_running(a.case),
         "find the module",
         precisions=BOTH,
+        tier="quick",
     ),
     Check(
         "replay",
@@ -95,6 +104,7 @@ CHECKS = (
         lambda a: fidelity.replay(a.case),
         "change the settings",
         precisions=BOTH,
+        tier="quick",
     ),
     Check(
         "activation",
@@ -102,6 +112,7 @@ CHECKS = (
         lambda a: pooled.activation(a.case),
         "export again",
         tasks=POOLS,
+        tier="quick",
     ),
     Check(
         "head",
@@ -110,6 +121,7 @@ CHECKS = (
         "export again",
         tasks=LABELS,
         needs=("base",),
+        tier="quick",
     ),
     Check(
         "steps",
@@ -118,6 +130,7 @@ CHECKS = (
         "export again",
         tasks=("token_reward",),
         needs=("step_tag",),
+        tier="quick",
     ),
     Check(
         "late-interaction",
@@ -125,6 +138,7 @@ CHECKS = (
         lambda a: pooled.late_interaction(a.case),
         "export again",
         tasks=(EMBED,),
+        tier="quick",
     ),
     Check(
         "divergence-from-reference",
@@ -132,6 +146,15 @@ CHECKS = (
         lambda a: fidelity.divergence(a.case),
         "find the module",
         tasks=(GENERATE,),
+    ),
+    Check(
+        "long-context",
+        "in contexts of thousands of tokens, do vLLM and HF still compute the same function?",
+        lambda a: fidelity.long_contexts(a.case),
+        "find the module",
+        tasks=(GENERATE,),
+        needs=("long contexts",),
+        tier="full",
     ),
     Check(
         "divergence-from-base",
@@ -147,6 +170,7 @@ CHECKS = (
         lambda a: quality(a.case),
         "weigh the cost",
         needs=("base", "metric"),
+        tier="quick",
     ),
     Check(
         "drift",

@@ -25,7 +25,9 @@ def free_running(case: Case) -> Verdict:
 
 def replay(case: Case) -> Verdict:
     """Judge every linear on the engine's own inputs."""
-    verdict = modules.replayed(case.engine, case.replay, case.probe)
+    verdict = modules.replayed(
+        case.engine, case.replay, case.probe, rounding=lambda: case.replay_rounding
+    )
     return attribute(verdict, _suspects(case))
 
 
@@ -34,6 +36,15 @@ def divergence(case: Case) -> Verdict:
     exact, probe = case.exact, case.probe
     found, moved = (case.divergence(exact, one, probe) for one in (case.engine, case.rounded()))
     return distributions.divergence_from_reference(case.engine, exact, found, moved, probe)
+
+
+def long_contexts(case: Case) -> Verdict:
+    """Judge a free-running engine in the serving dtype on the probe's long contexts."""
+    probe = case.lab.long_contexts_of(case.checkpoint)
+    assert probe is not None  # the check needs them
+    own = case.on(probe)
+    engine = own.set_otherwise(case.checkpoint.engine, probe)
+    return compare.fidelity_serving(engine, own.exact, own.rounded(), probe, base_noise=None)
 
 
 def compared(case: Case) -> Verdict:

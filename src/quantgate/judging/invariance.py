@@ -19,7 +19,6 @@ from quantgate.judging.budget import INVARIANCE_MAX, ROUNDING_FACTOR, fp32_max
 from quantgate.judging.evidence import kernels_line, profile_of, worst_lines
 from quantgate.judging.stats import rounding_allowance
 from quantgate.judging.verdict import Deviation, Profile, Verdict, verdict_on
-from quantgate.subject.windows import mixed
 
 if TYPE_CHECKING:
     from quantgate.measuring.case import Case
@@ -32,7 +31,7 @@ Derive = Callable[[Values], Values]
 
 def served_otherwise(case: Case) -> Verdict:
     """Judge that a request's result does not depend on its batch, on chunking or on the cache."""
-    probe, rows = mixed(case.probe)
+    probe, rows = case.mixed
     again = case.reruns(probe)
     said = again.how
     ways = [_Way(way, measured.values, rows) for way, measured in again.found.items()]
@@ -65,7 +64,7 @@ def compiled(case: Case) -> Verdict:
 
 def _set_otherwise(case: Case, setting: str, **settings: Any) -> Verdict:
     _ = case.engine  # first, while nothing else holds memory
-    probe, rows = mixed(case.probe)
+    probe, rows = case.mixed
     other = case.set_otherwise(dataclasses.replace(case.checkpoint.engine, **settings), probe)
     right = f"{len(probe.windows)} windows give the same with {setting}"
     wrong = f"{setting} gives something else"

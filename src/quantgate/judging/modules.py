@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantgate.judging.budget import (
     FP32_MAX_RAW,
     REPLAY_MEAN,
     REPLAY_MODULE,
     REPLAY_MODULE_16_BIT,
+    ROUNDING_FACTOR,
 )
 from quantgate.judging.pair import deviation_of, figures_of
 from quantgate.judging.verdict import Deviation, Outcome, Verdict, verdict_on
@@ -25,11 +28,19 @@ if TYPE_CHECKING:
 WORST_MODULES = 5
 
 
-def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
+def replayed(
+    engine: Measurement,
+    replay: Replay,
+    probe: Probe,
+    *,
+    rounding: Callable[[], NDArray[np.float64]],
+) -> Verdict:
     """Judge every linear on the engine's own inputs, and the resulting log-probabilities.
 
     In a 16-bit dtype only outputs are judged: inputs carry the rounding of all earlier layers. The
-    inputs are fixed, so the engine's noise does not affect these numbers.
+    inputs are fixed, so the engine's noise does not affect these numbers. `rounding`, how far
+    float32 moves the reference's values from float64's, is computed only if the limit of the values
+    is exceeded, to tell a fault from a model that amplifies rounding.
     """
     dtype = engine.provenance.dtype
     output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
@@ -39,9 +50,7 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
         deviations = [
             Deviation("largest module error", output.output, REPLAY_MODULE, "of its rms"),
             Deviation("largest input mismatch", entry.input, REPLAY_MODULE, "of its rms"),
-            deviation_of("mean", float(np.mean(delta)), REPLAY_MEAN, probe, noisy=False)
-            if probe.task == GENERATE
-            else deviation_of("max", float(delta.max()), FP32_MAX_RAW, probe, noisy=False),
+            _values_deviation(delta, probe, rounding),
         ]
     else:
         limit = REPLAY_MODULE_16_BIT[dtype]
@@ -64,6 +73,19 @@ def replayed(engine: Measurement, replay: Replay, probe: Probe) -> Verdict:
         n=len(replay.values),
         evidence=() if outcome == "pass" else tuple(modules_beyond(engine, replay)),
     )
+
+
+def _values_deviation(
+    delta: NDArray[np.float64], probe: Probe, rounding: Callable[[], NDArray[np.float64]]
+) -> Deviation:
+    """Return the deviation of replayed values: the mean of log-probabilities, or the largest."""
+    kind: Literal["mean", "max"] = "mean" if probe.task == GENERATE else "max"
+    of: Callable[..., Any] = np.mean if kind == "mean" else np.max
+    limit = REPLAY_MEAN if kind == "mean" else FP32_MAX_RAW
+    found = float(of(delta))
+    if found > limit:
+        limit = max(limit, ROUNDING_FACTOR * float(of(rounding())))
+    return deviation_of(kind, found, limit, probe, noisy=False)
 
 
 def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:

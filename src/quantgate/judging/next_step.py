@@ -49,7 +49,7 @@ def next_step(check: Check | None, verdict: Verdict, checkpoint: Checkpoint) -> 
     return step.format(
         pytest=f"pytest suites {_selection(checkpoint)}",
         family=check.family.replace("-", "_"),
-        file=f"fixtures/checkpoints/{checkpoint.id}.toml",
+        file=checkpoint.file or f"fixtures/checkpoints/{checkpoint.id}.toml",
         times=FAR_BEYOND,
     )
 

@@ -27,7 +27,6 @@ from quantgate.measuring.precision import FLOAT32
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
-from quantgate.subject.windows import mixed
 
 if TYPE_CHECKING:
     from quantgate.measuring.case import Case
@@ -98,7 +97,7 @@ def measure(case: Case) -> NoiseFloor:
     """Serve a checkpoint's probe again in several ways."""
     engine, probe = case.engine, case.probe
     # The windows that `invariance` serves again too: the engine does it once for both.
-    part, rows = mixed(probe)
+    part, rows = case.mixed
     again, before = case.reruns(part), rows_of(engine, rows)
     moved = {
         f"{way}, {again.how}": _moved(case, measured, before, part)
@@ -123,9 +122,11 @@ def served_again(case: Case) -> list[Probe]:
     """
     (platform,) = environment.available_devices().values()
     checkpoint = case.checkpoint
-    if checkpoint.golden and noise_path(checkpoint, case.dtype, platform).exists():
+    tier = case.lab.tier_of(checkpoint)
+    stored = checkpoint.golden and noise_path(checkpoint, case.dtype, platform).exists()
+    if tier == "quick" or (stored and tier != "full"):
         return []
-    part, _ = mixed(case.probe)
+    part, _ = case.mixed
     if case.dtype == FLOAT32 or not _is_judged_by_a_metric(checkpoint):
         return [part]
     return [part, case.quality_probe]
@@ -204,10 +205,13 @@ def from_json(text: str, path: Path | str) -> NoiseFloor:
 
 
 def floor_of(case: Case) -> NoiseFloor:
-    """Return the floor stored with a checkpoint's goldens; measure one if none matches its key."""
+    """Return the floor stored with a checkpoint's goldens; measure one if none matches its key.
+
+    The full tier measures it anew.
+    """
     engine, checkpoint = case.engine, case.checkpoint
     path = noise_path(checkpoint, case.dtype, engine.provenance.platform)
-    if checkpoint.golden and path.exists():
+    if checkpoint.golden and path.exists() and case.lab.tier_of(checkpoint) != "full":
         floor = from_json(path.read_text(encoding="utf-8"), path)
         if floor.key == golden_key(checkpoint, case.probe, engine):
             return floor

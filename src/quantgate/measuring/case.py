@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantgate.formats import builds
 from quantgate.formats.builds import Narrowing
@@ -22,7 +23,7 @@ from quantgate.measuring.measurement import Announce, Measurement, largest_diffe
 from quantgate.measuring.parameters import DequantizerName
 from quantgate.measuring.pooling import Steps
 from quantgate.measuring.precision import FLOAT32, SERVING, resolve_dtype, sharpest_dtype
-from quantgate.measuring.replay import Replay, replay
+from quantgate.measuring.replay import Replay, distance, replay
 from quantgate.measuring.reruns import Reruns
 from quantgate.measuring.whole_model import difference_from_whole
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
@@ -30,7 +31,7 @@ from quantgate.subject.files import actual_scheme, identity
 from quantgate.subject.probe import Probe
 from quantgate.subject.scheme import UNQUANTIZED
 from quantgate.subject.task import EMBED
-from quantgate.subject.windows import mixed
+from quantgate.subject.windows import Rows, mixed
 
 Found = TypeVar("Found")
 
@@ -50,6 +51,8 @@ class Case:
     dtype: str
     """torch's name of it."""
     lab: Lab
+    scored: Probe | None = None
+    """What is scored instead of the lab's probe of the checkpoint."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str, lab: Lab) -> Case:
@@ -61,7 +64,15 @@ class Case:
     @property
     def probe(self) -> Probe:
         """What is scored."""
-        return self.lab.probe_of(self.checkpoint)
+        return self.scored or self.lab.probe_of(self.checkpoint)
+
+    @property
+    def mixed(self) -> tuple[Probe, Rows]:
+        """What is served again in other ways, and its rows of the probe [m]: a few windows, or all
+        of them in the full tier."""
+        if self.lab.tier_of(self.checkpoint) == "full":
+            return self.probe, np.arange(self.probe.scored)
+        return mixed(self.probe)
 
     @property
     def quality_probe(self) -> Probe:
@@ -75,7 +86,11 @@ class Case:
 
     def within(self, dtype: str) -> Case:
         """Return the same checkpoint's case in another dtype."""
-        return Case.of(self.checkpoint, dtype, self.lab)
+        return dataclasses.replace(self, dtype=resolve_dtype(self.checkpoint, dtype))
+
+    def on(self, probe: Probe) -> Case:
+        """Return the same case on other windows."""
+        return dataclasses.replace(self, scored=probe)
 
     @property
     def served(self) -> Case:
@@ -304,15 +319,24 @@ class Case:
     @property
     def replay(self) -> Replay:
         """The reference computed on the inputs of the engine's linears, for a few windows."""
+        return self._replay(FLOAT32)
+
+    @property
+    def replay_rounding(self) -> NDArray[np.float64]:
+        """How far float32 moves the values of `replay`, each [m] or [m, D] against float64."""
+        return distance(self.replay, self._replay("float64"))
+
+    def _replay(self, dtype: str) -> Replay:
         _ = self.engine
         capture = self.lab.ledger.taken[self._key(CAPTURE)]
         return self._once(
-            "replay",
+            f"replay in {dtype}",
             lambda announce: replay(
                 self.checkpoint.directory,
                 self.probe,
                 capture,
                 announce=announce,
+                dtype=dtype,
                 rules=self._rules(),
                 device=self.lab.device,
             ),
@@ -328,7 +352,8 @@ class Case:
             for key in self.lab.ledger.taken
             if key.source == ENGINE and key.directory == checkpoint.directory
         )
-        kernels = self.within(next(served, SERVING)).engine.provenance.kernels
+        own = Case.of(checkpoint, next(served, SERVING), self.lab)
+        kernels = own.engine.provenance.kernels
         return rules_of(kernels.values())
 
     # Derived from measurements -------------------------------------------------------------------

@@ -14,8 +14,10 @@ from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.reference_device import CPU, choose_device, free_memory
 from quantgate.measuring.scratch import scratch_directory
 from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.files import context_length
 from quantgate.subject.probe import Probe, probe_for
-from quantgate.subject.task import Task
+from quantgate.subject.tier import Tier
+from quantgate.subject.windows import for_tier, long_contexts
 
 if TYPE_CHECKING:
     from quantgate.measuring.reference import Head
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
 class Lab:
     """What the cases of one run share."""
 
-    probes: Callable[[Task, bool], Probe]
-    """The probe of a task, in token ids of the tokenizer that it was made with; for pooling models,
-    the larger one if the second argument is true."""
+    probes: Callable[[Checkpoint, bool], Probe]
+    """The probe of a checkpoint, in token ids of the tokenizer that it was made with; the larger
+    one if the second argument is true. `stored_probe` is one."""
     ledger: Ledger
     reference_device: str | None = None
     """"cpu" or "cuda"; None: a GPU where there is one."""
+    tier: Tier | None = None
+    """How much is asked; None: what each checkpoint's file asks."""
     served_again: Callable[[Any], Sequence[Probe]] = lambda _: ()
     """The probes that a `Case`'s `reruns` will be asked for: an engine that can serve them does so
     before it ends."""
@@ -46,11 +50,25 @@ class Lab:
         return choose_device(self.reference_device)
 
     def probe_of(self, checkpoint: Checkpoint, *, quality: bool = False) -> Probe:
-        """Return the probe in the checkpoint's token ids; a base is scored on the same ones."""
+        """Return the part of the probe that the tier scores, in the checkpoint's token ids.
+
+        A base is scored on the same ones.
+        """
+        return for_tier(self._whole(checkpoint, quality), self.tier_of(checkpoint))
+
+    def tier_of(self, checkpoint: Checkpoint) -> Tier:
+        """Return how much is asked of a checkpoint."""
+        return self.tier or checkpoint.tier
+
+    def long_contexts_of(self, checkpoint: Checkpoint) -> Probe | None:
+        """Return the probe's long contexts that fit the model, in the checkpoint's token ids."""
+        return long_contexts(self._whole(checkpoint, False), context_length(checkpoint.directory))
+
+    def _whole(self, checkpoint: Checkpoint, quality: bool) -> Probe:
         name = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
         key = (name, quality)
         if key not in self._probes:
-            probe = self.probes(checkpoint.task, quality)
+            probe = self.probes(checkpoint, quality)
             self._probes[key], note = probe_for(probe, checkpoint.directory)
             self.ledger.notes += [note] if note else []
         return self._probes[key]

@@ -57,22 +57,24 @@ class Replay:
     """The engine's values for the same tokens, shaped like `values`."""
 
 
-def replay(
+def replay(  # noqa: PLR0913  what is replayed, and the three ways to compute it
     directory: Path,
     probe: Probe,
     capture: Capture,
     *,
     announce: Announce,
+    dtype: str = FLOAT32,
     rules: LinearRules = FORMATS_RULES,
     device: str = CPU,
 ) -> Replay:
     """Run the reference on a capture's windows, each linear on the engine's input.
 
-    `rules` belong to the kernels that served it; `device` is where the reference computes.
+    It computes in `dtype`, float32 or float64; `rules` belong to the kernels that served it;
+    `device` is where the reference computes.
     """
 
     def run() -> Replay:
-        model = StreamedModel(directory, FLOAT32, task=probe.task, rules=rules, device=device)
+        model = StreamedModel(directory, dtype, task=probe.task, rules=rules, device=device)
         return _replayed(model, probe, capture, announce)
 
     # In a function of its own: a name for the model here would keep its memory from what follows.
@@ -124,6 +126,11 @@ def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
             f"{missing[0]} and {len(missing) - 1} other linears of {len(linears)} were not found "
             "in the engine: vLLM's module names do not match the checkpoint's."
         )
+
+
+def distance(found: Replay, exact: Replay) -> NDArray[np.float64]:
+    """Return |Δ| of two replays' values, each [m] or [m, D]."""
+    return np.abs(found.values.astype(np.float64) - exact.values)
 
 
 @dataclass

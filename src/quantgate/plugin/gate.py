@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,9 +24,7 @@ from quantgate.measuring.ledger import Ledger
 from quantgate.measuring.precision import SERVING
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory, params_of
 from quantgate.subject.checkpoint import Checkpoint
-from quantgate.subject.probe import Probe, embedded_probe
-from quantgate.subject.task import Task
-from quantgate.subject.windows import mixed
+from quantgate.subject.probe import Probe, stored_probe
 
 if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
@@ -92,7 +90,8 @@ class Gate:
         if verdict.dtype is None:
             return verdict
         case = Case.of(checkpoint, verdict.dtype, self.lab)
-        verdict = noise.beside(verdict, lambda: noise.floor_of(case))
+        if self.lab.tier_of(checkpoint) != "quick":  # floors take as long as all of its checks
+            verdict = noise.beside(verdict, lambda: noise.floor_of(case))
         changed = since_golden(checkpoint, case.engine.provenance)
         verdict = replace(verdict, since_golden=changed or "")
         if verdict.outcome == "pass":
@@ -109,8 +108,9 @@ def gate(request: pytest.FixtureRequest, checkpoint: Checkpoint, device: str) ->
         announce = _announcer(request.config)
         cache = DiskCache(cache_directory(request.config))
         run.lab = Lab(
-            _probes(run.root),
+            functools.partial(stored_probe, named=request.config.getoption("probe")),
             Ledger(announce, cache, notes=lacking()),
+            tier=request.config.getoption("tier"),
             reference_device=request.config.getoption("reference_device"),
             served_again=_served_again(run),
         )
@@ -147,10 +147,6 @@ def _printable_lines(text: str) -> str:
     return "\n".join(printable(line.expandtabs()) for line in text.splitlines())
 
 
-def _probes(root: Path) -> Callable[[Task, bool], Probe]:
-    return lambda task, quality: embedded_probe(root, task, quality=quality)
-
-
 def _served_again(run: GateRun) -> Callable[[Case], list[Probe]]:
     """Return a function that tells which probes the selected checks need rerun."""
     selected: dict[str, set[str]] = {}
@@ -164,7 +160,7 @@ def _served_again(run: GateRun) -> Callable[[Case], list[Probe]]:
         ):
             return found
         if f"invariance-{stored_dtype(case.dtype)}" in asked:
-            return [mixed(case.probe)[0]]
+            return [case.mixed[0]]
         return []
 
     return probes

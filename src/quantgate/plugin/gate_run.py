@@ -15,6 +15,7 @@ from quantgate.measuring import engine
 from quantgate.measuring.engine import EngineLife
 from quantgate.plugin.scheduling import check_of
 from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.tier import RunTier
 
 if TYPE_CHECKING:
     from quantgate.measuring.lab import Lab
@@ -33,6 +34,8 @@ class GateRun:
     checkpoints: list[Checkpoint] | None = None
     """The selected checkpoints; None until a suite is collected."""
     schemes: dict[str, str] = field(default_factory=dict)
+    tiers: dict[str, RunTier] = field(default_factory=dict)
+    """By checkpoint: how much is asked of it."""
     problem: str | None = None
     """Why nothing can be judged; raised at the end of collection."""
     left_out: list[tuple[str, str]] = field(default_factory=list)

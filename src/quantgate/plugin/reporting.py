@@ -22,11 +22,11 @@ from quantgate.measuring.environment import library_versions
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory
 from quantgate.plugin.scheduling import check_of, group_of
 from quantgate.plugin.workers import send
-from quantgate.reporting.run import Run
+from quantgate.reporting.run import Run, tiers_line
 from quantgate.reporting.terminal import engines_line, table
 from quantgate.reporting.write import FILES, write_reports
 from quantgate.subject.checkpoint import Checkpoint
-from quantgate.subject.checkpoint_file import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_all_checkpoint_files
 
 RERUN_CRASHED = "`dmesg` shows whether it was killed for lack of memory; run it again without -n"
 # The width of the widest table. A narrower terminal wraps its lines, so nothing is lost.
@@ -90,7 +90,8 @@ def finish(
     _add_unreported(run, selected)
     _uphold(session.config, run)
     results = _in_order(run)
-    if exitstatus == pytest.ExitCode.OK and overall(results) != "pass":
+    released = overall(results) == "pass" and all(tier.suffices for tier in run.tiers.values())
+    if exitstatus == pytest.ExitCode.OK and not released:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if directory := session.config.getoption("gate_report"):
         write_reports(_finished(run, results), directory)
@@ -108,6 +109,7 @@ def _finished(run: GateRun, results: list[CheckResult]) -> Run:
             "machine": platform.machine(),
             "devices": ", ".join(environment.available_devices().values()),
         },
+        tiers=run.tiers,
         left_out=run.left_out,
         notes=run.all_notes,
         engines=run.all_engines,
@@ -118,7 +120,7 @@ def _finished(run: GateRun, results: list[CheckResult]) -> Run:
 
 def _histories(run: GateRun) -> dict[str, list[dict[str, Any]]]:
     judged = {result.checkpoint for result in run.results.values()}
-    known = read_checkpoint_files(run.root).values()
+    known = read_all_checkpoint_files(run.root).values()
     return {one.id: history_of(one) for one in known if one.golden and one.id in judged}
 
 
@@ -131,6 +133,8 @@ def summarize(terminalreporter: Any, config: pytest.Config) -> None:
     results = _in_order(run)
     width = max(terminalreporter._tw.fullwidth, TABLE_WIDTH)
     terminalreporter.write(table(results, width=width, color=terminalreporter._tw.hasmarkup))
+    if run.tiers:
+        terminalreporter.write_line(tiers_line(run.tiers))
     for reason, count in Counter(reason for _, reason in run.left_out).items():
         first = next(subject for subject, why in run.left_out if why == reason)
         others = f" and {count - 1} more" if count > 1 else ""

@@ -22,13 +22,18 @@ from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of
 from quantgate.plugin.scheduling import check_of
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import (
+    CHECKPOINT_FILES,
     find_checkpoint,
+    read_all_checkpoint_files,
     read_checkpoint_files,
     verify,
     with_own_task,
 )
-from quantgate.subject.files import actual_scheme
+from quantgate.subject.files import actual_scheme, context_length
+from quantgate.subject.probe import stored_probe
 from quantgate.subject.task import GENERATE
+from quantgate.subject.tier import RunTier, Tier, covers
+from quantgate.subject.windows import LONG_CONTEXT, long_contexts
 
 if TYPE_CHECKING:
     from quantgate.judging.checks import Need
@@ -67,7 +72,7 @@ def selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
 
 def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
     choose_device(config.getoption("reference_device"))  # fail now rather than an hour later
-    known = read_checkpoint_files(run.root)
+    known = read_all_checkpoint_files(run.root)
     wanted = _wanted(config, known, run.root)
     if not config.getoption("checkpoint") and (orphans := unclaimed(run.root, known)):
         raise BadInput(
@@ -102,16 +107,18 @@ def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) 
         found = [find_checkpoint(name, known, root, base) for name in dict.fromkeys(names)]
         _require_distinct(found)
         return found
-    folder = root / "fixtures" / "checkpoints"
-    if not known:
+    collection = config.getoption("collection")
+    folder = root / CHECKPOINT_FILES / collection
+    there = read_checkpoint_files(root, collection)
+    if not there:
         raise BadInput(
             f"{folder}: no checkpoint file there, so there is nothing to judge; add one or give "
             "--checkpoint PATH."
         )
-    found = [checkpoint for checkpoint in known.values() if checkpoint.quick or not quick]
+    found = [checkpoint for checkpoint in there.values() if checkpoint.quick or not quick]
     if not found:
         raise BadInput(
-            f"--quick: none of the {len(known)} files in {folder} says quick = true; add it to "
+            f"--quick: none of the {len(there)} files in {folder} says quick = true; add it to "
             "one, or leave out --quick."
         )
     return found
@@ -144,7 +151,9 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     available = environment.available_devices()
     quick = config.getoption("quick")
     reasons = {
-        item: _why_left_out(item, available) or (_why_not_quick(item) if quick else None)
+        item: _why_not_in_tier(item)
+        or _why_left_out(item, available)
+        or (_why_not_quick(item) if quick else None)
         for item in judged
     }
     runnable = [item for item in judged if reasons[item] is None]
@@ -157,7 +166,10 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.hook.pytest_deselected(items=dropped)
     run.left_out = [(subject_of(item), str(reasons[item])) for item in dropped]
     for item in runnable:
-        checkpoint = params_of(item)["checkpoint"]
+        checkpoint: Checkpoint = params_of(item)["checkpoint"]
+        tier = _tier_of(item)
+        # One without a file requires no more than is asked.
+        run.tiers[checkpoint.id] = RunTier(tier, checkpoint.tier if checkpoint.file else tier)
         run.results[item.nodeid] = CheckResult(
             checkpoint.id,
             run.schemes[checkpoint.id],
@@ -187,6 +199,23 @@ def _why_not_quick(item: pytest.Item) -> str | None:
     return f"its file leaves {check} out of --quick" if check in checkpoint.not_quick else None
 
 
+def _tier_of(item: pytest.Item) -> Tier:
+    tier: Tier = item.config.getoption("tier") or params_of(item)["checkpoint"].tier
+    return tier
+
+
+def _why_not_in_tier(item: pytest.Item) -> str | None:
+    """Return why a check is not asked in the tier that is run; None if it is."""
+    tier = _tier_of(item)
+    if (check := checks.named(check_of(item.nodeid) or "")) is None:
+        return None
+    if not covers(tier, check.tier):
+        return f"--tier {check.tier} asks it, and this is tier {tier}"
+    if tier == "quick" and params_of(item).get("dtype") == "float32":
+        return "--tier standard asks it in float32 too, and this is tier quick"
+    return None
+
+
 def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
     params = params_of(item)
     checkpoint: Checkpoint = params["checkpoint"]
@@ -200,12 +229,12 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
         return "vLLM's CUDA kernels of quantized linears compute in 16 bits, not in float32"
     check = checks.named(check_of(item.nodeid) or "")
     needs = () if check is None else check.needs
-    reasons = (_why_lacking(need, checkpoint, params["device"]) for need in needs)
-    return next(filter(None, reasons), None)
+    return next(filter(None, (_why_lacking(need, item) for need in needs)), None)
 
 
-def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
-    """Return why a checkpoint lacks something that a check needs on a device, or None."""
+def _why_lacking(need: Need, item: pytest.Item) -> str | None:
+    """Return why a checkpoint or its probe lacks something that a check needs, or None."""
+    checkpoint: Checkpoint = params_of(item)["checkpoint"]
     if need == "base" and checkpoint.base is None:
         return "no base is named; give --base, or base in its file"
     if need == "golden" and not checkpoint.golden:
@@ -214,9 +243,23 @@ def _why_lacking(need: Need, checkpoint: Checkpoint, device: str) -> str | None:
         return "its file has no step_tag_id"
     if need == "metric" and checkpoint.task != GENERATE and not checkpoint.has_own_metric:
         return "its embeddings have no task metric; judge the model's quality as task 'generate'"
-    if need in OTHER_ENGINES and need not in checkpoint.invariance:
+    if need == "long contexts":
+        probe = stored_probe(checkpoint, named=item.config.getoption("probe"))
+        most = context_length(checkpoint.directory)
+        if long_contexts(probe, most) is None:
+            context = f", and the model takes {most:,}" if most else ""
+            return f"no window of its probe has more than {LONG_CONTEXT:,} tokens{context}"
+    if need in OTHER_ENGINES:
+        return _why_no_other_engine(need, item)
+    return None
+
+
+def _why_no_other_engine(need: Need, item: pytest.Item) -> str | None:
+    """Return why no engine with other settings is started, or None if one is."""
+    checkpoint: Checkpoint = params_of(item)["checkpoint"]
+    if need not in checkpoint.invariance and _tier_of(item) != "full":
         return f"its file does not ask for it (add '{need}' to invariance)"
-    if need == "tensor-parallel" and device == "cuda":
+    if need == "tensor-parallel" and params_of(item)["device"] == "cuda":
         needed, there = other_parallel_size(checkpoint), len(devices.gpus())
         if there < needed:
             return f"it needs {needed} GPUs, and {there} can be used here"

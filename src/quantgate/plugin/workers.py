@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +14,7 @@ from quantgate.judging.results import CheckResult
 from quantgate.measuring.engine import EngineLife
 from quantgate.plugin import devices
 from quantgate.plugin.scheduling import CheckpointScheduling, check_of
+from quantgate.subject.tier import RunTier
 
 if TYPE_CHECKING:
     from quantgate.plugin.gate_run import GateRun
@@ -33,6 +34,7 @@ def send(config: Any, run: GateRun) -> None:
     """Send the controller what a worker knows besides its results."""
     config.workeroutput[WORKER] = {
         "left_out": run.left_out,
+        "tiers": {name: asdict(tier) for name, tier in run.tiers.items()},
         "notes": run.all_notes,
         "engines": [tuple(life) for life in run.all_engines],
     }
@@ -92,5 +94,6 @@ class ResultCollector:
         said = getattr(node, "workeroutput", {}).get(WORKER, {})
         if "left_out" in said:  # a crashed worker sends nothing
             self.run.left_out = [(subject, why) for subject, why in said["left_out"]]
+        self.run.tiers |= {name: RunTier(**tier) for name, tier in said.get("tiers", {}).items()}
         self.run.notes += [note for note in said.get("notes", ()) if note not in self.run.notes]
         self.run.engines += [EngineLife(*life) for life in said.get("engines", ())]

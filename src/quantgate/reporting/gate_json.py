@@ -14,6 +14,7 @@ from quantgate.judging.verdict import Verdict, worst
 if TYPE_CHECKING:
     from quantgate.measuring.engine import EngineLife
     from quantgate.reporting.run import Run
+    from quantgate.subject.tier import RunTier
 
 SCHEMA = 1
 
@@ -30,7 +31,10 @@ def gate_json(run: Run) -> str:
         "environment": dict(run.environment),
         "engines": [_engine(life) for life in run.engines],
         "checkpoints": [
-            _checkpoint([result for result in results if result.checkpoint == name]) for name in ids
+            _checkpoint(
+                [result for result in results if result.checkpoint == name], run.tiers.get(name)
+            )
+            for name in ids
         ],
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -45,12 +49,16 @@ def _engine(life: EngineLife) -> dict[str, Any]:
     }
 
 
-def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
+def _checkpoint(results: list[CheckResult], tier: RunTier | None) -> dict[str, Any]:
+    outcome = worst([result.verdict.counted for result in results])
     return {
         "id": results[0].checkpoint,
         "scheme": results[0].scheme,
         "task": results[0].task,
-        "verdict": worst([result.verdict.counted for result in results]),
+        "verdict": outcome,
+        "tier": tier.asked if tier else None,
+        "required_tier": tier.required if tier else None,
+        "released": tier.suffices and outcome == "pass" if tier else None,
         "emulated": sorted({name for result in results for name in result.verdict.emulated}),
         "checks": [
             {"name": result.check, **check_of_verdict(result.verdict)} for result in results

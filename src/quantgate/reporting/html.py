@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import KLD_DECADES, Profile, worst
+from quantgate.reporting.run import tiers_line
 
 if TYPE_CHECKING:
     from quantgate.reporting.run import Run
@@ -34,6 +35,7 @@ def index_html(run: Run) -> str:
     return template.render(
         run=run,
         verdict=overall(results),
+        tiers=tiers_line(run.tiers) if run.tiers else "",
         groups=[_group(results, task, run) for task in dict.fromkeys(r.task for r in results)],
         checkpoints=[
             _checkpoint([r for r in results if r.checkpoint == name], run)

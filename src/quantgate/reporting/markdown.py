@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import SEVERITY, worst
+from quantgate.reporting.run import tiers_line
 
 if TYPE_CHECKING:
     from quantgate.reporting.run import Run
@@ -25,6 +26,7 @@ def gate_md(run: Run) -> str:
         "",
         ", ".join(f"{name} {value}" for name, value in map(_row_of, run.environment.items())),
         "",
+        *([escaped(tiers_line(run.tiers)), ""] if run.tiers else []),
         "| checkpoint | scheme | verdict | checks | not passed |",
         "|---|---|---|---|---|",
     ]

@@ -8,6 +8,32 @@ from typing import Any
 
 from quantgate.judging.results import CheckResult
 from quantgate.measuring.engine import EngineLife
+from quantgate.subject.tier import TIERS, RunTier, Tier
+
+# What the next tier would add.
+ADDED: Mapping[Tier, str] = {
+    "quick": "--tier standard adds float32, distributions, drift, invariance, noise floors and all "
+    "of the probe",
+    "standard": "--tier full adds two ranks, a compiled engine, invariance of the whole probe, "
+    "noise floors measured anew and long contexts",
+    "full": "",
+}
+
+
+def tiers_line(tiers: Mapping[str, RunTier]) -> str:
+    """Return in one line what was asked, what a higher tier adds, and what it does not release."""
+    asked = sorted({tier.asked for tier in tiers.values()}, key=TIERS.index)
+    said = f"tier: {' and '.join(asked)}"
+    if asked and (adds := ADDED[asked[0]]):
+        said += f"; {adds}"
+    short = [name for name, tier in tiers.items() if not tier.suffices]
+    if short:
+        others = f" and {len(short) - 1} more" if len(short) > 1 else ""
+        said += (
+            f"; the file of {short[0]}{others} asks for tier {tiers[short[0]].required}, so this "
+            "run does not release it"
+        )
+    return said
 
 
 @dataclass(frozen=True)
@@ -28,3 +54,5 @@ class Run:
     """By checkpoint: the history of its golden in the serving dtype, oldest first."""
     place_of: Callable[[str], int] = lambda _: 0
     """The position of a check in the order of display; see `checks.place_of`."""
+    tiers: Mapping[str, RunTier] = field(default_factory=dict)
+    """By checkpoint."""

@@ -10,11 +10,8 @@ from typing import Literal
 from quantgate.subject.files import locate, read_config
 from quantgate.subject.processor import CONDITIONS
 from quantgate.subject.scheme import UNQUANTIZED, quantizes_activations
-from quantgate.subject.task import (
-    GENERATE,
-    Task,
-    task_of,
-)
+from quantgate.subject.task import GENERATE, Task, task_of
+from quantgate.subject.tier import Tier
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,13 @@ class Checkpoint:
     budget: Mapping[str, BudgetOverride] = field(default_factory=dict)
     root: Path = field(default_factory=Path.cwd, compare=False)
     """The project directory; relative paths start here."""
+    file: str = ""
+    """Its TOML file, relative to the project; "" for a checkpoint given by path."""
+    probe: str | None = None
+    """The probe to score instead of its task's embedded one: a name in `fixtures/probes`, or a
+    path that starts with `.` or `/`, as in `source`."""
+    tier: Tier = "standard"
+    """How much of the gate it must pass to be released."""
     quick: bool = False
     """Whether `--quick` includes it; the quick selection covers every format, task and check."""
     not_quick: tuple[str, ...] = ()
@@ -119,6 +123,8 @@ class Checkpoint:
             step_tag_id=self.step_tag_id,
             engine=self.engine,
             root=self.root,
+            probe=self.probe,
+            tier=self.tier,
             golden=False,
             is_base=True,
         )

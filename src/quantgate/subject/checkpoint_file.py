@@ -32,8 +32,10 @@ PINNED_REVISION = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
 BUDGETS = ("drift", "quality")
 
 
+CHECKPOINT_FILES = Path("fixtures") / "checkpoints"
+
 # The keys of a checkpoint file: all fields except those that do not come from the file.
-_NOT_IN_FILE = frozenset({"id", "root", "is_base"})
+_NOT_IN_FILE = frozenset({"id", "root", "file", "is_base"})
 
 
 def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
@@ -55,7 +57,11 @@ def read_checkpoint_file(path: Path, root: Path) -> Checkpoint:
     except msgspec.ValidationError as error:
         raise BadInput(f"{path}: {error}.") from None
     _refuse_contradictions(checkpoint, path)
-    return replace(checkpoint, root=root)
+    return replace(checkpoint, root=root, file=_relative(path, root))
+
+
+def _relative(path: Path, root: Path) -> str:
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def _refuse_contradictions(checkpoint: Checkpoint, path: Path) -> None:
@@ -113,10 +119,28 @@ def _sections(key: str, value: Any, hint: Any) -> list[tuple[str, Mapping[str, A
     return [(name, table, kind) for name, table, kind in found if isinstance(table, dict)]
 
 
-def read_checkpoint_files(root: Path) -> dict[str, Checkpoint]:
-    """Read every checkpoint file under `root`; return checkpoints by id, sorted by id."""
-    files = sorted((root / "fixtures" / "checkpoints").glob("*.toml"))
+def read_checkpoint_files(root: Path, collection: str = ".") -> dict[str, Checkpoint]:
+    """Read a project's checkpoint files; return checkpoints by id, sorted by id.
+
+    A `collection` is a folder of files that are judged together, in `fixtures/checkpoints`. Those
+    in that folder itself are what is judged if nothing else is asked for.
+    """
+    files = sorted((root / CHECKPOINT_FILES / collection).glob("*.toml"))
     return {path.stem: read_checkpoint_file(path, root) for path in files}
+
+
+def read_all_checkpoint_files(root: Path) -> dict[str, Checkpoint]:
+    """Read the checkpoint files of every collection; `BadInput` if two have the same id."""
+    found = read_checkpoint_files(root)
+    for folder in sorted(path for path in (root / CHECKPOINT_FILES).glob("*") if path.is_dir()):
+        for name, checkpoint in read_checkpoint_files(root, folder.name).items():
+            if name in found:
+                raise BadInput(
+                    f"{checkpoint.file}: {found[name].file} has the same name, and a checkpoint's "
+                    "name must be its own; rename one of them."
+                )
+            found[name] = checkpoint
+    return found
 
 
 def find_checkpoint(
@@ -134,7 +158,7 @@ def find_checkpoint(
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
         raise BadInput(
             f"--checkpoint {name}: neither a directory nor an id in "
-            f"{root / 'fixtures' / 'checkpoints'}"
+            f"{root / CHECKPOINT_FILES}"
             + (f" (nearest: {', '.join(nearest)})." if nearest else " (which has none).")
         )
     source = str(Path(name).expanduser().absolute()) if is_path else name
@@ -179,7 +203,7 @@ def verify(checkpoint: Checkpoint) -> None:
         )
     if checkpoint.scheme is not None and checkpoint.scheme != scheme:
         raise BadInput(
-            f"fixtures/checkpoints/{checkpoint.id}.toml: scheme is '{checkpoint.scheme}', but "
+            f"{checkpoint.file}: scheme is '{checkpoint.scheme}', but "
             f"{config_path} says '{scheme}'; correct whichever is wrong."
         )
     refuse_another_task(directory, checkpoint.task)
@@ -187,7 +211,6 @@ def verify(checkpoint: Checkpoint) -> None:
     pinned = (checkpoint.revision or "").removeprefix("sha256:")
     if len(pinned) == 64 and pinned != identity(directory):
         raise BadInput(
-            f"{directory}: its identity is sha256:{identity(directory)}, but "
-            f"fixtures/checkpoints/{checkpoint.id}.toml pins sha256:{pinned}; rebuild it, or pin "
-            "the new one if the change is meant."
+            f"{directory}: its identity is sha256:{identity(directory)}, but {checkpoint.file} "
+            f"pins sha256:{pinned}; rebuild it, or pin the new one if the change is meant."
         )

@@ -69,6 +69,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def context_length(directory: Path) -> int | None:
+    """Return how many tokens a model's config.json says that it takes; None if it does not say."""
+    config = read_config(directory)
+    said = config.get("max_position_embeddings", config.get("n_positions"))
+    return said if isinstance(said, int) else None
+
+
 def actual_scheme(directory: Path) -> str:
     """Return the scheme in a checkpoint's `config.json`, as one short line."""
     said = read_config(directory).get("quantization_config")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from quantgate.errors import BadInput
 from quantgate.subject.passage import Passage, in_one_line, tokenizer_of
 from quantgate.subject.task import GENERATE, SEQUENCE_REWARD, Task
+
+if TYPE_CHECKING:
+    from quantgate.subject.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Window:
     labels: tuple[int | None, ...] = ()
     """For each scored token, an index into the probe's labels, or a grade, or None; () if the probe
     has no expected answers."""
+    chat: tuple[tuple[str, str], ...] = ()
+    """For a conversation, its turns: role and content. A model with a chat template is given them
+    through it, any other model `text`."""
 
     @property
     def scored(self) -> int:
@@ -94,35 +101,42 @@ class Probe:
 
 
 def read_probe(path: Path) -> Probe:
-    """Read a probe file: a JSON header line, then one JSON object per window."""
+    """Read a probe file: a JSON header line, then one JSON object per window.
+
+    A window may have text alone, and gets its ids from each checkpoint's tokenizer.
+    """
     try:
         header, *lines = [
             json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
         ]
+        task: Task = header.get("task", GENERATE)
+        first = 1 if task == GENERATE else 0
         windows = tuple(
             Window(
                 w["document"],
                 w["stratum"],
-                w["score_from"],
-                tuple(w["ids"]),
+                w.get("score_from", first),
+                tuple(w.get("ids", ())),
                 w["text"],
                 tuple(w.get("labels", ())),
+                tuple((role, content) for role, content in w.get("chat", ())),
             )
             for w in lines
         )
         probe = Probe(
             header["probe"],
-            header["vocab_size"],
+            header.get("vocab_size", 0),
             windows,
-            header.get("task", GENERATE),
+            task,
             tuple(header.get("labels", ())),
         )
     except FileNotFoundError:
         raise BadInput(f"{path}: no such probe.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a probe file ({type(error).__name__}: {error}).") from None
-    first = 1 if probe.task == GENERATE else 0
     for number, window in enumerate(windows, start=2):
+        if not window.ids:
+            continue  # only text: each checkpoint's own tokenizer gives the ids
         if not first <= window.score_from < len(window.ids):
             raise BadInput(
                 f"{path}:{number}: score_from must be in {first} … {len(window.ids) - 1}."
@@ -152,7 +166,7 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
             f"{directory}: its tokenizer cannot be loaded ({reason}); download or export its "
             "tokenizer files again."
         ) from None
-    encoded = [tuple(tokenizer(window.text)["input_ids"]) for window in probe.windows]
+    encoded = [encode(tokenizer, window) for window in probe.windows]
     if encoded == [window.ids for window in probe.windows]:
         return dataclasses.replace(probe, tokenizer=directory), None
     if (bos := tokenizer.bos_token_id) is not None and any(
@@ -174,6 +188,19 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
     )
     name = f"{probe.name}-retokenized"
     return Probe(name, len(tokenizer), windows, probe.task, probe.labels, directory), note
+
+
+# A template may write the day into a conversation; a probe must be the same every day.
+CHAT_DATE = "01 Jan 2025"
+
+
+def encode(tokenizer: Any, window: Window) -> tuple[int, ...]:
+    """Return a window's token ids by a tokenizer, a conversation's through its chat template."""
+    if not window.chat or not tokenizer.chat_template:
+        return tuple(tokenizer(window.text)["input_ids"])
+    turns = [{"role": role, "content": content} for role, content in window.chat]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, date_string=CHAT_DATE)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 CONTEXT_TOKENS = 16
@@ -203,6 +230,7 @@ def _retokenized(window: Window, ids: tuple[int, ...], task: Task) -> Window:
     return dataclasses.replace(window, ids=ids, score_from=first, labels=())
 
 
+PROBES = Path("fixtures") / "probes"
 # The embedded probe of each task.
 EMBEDDED_PROBES: Mapping[Task, str] = {
     GENERATE: "tiny",
@@ -213,10 +241,35 @@ EMBEDDED_PROBES: Mapping[Task, str] = {
 }
 
 
+def stored_probe(checkpoint: Checkpoint, quality: bool = False, named: str | None = None) -> Probe:
+    """Return the probe that a checkpoint is scored on, in the token ids that it is stored in.
+
+    It is the one `named`, that of the checkpoint's file, or its task's embedded one. With
+    `quality`, the larger one beside it, `<name>-quality`, if there is one.
+    """
+    name = named or checkpoint.probe
+    if name is None:
+        return embedded_probe(checkpoint.root, checkpoint.task, quality=quality)
+    folder = checkpoint.root / PROBES
+    is_path = name.startswith((".", "/", "~")) or name.endswith(".jsonl")
+    path = checkpoint.root / Path(name).expanduser() if is_path else folder / f"{name}.jsonl"
+    larger = path.with_stem(f"{path.stem}-quality")
+    if not path.exists():
+        others = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))
+        raise BadInput(f"{path}: no such probe; give a path, or one of {others or 'none'}.")
+    probe = read_probe(larger if quality and larger.exists() else path)
+    if probe.task != checkpoint.task:
+        raise BadInput(
+            f"{path}: a probe for task '{probe.task}', but {checkpoint.id} is judged at "
+            f"'{checkpoint.task}'; give another probe."
+        )
+    return probe
+
+
 def embedded_probe(root: Path, task: Task, *, quality: bool = False) -> Probe:
     """Return the probe in a project's `fixtures/probes` for a task.
 
     With `quality`, the larger one on which the task's own metric is computed.
     """
     name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}"
-    return read_probe(root / "fixtures" / "probes" / f"{name}.jsonl")
+    return read_probe(root / PROBES / f"{name}.jsonl")

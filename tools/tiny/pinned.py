@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from quantgate.errors import BadInput
-from quantgate.subject.checkpoint_file import read_checkpoint_files
+from quantgate.subject.checkpoint_file import read_all_checkpoint_files
 from quantgate.subject.files import identity
 from tiny import ROOT
 from tiny.recipes import Recipe
@@ -20,7 +20,7 @@ def build_pinned(recipes: Mapping[str, Recipe], built: Path, write: Build, *, pi
 
     With `pin`, build all of them and write their identities into their files.
     """
-    checkpoints = read_checkpoint_files(ROOT)
+    checkpoints = read_all_checkpoint_files(ROOT)
     for name, recipe in recipes.items():
         # One that vLLM refuses has no file to gate it by, and no pin.
         checkpoint = checkpoints.get(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantgate.errors import BadInput, printable
+from quantgate.subject.digests import sha256_of
 from quantgate.subject.scheme import scheme_name
 from quantgate.subject.task import (
     EMBED,
@@ -179,16 +180,5 @@ def identity(directory: Path) -> str:
     """Return the sha256 over a checkpoint's weights, config and tokenizer, in 64 hex digits."""
     files = [*weight_files(directory)]
     files += [directory / name for name in _IDENTITY_FILES if (directory / name).exists()]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        stat = path.stat()
-        digest.update(
-            f"{path.name} {_file_sha256(path, stat.st_mtime_ns, stat.st_size)}\n".encode()
-        )
-    return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_sha256(path: Path, _mtime_ns: int, _size: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    lines = (f"{path.name} {digest}\n" for path, digest in sha256_of(sorted(files)).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

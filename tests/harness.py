@@ -29,6 +29,7 @@ from quantgate.subject.task import GENERATE
 ENGINE_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
+REAL = Path("build") / "real"
 LLMCOMPRESSOR = Path("build") / "llmcompressor"
 
 
@@ -39,6 +40,10 @@ def lacking(root: Path) -> dict[str, str]:
         "checkpoints by llm-compressor": (
             (root / LLMCOMPRESSOR).is_dir(),
             "python3 tools/make_llmcompressor.py (an environment of its own, and minutes)",
+        ),
+        "checkpoints of a real model": (
+            (root / REAL / "smollm2-w4a16").is_dir(),
+            "python tools/make_real.py (a minute, and 180 MB to fetch)",
         ),
         "figures of a gate run to hold the README against": (
             (root / "report" / "gate.json").is_file(),

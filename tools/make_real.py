@@ -31,7 +31,7 @@ CALIBRATION_CHARACTERS = 3000
 
 def calibrate_smollm2() -> None:
     """Measure the ranges of the language model's activations."""
-    from real.probes import QUALITY_WINDOWS
+    from real.probes import FIRST_UNUSED
     from real.texts import STRATA, texts
     from tiny.calibration import calibrate
 
@@ -40,7 +40,7 @@ def calibrate_smollm2() -> None:
         text.text[:CALIBRATION_CHARACTERS]
         for stratum in short
         for text in itertools.islice(
-            texts(stratum), QUALITY_WINDOWS, QUALITY_WINDOWS + CALIBRATION_TEXTS
+            texts(stratum), FIRST_UNUSED, FIRST_UNUSED + CALIBRATION_TEXTS
         )
     ]
     RANGES.mkdir(exist_ok=True)

@@ -13,7 +13,9 @@ from real.texts import STRATA, Text, texts, titles
 
 # Tokens of a window, and how many windows of a stratum: in the probe and in the larger one.
 CUT, WINDOWS = 96, 4
-QUALITY_CUT, QUALITY_WINDOWS = 192, 10
+QUALITY_CUT, QUALITY_WINDOWS = 128, 7
+# Texts from here on are in no probe: what is calibrated on them has seen none of it.
+FIRST_UNUSED = 10
 # Documents as long as a context of 8,192 tokens allows, and half as long.
 LONG_CUTS = (4352, 8128)
 # A tokenizer makes at least one token of so many characters of any of these texts.

@@ -39,9 +39,7 @@ def calibrate_smollm2() -> None:
     chosen = [
         text.text[:CALIBRATION_CHARACTERS]
         for stratum in short
-        for text in itertools.islice(
-            texts(stratum), FIRST_UNUSED, FIRST_UNUSED + CALIBRATION_TEXTS
-        )
+        for text in itertools.islice(texts(stratum), FIRST_UNUSED, FIRST_UNUSED + CALIBRATION_TEXTS)
     ]
     RANGES.mkdir(exist_ok=True)
     calibrate(base("smollm2"), chosen, RANGES / "smollm2-ranges.json")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantgate.errors import BadInput
+from quantgate.subject.files import parameters_of
 from quantgate.subject.task import GENERATE, Task
 
 if TYPE_CHECKING:
@@ -60,11 +61,36 @@ class SchemeBudget:
     """By the prefixes of their names."""
     margin: float
     source: str
+    parameters: tuple[float, float] | None = None
+    """The sizes of model that it is for; None for any that no other budget of the scheme is for."""
+
+    def fits(self, part: str, parameters: int | None) -> bool:
+        """Whether it is the budget of a scheme's part, in a model of so many parameters."""
+        if not part.startswith(self.schemes):
+            return False
+        if self.parameters is None or parameters is None:
+            return self.parameters is None
+        least, most = self.parameters
+        return least <= parameters < most
 
 
 # Published ln(PPL(Q)/PPL(base)) of the simplest quantization of the same width: one that costs more
-# was not done well.
+# was not done well. Four bits cost a small model more, by any method: there, the published cost of
+# GPTQ in a model of at most about twice or half its size, which rounding to nearest may exceed.
+_GPTQ = "GPTQ (arXiv:2210.17323), table of OPT models on WikiText-2"
 SCHEME_BUDGETS = (
+    SchemeBudget(
+        ("W4", "NVFP4", "MXFP4"),
+        0.118,
+        f"{_GPTQ}: OPT-125M 27.65, with GPTQ in 4 bits 31.12; ln of the ratio",
+        (60e6, 220e6),
+    ),
+    SchemeBudget(
+        ("W4", "NVFP4", "MXFP4"),
+        0.097,
+        f"{_GPTQ}: OPT-350M 22.00, with GPTQ in 4 bits 24.24; ln of the ratio",
+        (220e6, 700e6),
+    ),
     SchemeBudget(
         ("W4", "NVFP4", "MXFP4"),
         0.0722,
@@ -190,7 +216,9 @@ def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:
     """Return the margin for `quality`: the checkpoint's own if its file gives one."""
     if override := checkpoint.budget.get("quality"):
         return override.margin
-    margins = [_margin_of(part) for part in scheme.split("+")]
+    base = checkpoint.base_checkpoint
+    size = None if base is None else parameters_of(base.directory)
+    margins = [_margin_of(part, size) for part in scheme.split("+")]
     if None in margins:
         raise BadInput(
             f"{checkpoint.id}: no default quality budget for scheme '{scheme}'; give one as "
@@ -200,8 +228,8 @@ def quality_margin(checkpoint: Checkpoint, scheme: str) -> float:
     return max(margin for margin in margins if margin is not None)
 
 
-def _margin_of(part: str) -> float | None:
-    return next((b.margin for b in SCHEME_BUDGETS if part.startswith(b.schemes)), None)
+def _margin_of(part: str, parameters: int | None) -> float | None:
+    return next((b.margin for b in SCHEME_BUDGETS if b.fits(part, parameters)), None)
 
 
 def drift_margin(checkpoint: Checkpoint) -> float:

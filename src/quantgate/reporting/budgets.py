@@ -26,8 +26,11 @@ def budgets_table(checkpoints: Iterable[Checkpoint]) -> str:
     console = Console(file=stream, width=WIDTH, no_color=True)
     console.print(
         _table(
-            ("scheme begins with", "quality, divergence-from-base", "source"),
-            [(", ".join(b.schemes), f"{b.margin:g} nat/token", b.source) for b in SCHEME_BUDGETS],
+            ("scheme begins with", "parameters", "quality, divergence-from-base", "source"),
+            [
+                (", ".join(b.schemes), _sizes(b.parameters), f"{b.margin:g} nat/token", b.source)
+                for b in SCHEME_BUDGETS
+            ],
         )
     )
     console.print()
@@ -39,6 +42,12 @@ def budgets_table(checkpoints: Iterable[Checkpoint]) -> str:
     else:
         console.print("No checkpoint file overrides any.")
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def _sizes(parameters: tuple[float, float] | None) -> str:
+    if parameters is None:
+        return "otherwise"
+    return "{:g}M to {:g}M".format(*(size / 1e6 for size in parameters))
 
 
 def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:

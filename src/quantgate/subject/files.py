@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,17 @@ def context_length(directory: Path) -> int | None:
     config = read_config(directory)
     said = config.get("max_position_embeddings", config.get("n_positions"))
     return said if isinstance(said, int) else None
+
+
+def parameters_of(directory: Path) -> int:
+    """Return how many parameters an unquantized model's files hold."""
+    from safetensors import safe_open
+
+    total = 0
+    for shard in weight_files(directory):
+        with safe_open(shard, framework="numpy") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    return total
 
 
 def actual_scheme(directory: Path) -> str:

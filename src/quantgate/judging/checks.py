@@ -61,6 +61,8 @@ class Check:
     needs: tuple[Need, ...] = ()
     precisions: tuple[Precision, ...] = ()
     """The precisions to run it in; none if it chooses for itself."""
+    moved_by_noise: bool = True
+    """Whether noise could reverse its result, so that the noise floor must be measured."""
 
     @property
     def names(self) -> list[str]:
@@ -74,6 +76,7 @@ CHECKS = (
         "is anything wrong with its files, by themselves and beside the base's?",
         lambda a: audited.files(a.case.checkpoint),
         "",  # its verdict names the command
+        moved_by_noise=False,
     ),
     Check(
         "audit-weights",
@@ -81,6 +84,14 @@ CHECKS = (
         lambda a: audited.weights(a.case.checkpoint),
         "",
         needs=("base",),
+        moved_by_noise=False,
+    ),
+    Check(
+        "audit-loaded",
+        "is every parameter that vLLM has loaded what the file holds?",
+        lambda a: audited.loaded(a.case),
+        "",
+        moved_by_noise=False,
     ),
     Check(
         "fidelity",
@@ -95,6 +106,7 @@ CHECKS = (
         lambda a: fidelity.replay(a.case),
         "change the settings",
         precisions=BOTH,
+        moved_by_noise=False,
     ),
     Check(
         "activation",

@@ -8,6 +8,7 @@ equal have equal values. Afterwards a checksum says whether anything has changed
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import zlib
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 SETTING = {WATCH: "quantgate.measuring.loaded.watched"}
 # The attribute of a loaded model with what was found while it was loaded.
 FOUND = "quantgate_load_audit"
+# Most tensors that are read to see whether one has taken another's place.
+MOST_ALIKE = 64
 # How files name the scales "k" and "v" of an attention layer's KV cache.
 IN_FILES = ("{0}.{1}_scale", "{0}.attn.{1}_scale", "{0}.{1}_proj.{1}_scale",
             "{0}.{1}_proj.output_scale")  # fmt: skip
@@ -204,19 +207,25 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _difference(piece: Piece, expected: torch.Tensor, stored: StoredTensors) -> LoadProblem:
     """Return what a piece holds instead of the file's tensor."""
-    module, _, part = piece.source.rpartition(".")
-    parent = module.rpartition(".")[0]
-    for name in stored.names:
-        same_kind = name.startswith(f"{parent}.") and name.endswith(f".{part}")
-        if same_kind and name != piece.source and stored.shape(name) == list(expected.shape):
-            if _same(stored.read(name), piece.held):
-                return LoadProblem(piece.source, f"{piece.parameter} holds {name}", "itself")
+    for name in _alike(piece.source, stored):
+        same_size = math.prod(stored.shape(name)) == expected.numel()
+        if same_size and _same(stored.read(name), piece.held):
+            return LoadProblem(piece.source, f"{piece.parameter} holds {name}", "itself")
     wanted = _as_held(expected, piece.held)
     width = piece.held.element_size()
     differ = (_bytes(wanted).reshape(-1, width) != _bytes(piece.held).reshape(-1, width)).any(dim=1)
     count, all_ = int(differ.sum()), piece.held.numel()
     value = f"{count:,} of {all_:,} numbers that vLLM has loaded are others"
     return LoadProblem(piece.source, value, "what the file holds")
+
+
+def _alike(source: str, stored: StoredTensors) -> list[str]:
+    """Return the tensors that may have taken a tensor's place: a neighbour's, another layer's."""
+    module, _, part = source.rpartition(".")
+    parent = module.rpartition(".")[0]
+    neighbours = [n for n in stored.names if n.startswith(f"{parent}.") and n.endswith(f".{part}")]
+    others = [name for name in stored.names if _kind(name) == _kind(source)]
+    return [name for name in (*neighbours, *others) if name != source][:MOST_ALIKE]
 
 
 def _since(model: Any, found: _Found) -> Iterator[LoadProblem]:

@@ -98,10 +98,14 @@ def _said(config: Mapping[str, Any], key: str) -> str:
 
 
 def _generation(inventory: Inventory) -> Iterator[Place]:
-    if inventory.base is None or GENERATION not in inventory.base.documents:
+    if inventory.base is None:
         return
     own, base = inventory.document(GENERATION), inventory.base.document(GENERATION)
-    if not own:
+    if GENERATION not in inventory.base.documents:
+        # Then the base stops where its config says.
+        base = {key: inventory.base.text_config.get(key) for key in own if key.endswith("token_id")}
+        own = {key: own[key] for key in base}
+    elif not own:
         yield Place(GENERATION, "is missing", "the base's", GENERATION)
         return
     for key in sorted(own.keys() | base.keys()):

@@ -140,6 +140,9 @@ def test_other_weights_may_be_approved(copied: Checkpoint) -> None:
     assert unrecorded.detail == ""
     assert unrecorded.next_step.endswith(f"finds nothing wrong with its files; {APPROVE}")
     assert "regen_golden" not in change_since(copied, {}, "").next_step
+    alone = dataclasses.replace(copied, base=None)
+    assert change_since(alone, approved, APPROVE).next_step == APPROVE
+    assert "regen_golden" not in change_since(alone, {}, APPROVE).next_step
 
 
 def test_a_generation_config_that_repeats_the_config_is_no_part_of_the_identity(

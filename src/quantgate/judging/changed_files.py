@@ -44,9 +44,11 @@ def change_since(checkpoint: Checkpoint, approved: Mapping[str, str], approve: s
     wrong = next((str(finding) for finding in found if finding.severity == "error"), "")
     said = [f"changed: {', '.join(names)}"] if names else []
     said += [f"the audit says of it: {wrong}"] if wrong else []
-    beside = f" --base {shlex.quote(checkpoint.base)}" if checkpoint.base else ""
+    beside = f" --base {shlex.quote(checkpoint.base)}" if checkpoint.base else " --base BASE"
     command = f"python -m quantgate audit {shlex.quote(checkpoint.source)}{beside}"
-    if wrong or not approve or any(not name.endswith(WEIGHTS) for name in names):
+    is_known = bool(names) or base is not None
+    other = any(not name.endswith(WEIGHTS) for name in names)
+    if wrong or other or not is_known or not approve:
         step = f"{command} says what is wrong, and only a change that it explains can be approved"
     else:
         step = approve if names else f"{command} finds nothing wrong with its files; {approve}"

@@ -181,11 +181,13 @@ def _actual_sizes(inventory: Inventory) -> dict[str, tuple[int, int]]:
         "gemma2",
     ):
         return {}
-    sizes = {
-        name: (parts["weight"].shape[0], parts["weight"].shape[1])
-        for name, parts in inventory.modules.items()
-        if "weight" in parts and len(parts["weight"].shape) == 2
-    }
+    sizes = {}
+    for name, parts in inventory.modules.items():
+        weight = parts.get("weight")
+        if weight is not None and len(weight.shape) == 2 and weight.shape[1] > 1:
+            rows, columns = weight.shape
+            # Model-Optimizer keeps two codes in a byte.
+            sizes[name] = (rows, 2 * columns if weight.dtype == "U8" else columns)
     return sizes | {name: (own.rows, own.columns) for name, own, _ in layouts(inventory)}
 
 

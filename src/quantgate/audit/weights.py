@@ -182,9 +182,12 @@ def _other_shapes(inventory: Inventory) -> Iterator[Place]:
     base = inventory.base
     for name, entry in inventory.tensors.items():
         theirs = base.tensors.get(name) if base else None
-        if theirs is not None and theirs.shape != entry.shape and "embed" not in name:
-            if name != "lm_head.weight":
-                yield Place(name, _described(entry), f"{_described(theirs)}, the base's")
+        if theirs is None or theirs.shape == entry.shape or "embed" in name:
+            continue
+        # Model-Optimizer and bitsandbytes keep two codes in a byte.
+        is_packed = entry.dtype == "U8" and 2 * entry.count == theirs.count
+        if name != "lm_head.weight" and not is_packed:
+            yield Place(name, _described(entry), f"{_described(theirs)}, the base's")
 
 
 def _no_calibration(inventory: Inventory) -> Iterator[Place]:

@@ -49,7 +49,7 @@ def change_since(checkpoint: Checkpoint, approved: Mapping[str, str], approve: s
     is_known = bool(names) or base is not None
     other = any(not name.endswith(WEIGHTS) for name in names)
     if wrong or other or not is_known or not approve:
-        step = f"{command} says what is wrong, and only a change that it explains can be approved"
+        step = f"approve only a change that {command} explains"
     else:
         step = approve if names else f"{command} finds nothing wrong with its files; {approve}"
     return Change("; ".join(said), step)

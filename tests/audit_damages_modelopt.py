@@ -63,6 +63,7 @@ def of(rule: str, name: str, do: Callable[[RawCheckpoint], object], source: str)
 
 
 DAMAGES_OF_MODELOPT = (
+    Damage("weights-not-compared", "model.layers.0", as_modelopt, NVFP4),
     of("modelopt-disagrees", "quant_algo", own(quant_algo="FP8"), NVFP4),
     of("modelopt-disagrees", "exclude_modules", own(exclude_modules=["*head", "x"]), NVFP4),
     of("modelopt-coverage", O_PROJ, whole, NVFP4),

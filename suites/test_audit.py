@@ -1,4 +1,4 @@
-"""Is anything wrong with the checkpoint's files? Runs before an engine starts."""
+"""Is anything wrong with the checkpoint's files, and is what vLLM has loaded what they hold?"""
 
 from quantgate.pytest_plugin import Gate
 
@@ -10,4 +10,9 @@ def test_audit(gate: Gate) -> None:
 
 def test_audit_weights(gate: Gate) -> None:
     """Every weight is a quantization of the base's."""
+    gate.ask()
+
+
+def test_audit_loaded(gate: Gate) -> None:
+    """Every parameter that vLLM has loaded is what the file holds."""
     gate.ask()

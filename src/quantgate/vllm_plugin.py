@@ -11,7 +11,7 @@ from types import ModuleType
 
 import wrapt
 
-from quantgate.patches import emulation, pooling_api
+from quantgate.patches import emulation, loading, pooling_api
 from quantgate.patches.scoremode import inputs, outputs, params, prefix_cache, runner_v1, runner_v2
 from quantgate.patches.scoremode.hooks import (
     EMULATION,
@@ -23,7 +23,17 @@ from quantgate.patches.scoremode.hooks import (
 )
 
 # Importing each of these declares its hooks.
-HOOKED = (inputs, outputs, params, prefix_cache, runner_v1, runner_v2, pooling_api, emulation)
+HOOKED = (
+    inputs,
+    outputs,
+    params,
+    prefix_cache,
+    runner_v1,
+    runner_v2,
+    pooling_api,
+    emulation,
+    loading,
+)
 
 # Patches other than hooks, by module: the feature, and a function that takes the module.
 PATCHES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from audit_damages import ACTORDER, DAMAGES, NVFP4, ROOT, W4A16, Damage
+from audit_damages import ACTORDER, DAMAGES, FP8, NVFP4, ROOT, W4A16, Damage
 from audit_damages_beside_base import DAMAGES_BESIDE_BASE
+from audit_damages_modelopt import DAMAGES_OF_MODELOPT, as_modelopt
 from raw_checkpoint import RawCheckpoint
 
 from quantgate.audit import configs
@@ -17,7 +18,7 @@ from quantgate.audit.finding import Finding
 from quantgate.audit.rules import RULES, audit
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
-EVERY = (*DAMAGES, *DAMAGES_BESIDE_BASE)
+EVERY = (*DAMAGES, *DAMAGES_BESIDE_BASE, *DAMAGES_OF_MODELOPT)
 
 
 def base_of(checkpoint: str) -> Path:
@@ -139,6 +140,17 @@ def test_other_methods_are_not_held_to_compressed_tensors(
     checkpoint.write()
     errors = {f.rule for f in audit(checkpoint.directory, None) if f.severity == "error"}
     assert errors <= {"layer-uneven"}  # most of its linears were left out
+
+
+@pytest.mark.parametrize("source", [NVFP4, FP8])
+def test_what_model_optimizer_writes_breaks_no_rule(source: str, tmp_path: Path) -> None:
+    checkpoint = RawCheckpoint(ROOT / "build" / source, tmp_path / "modelopt")
+    as_modelopt(checkpoint)
+    checkpoint.write()
+    findings = audit(checkpoint.directory, base_of(source))
+    assert [str(f) for f in findings if f.severity != "note"] == []
+    (counts,) = [f for f in findings if f.rule == "precision-counts"]
+    assert "28 " in counts.value
 
 
 def test_a_format_without_a_layout_is_a_warning(tmp_path: Path) -> None:

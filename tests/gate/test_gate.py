@@ -12,6 +12,7 @@ pytestmark = pytest.mark.long
 CHECKS = [
     "audit",
     "audit-weights",
+    "audit-loaded",
     "fidelity-float32",
     "fidelity-serving",
     "replay-float32",
@@ -154,4 +155,4 @@ def test_a_file_that_names_no_check_is_refused(run_gate: RunGate, before: str, k
     file.write_text("\n".join(lines).replace(before, key, 1))
     done = run_gate("suites")
     assert done.returncode == 4
-    assert "is not a check; there are audit, audit-weights, fidelity-float32" in (done.stderr)
+    assert "is not a check; there are audit, audit-weights, audit-loaded" in (done.stderr)

@@ -32,7 +32,7 @@ def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
     failed = Verdict("fail", "off", (Deviation("bound", 0.2, 0.1),))
     for check in checks.CHECKS:
         for name in check.names:
-            by_itself = check.family in ("drift", "audit", "audit-weights")
+            by_itself = check.family in ("drift", "audit", "audit-weights", "audit-loaded")
             assert bool(next_step(checks.named(name), failed, known)) is not by_itself, name
     assert next_step(checks.named("fidelity-float32"), failed, known).endswith(
         "pytest suites --checkpoint tiny-llama-w4a16 -k replay"

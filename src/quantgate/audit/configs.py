@@ -98,10 +98,14 @@ def _said(config: Mapping[str, Any], key: str) -> str:
 
 
 def _generation(inventory: Inventory) -> Iterator[Place]:
-    if inventory.base is None or GENERATION not in inventory.base.documents:
+    if inventory.base is None:
         return
     own, base = inventory.document(GENERATION), inventory.base.document(GENERATION)
-    if not own:
+    if GENERATION not in inventory.base.documents:
+        # Then the base stops where its config says.
+        base = {key: inventory.base.text_config.get(key) for key in own if key.endswith("token_id")}
+        own = {key: own[key] for key in base}
+    elif not own:
         yield Place(GENERATION, "is missing", "the base's", GENERATION)
         return
     for key in sorted(own.keys() | base.keys()):
@@ -177,11 +181,13 @@ def _actual_sizes(inventory: Inventory) -> dict[str, tuple[int, int]]:
         "gemma2",
     ):
         return {}
-    sizes = {
-        name: (parts["weight"].shape[0], parts["weight"].shape[1])
-        for name, parts in inventory.modules.items()
-        if "weight" in parts and len(parts["weight"].shape) == 2
-    }
+    sizes = {}
+    for name, parts in inventory.modules.items():
+        weight = parts.get("weight")
+        if weight is not None and len(weight.shape) == 2 and weight.shape[1] > 1:
+            rows, columns = weight.shape
+            # Model-Optimizer keeps two codes in a byte.
+            sizes[name] = (rows, 2 * columns if weight.dtype == "U8" else columns)
     return sizes | {name: (own.rows, own.columns) for name, own, _ in layouts(inventory)}
 
 

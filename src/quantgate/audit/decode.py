@@ -113,7 +113,7 @@ def spread_of(entry: Entry, dtype: str) -> Spread:
     for raw in entry.chunks(CHUNK):
         codes = raw.view(view)
         low, high = codes.min(), codes.max()
-        sample.append(codes[:: max(1, len(codes) // SAMPLE)])
+        sample.append(codes[:: max(1, len(codes) // SAMPLE)].copy())
         if high < limit and (low > 0 or zero_is_valid):
             ends = np.array([low, high], codes.dtype)
             extremes += decode(ends.view(np.uint8), dtype).tolist()

@@ -63,11 +63,18 @@ class Entry:
         return math.prod(self.shape)
 
     def chunks(self, size: int = CHUNK) -> Iterator[Raw]:
-        """Yield the tensor's bytes in order, at most `size` of them at a time."""
+        """Yield the tensor's bytes in order, at most `size` of them at a time.
+
+        They are valid until the next ones are asked for: one buffer holds them all in turn.
+        """
+        buffer = np.empty(min(size, self.size), np.uint8)
         with self.file.open("rb") as stream:
             stream.seek(self.begin)
             for place in range(0, self.size, size):
-                yield np.frombuffer(stream.read(min(size, self.size - place)), np.uint8)
+                raw = buffer[: self.size - place]
+                if stream.readinto(raw.data) != len(raw):
+                    raise OSError(f"{self.file} was cut while it was read")
+                yield raw
 
     def rows(self, first: int, last: int) -> Raw:
         """Return the bytes of rows `first` to `last`, exclusive, of the first dimension."""

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantgate.audit import configs, coverage, layout, safety, scales, shards, tokenizers, weights
+from quantgate.audit import (
+    configs,
+    coverage,
+    layout,
+    modelopt,
+    safety,
+    scales,
+    shards,
+    tokenizers,
+    weights,
+)
 from quantgate.audit.finding import SEVERITIES, Finding, Rule
 from quantgate.audit.inventory import Inventory, read_inventory
 from quantgate.audit.shown import findings_of
@@ -13,6 +23,7 @@ RULES: tuple[Rule, ...] = (
     *shards.RULES,
     *coverage.RULES,
     *layout.RULES,
+    *modelopt.RULES,
     *scales.RULES,
     *configs.RULES,
     *tokenizers.RULES,

@@ -13,6 +13,8 @@ TEMPLATE, SENTENCEPIECE = "chat_template.jinja", "tokenizer.model"
 # The parts of a tokenizer that act on text, besides its vocabulary. Truncation and padding are set
 # by the caller.
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# Settings that older versions of the library do not write, and their defaults; of others, none.
+DEFAULTS = {"use_regex": True, "trim_offsets": True, "split": True, "prepend_scheme": "always"}
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Changes ids.
 SETTINGS = (
@@ -103,9 +105,18 @@ def _steps_differ(inventory: Inventory) -> Iterator[Place]:
     own, base = inventory.document(TOKENIZER), inventory.base.document(TOKENIZER)
     if own and base:
         for step in STEPS:
-            if own.get(step) != base.get(step):
+            if not _same_settings(own.get(step), base.get(step)):
                 value = f"is {_kind(own.get(step))} with other settings"
                 yield Place(step, value, f"{_kind(base.get(step))} as the base's", TOKENIZER)
+        mine, bases = _model(own), _model(base)
+        for key in sorted((mine.keys() | bases.keys()) - {"vocab", "merges"}):
+            if not _same_settings({key: mine.get(key)}, {key: bases.get(key)}):
+                yield Place(
+                    f"model.{key}",
+                    f"{mine.get(key)!r}",
+                    f"{bases.get(key)!r}, the base's",
+                    TOKENIZER,
+                )
         if _merges(own) != _merges(base):
             yield Place("model.merges", f"{len(_merges(own))} merges", "the base's", TOKENIZER)
     settings, bases = (
@@ -196,10 +207,30 @@ def _kind(step: Any) -> str:
     return str(step.get("type")) if isinstance(step, dict) else "nothing"
 
 
+def _model(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    said = tokenizer.get("model")
+    return said if isinstance(said, dict) else {}
+
+
+def _same_settings(own: Any, base: Any) -> bool:
+    """Whether two steps do the same: a key that only one spells out must have its default."""
+    if isinstance(own, dict) and isinstance(base, dict):
+        return all(
+            _same_settings(own.get(key, _default(key)), base.get(key, _default(key)))
+            for key in own.keys() | base.keys()
+        )
+    if isinstance(own, list) and isinstance(base, list):
+        return len(own) == len(base) and all(map(_same_settings, own, base))
+    return bool(own == base) or (not own and not base)
+
+
+def _default(key: str) -> Any:
+    return DEFAULTS.get(key)
+
+
 def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
     """Return a tokenizer's merges in the older of the two spellings."""
-    model = tokenizer.get("model")
-    said = model.get("merges") if isinstance(model, dict) else None
+    said = _model(tokenizer).get("merges")
     merges = said if isinstance(said, list) else []
     return [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in merges]
 

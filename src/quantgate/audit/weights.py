@@ -182,9 +182,25 @@ def _other_shapes(inventory: Inventory) -> Iterator[Place]:
     base = inventory.base
     for name, entry in inventory.tensors.items():
         theirs = base.tensors.get(name) if base else None
-        if theirs is not None and theirs.shape != entry.shape and "embed" not in name:
-            if name != "lm_head.weight":
-                yield Place(name, _described(entry), f"{_described(theirs)}, the base's")
+        if theirs is None or theirs.shape == entry.shape or "embed" in name:
+            continue
+        # Model-Optimizer and bitsandbytes keep two codes in a byte.
+        is_packed = entry.dtype == "U8" and 2 * entry.count == theirs.count
+        if name != "lm_head.weight" and not is_packed:
+            yield Place(name, _described(entry), f"{_described(theirs)}, the base's")
+
+
+def _not_compared(inventory: Inventory) -> Iterator[Place]:
+    """Quantized linears in a format that is not dequantized here."""
+    base = inventory.base.tensors if inventory.base else {}
+    left_out = [
+        name
+        for name in inventory.quantized
+        if f"{name}.weight" in base and name not in comparisons(inventory)
+    ]
+    for name in left_out[:1]:
+        value = f"is not compared with the base's, and {len(left_out) - 1} more are not"
+        yield Place(name, value, "a format that is dequantized here: compressed-tensors'")
 
 
 def _no_calibration(inventory: Inventory) -> Iterator[Place]:
@@ -272,6 +288,14 @@ RULES = (
         "The recipe names a method that moves weights, and none has moved.",
         "llm-compressor#2084, llm-compressor#2833, llm-compressor#2855: silent no-ops",
         _no_calibration,
+        needs="weights",
+    ),
+    Rule(
+        "weights-not-compared",
+        "warning",
+        "What is not compared may be anything: a pass says nothing of these weights.",
+        "Model-Optimizer's, GPTQ's and AWQ's own formats",
+        _not_compared,
         needs="weights",
     ),
 )

@@ -28,7 +28,8 @@ from quantgate.judging.golden import (
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
     from quantgate.measuring.case import Case
-    from quantgate.subject.probe import Probe
+    from quantgate.subject.files import digests
+from quantgate.subject.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ def propose(case: Case, reason: str, *, accept_failing: bool) -> Proposal:
                 "--accept-failing records that it is approved all the same"
             )
     new = Golden(
-        golden_key(checkpoint, probe, measured), kept, (*(old.history if old else ()), entry)
+        golden_key(checkpoint, probe, measured),
+        kept,
+        (*(old.history if old else ()), entry),
+        digests(checkpoint.directory),
     )
     compared = None
     if old is not None and old.key.probe == probe.sha256:

@@ -67,6 +67,8 @@ class Check:
     """The precisions to run it in; none if it chooses for itself."""
     tier: Tier = "standard"
     """The lowest tier that asks it. The quick one asks it in the serving dtype only."""
+    moved_by_noise: bool = True
+    """Whether noise could reverse its result, so that the noise floor must be measured."""
 
     @property
     def names(self) -> list[str]:
@@ -81,6 +83,7 @@ CHECKS = (
         lambda a: audited.files(a.case.checkpoint),
         "",  # its verdict names the command
         tier="quick",
+        moved_by_noise=False,
     ),
     Check(
         "audit-weights",
@@ -88,6 +91,15 @@ CHECKS = (
         lambda a: audited.weights(a.case.checkpoint),
         "",
         needs=("base",),
+        tier="quick",
+        moved_by_noise=False,
+    ),
+    Check(
+        "audit-loaded",
+        "is every parameter that vLLM has loaded what the file holds?",
+        lambda a: audited.loaded(a.case),
+        "",
+        moved_by_noise=False,
         tier="quick",
     ),
     Check(
@@ -105,6 +117,7 @@ CHECKS = (
         "change the settings",
         precisions=BOTH,
         tier="quick",
+        moved_by_noise=False,
     ),
     Check(
         "activation",

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from syrupy.extensions.json import JSONSnapshotExtension
 
 from quantgate.errors import BadInput
+from quantgate.judging.changed_files import Change, change_since
 from quantgate.judging.verdict import Outcome, Verdict, not_run
 from quantgate.measuring.measurement import Measurement, Provenance
 from quantgate.patches.wanted import NATIVE
@@ -64,6 +65,8 @@ class Golden:
     measurement: Measurement
     history: tuple[dict[str, Any], ...]
     """Oldest first: date, reason, versions, mean_nll."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The sha256 of each of the checkpoint's files, by name; {} in older goldens."""
 
 
 def golden_key(checkpoint: Checkpoint, probe: Probe, measured: Measurement) -> GoldenKey:
@@ -126,6 +129,7 @@ def to_json(golden: Golden, probe: Probe) -> str:
         },
         "provenance": asdict(m.provenance),
         "history": list(golden.history),
+        **({"files": dict(golden.files)} if golden.files else {}),
     }
     content[CHECKSUM] = _checksum(content)
     return json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
@@ -186,11 +190,12 @@ def from_json(text: str, probe: Probe, path: Path | str) -> Golden:
             ),
         )
         history = tuple(content["history"])
+        files = dict(content.get("files", {}))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}: damaged ({type(error).__name__}: {error}); {_RESTORE}.") from None
-    return Golden(key, measurement, history)
+    return Golden(key, measurement, history, files)
 
 
 def _encode(values: np.ndarray[Any, Any]) -> str:
@@ -263,7 +268,8 @@ def judge_golden(
     """Return `compare`'s verdict on a fresh measurement and the checkpoint's golden for `check`.
 
     Without a golden for exactly this key the verdict is "not-run"; if only the checkpoint's bytes
-    differ from the approved ones, the values are still compared, but cannot pass.
+    differ from the approved ones, the values are still compared, but cannot pass. What has changed
+    in its files decides whether approval is the next step.
     """
     path = golden_path(checkpoint.root, checkpoint.id, check, measured.provenance.platform)
     key = golden_key(checkpoint, probe, measured)
@@ -274,11 +280,15 @@ def judge_golden(
 
     def judge(stored: Golden) -> Verdict:
         if dataclasses.replace(stored.key, identity=key.identity) != key:
-            return not_run(f"{path} is of {_key_difference(stored.key, key)}", regenerate)
-        verdict = compare(kept, stored.measurement)
-        if stored.key.identity != key.identity:
-            verdict = _of_other_bytes(verdict, stored.key, key)
-        return dataclasses.replace(verdict, next_step=regenerate)
+            verdict = not_run(f"{path} is of {_key_difference(stored.key, key)}")
+        else:
+            verdict = compare(kept, stored.measurement)
+        if stored.key.identity == key.identity:
+            return dataclasses.replace(verdict, next_step=regenerate)
+        # Another tokenizer makes another probe of the same texts: a fault, until it is explained.
+        approve = regenerate if stored.key.probe == key.probe else ""
+        change = change_since(checkpoint, stored.files, approve)
+        return _of_other_bytes(verdict, stored.key, key, change)
 
     golden = Golden(key, kept, history=())
     verdict = _judge_stored(snapshot, path, golden, probe, judge)
@@ -311,10 +321,13 @@ def _key_difference(stored: GoldenKey, wanted: GoldenKey) -> str:
     return "; ".join(changed)
 
 
-def _of_other_bytes(verdict: Verdict, stored: GoldenKey, wanted: GoldenKey) -> Verdict:
+def _of_other_bytes(
+    verdict: Verdict, stored: GoldenKey, wanted: GoldenKey, change: Change
+) -> Verdict:
     other = f"the bytes are not the approved ones ({stored.identity:.12} → {wanted.identity:.12})"
     outcome: Outcome = "not-run" if verdict.outcome == "pass" else verdict.outcome
-    return dataclasses.replace(verdict, outcome=outcome, detail=f"{verdict.detail}; {other}")
+    detail = "; ".join(filter(None, (verdict.detail, other, change.detail)))
+    return dataclasses.replace(verdict, outcome=outcome, detail=detail, next_step=change.next_step)
 
 
 def _judge_stored(

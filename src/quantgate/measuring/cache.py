@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantgate.atomic import write_atomically
+from quantgate.formats import builds
+from quantgate.measuring.environment import library_versions
+from quantgate.subject.files import identity
 
 Arrays = Mapping[str, NDArray[Any]]
 # Entries unread for this long belong to a package version or a model that is no longer used.
@@ -110,6 +113,22 @@ def _digest(arrays: Arrays) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.data.cast("B"))
     return digest.hexdigest()
+
+
+def measurement_key(
+    directory: Path, source: str, probe: str, dtype: str, **more: Any
+) -> dict[str, Any]:
+    """Return what a measurement of a checkpoint depends on; `probe` is the probe's sha256."""
+    return {
+        "source": source,
+        "identity": identity(directory),
+        "probe": probe,
+        "dtype": dtype,
+        "code": code_version(),
+        "versions": library_versions(),
+        "arithmetic": builds.arithmetic(),
+        **more,
+    }
 
 
 @functools.cache

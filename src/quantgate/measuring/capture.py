@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantgate.measuring.loaded import parameters_of
+from quantgate.measuring.load_sources import packed_linears
+from quantgate.measuring.loaded import audit_of
 from quantgate.patches.pooling_api import REPAIRED_HEAD
 from quantgate.patches.wanted import EMULATED_KV_SCALES, EMULATED_LINEAR, is_emulated
 
@@ -46,10 +47,9 @@ class WorkerExtension:
         modules = self.get_model().named_modules()  # type: ignore[attr-defined]
         return [name for name, module in modules if hasattr(module, REPAIRED_HEAD)]
 
-    def quantgate_parameters(self) -> dict[str, dict[str, Any]]:
-        """Describe each parameter as loaded, for comparison with the file in `loaded.py`."""
-        model = self.get_model()  # type: ignore[attr-defined]
-        return parameters_of(model, _packed(model))
+    def quantgate_load_audit(self) -> dict[str, Any] | None:
+        """Return a `LoadAudit` as JSON types; None if the engine was not asked to watch."""
+        return audit_of(self.get_model())  # type: ignore[attr-defined]
 
     def quantgate_start_capture(self) -> None:
         """Start recording every linear."""
@@ -90,7 +90,7 @@ class _Watch:
     def __init__(self, model: Any) -> None:
         from vllm.model_executor.layers.linear import LinearBase
 
-        packed = _packed(model)
+        packed = packed_linears(model)
         linears = {n: m for n, m in model.named_modules() if isinstance(m, LinearBase)}
         model_type = getattr(getattr(model, "config", None), "model_type", "")
         self.layouts = {n: _layout(n, m, packed, model_type) for n, m in linears.items()}
@@ -121,22 +121,6 @@ class _Watch:
     def stop(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def _packed(model: Any) -> dict[str, list[str]]:
-    """Return which of a checkpoint's linears each vLLM linear holds, by last name component."""
-    # The body may declare its packed modules where the model with its head does not.
-    modules = list(reversed(list(model.modules())))
-    packed: dict[str, list[str]] = {}
-    for module in modules:
-        mapper = getattr(module, "hf_to_vllm_mapper", None)
-        stacked: dict[str, list[str]] = {}
-        for part, (new, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
-            stacked.setdefault(new.rpartition(".")[2], []).append(part.rpartition(".")[2])
-        packed |= stacked
-    for module in modules:
-        packed |= getattr(module, "packed_modules_mapping", None) or {}  # vLLM 0.26: None
-    return packed
 
 
 def _layout(

@@ -14,11 +14,11 @@ from quantgate.formats import builds
 from quantgate.formats.builds import Narrowing
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, rules_of
 from quantgate.measuring import engine, pooling, reference, reruns, session
-from quantgate.measuring.cache import code_version
+from quantgate.measuring.cache import measurement_key
 from quantgate.measuring.divergence import Divergence, Side, divergence
-from quantgate.measuring.environment import library_versions
 from quantgate.measuring.lab import Lab
 from quantgate.measuring.ledger import Key
+from quantgate.measuring.loaded import LoadAudit, audits_of
 from quantgate.measuring.measurement import Announce, Measurement, largest_difference
 from quantgate.measuring.parameters import DequantizerName
 from quantgate.measuring.pooling import Steps
@@ -27,7 +27,7 @@ from quantgate.measuring.replay import Replay, distance, replay
 from quantgate.measuring.reruns import Reruns
 from quantgate.measuring.whole_model import difference_from_whole
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
-from quantgate.subject.files import actual_scheme, identity
+from quantgate.subject.files import actual_scheme
 from quantgate.subject.probe import Probe
 from quantgate.subject.scheme import UNQUANTIZED
 from quantgate.subject.task import EMBED
@@ -36,7 +36,7 @@ from quantgate.subject.windows import Rows, mixed
 Found = TypeVar("Found")
 
 # What the ledger keeps: a measurement, its capture, and whether vLLM can chunk its prompts.
-ENGINE, CAPTURE, CHUNKS = "vLLM", "capture", "chunked prefill"
+ENGINE, CAPTURE, CHUNKS, LOADED = "vLLM", "capture", "chunked prefill", "load audit"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +93,11 @@ class Case:
         return dataclasses.replace(self, scored=probe)
 
     @property
+    def is_served(self) -> bool:
+        """Whether its dtype is the serving dtype."""
+        return self.dtype == resolve_dtype(self.checkpoint, SERVING)
+
+    @property
     def served(self) -> Case:
         """The case in the serving dtype."""
         return self.within(SERVING)
@@ -107,8 +112,7 @@ class Case:
         """The unquantized base, in this dtype or in its own serving dtype."""
         if (base := self.checkpoint.base_checkpoint) is None:
             return None
-        is_served = self.dtype == resolve_dtype(self.checkpoint, SERVING)
-        return Case.of(base, SERVING if is_served else self.dtype, self.lab)
+        return Case.of(base, SERVING if self.is_served else self.dtype, self.lab)
 
     # Engines -------------------------------------------------------------------------------------
 
@@ -130,6 +134,7 @@ class Case:
                 announce=announce,
                 # A result that is only compared with a second engine's needs no capture.
                 capture_into=None if self.checkpoint.is_base else self.lab.capture_directory(),
+                audit_load=self.is_served and not self.checkpoint.is_base,
                 meanwhile=self._on_the_way,
             )
             if captured is not None:
@@ -142,12 +147,23 @@ class Case:
         """Use a measurement taken elsewhere as `engine`, e.g. from another way of serving."""
         self.lab.ledger.taken[self._key(ENGINE)] = measured
 
+    @property
+    def loaded(self) -> tuple[LoadAudit | None, ...]:
+        """What each rank of the serving engine has loaded, held against the file.
+
+        None if this vLLM's loading cannot be watched.
+        """
+        _ = self.served.engine
+        found: tuple[LoadAudit | None, ...] = self.lab.ledger.taken[self.served._key(LOADED)]
+        return found
+
     def _on_the_way(self, llm: Any) -> None:
         checkpoint = self.checkpoint
-        if checkpoint.has_quality and self.dtype == resolve_dtype(checkpoint, SERVING):
+        if checkpoint.has_quality and self.is_served:
             self._for_quality(llm)
         if checkpoint.is_base:
             return
+        self.lab.ledger.taken[self._key(LOADED)] = audits_of(llm)
         # False for bidirectional attention.
         chunked = llm.llm_engine.model_config.is_chunked_prefill_supported
         self.lab.ledger.taken[self._key(CHUNKS)] = chunked
@@ -396,15 +412,7 @@ class Case:
         return self.lab.ledger.once(key, self.checkpoint.id, measure, stored_as)
 
     def _key(self, source: str, probe: Probe | None = None) -> Key:
-        checkpoint = self.checkpoint
-        return Key(
-            source,
-            self.dtype,
-            checkpoint.directory,
-            checkpoint.engine,
-            checkpoint.is_base,
-            (probe or self.probe).sha256,
-        )
+        return Key.of(source, self.dtype, self.checkpoint, probe or self.probe)
 
     def _engine_disk_key(self, probe: Probe) -> dict[str, Any] | None:
         """Return a base's key on disk; None for a checkpoint under test."""
@@ -413,13 +421,4 @@ class Case:
         return self._disk_key("engine", probe, settings=asdict(self.checkpoint.engine))
 
     def _disk_key(self, source: str, probe: Probe, **more: Any) -> dict[str, Any]:
-        return {
-            "source": source,
-            "identity": identity(self.checkpoint.directory),
-            "probe": probe.sha256,
-            "dtype": self.dtype,
-            "code": code_version(),
-            "versions": library_versions(),
-            "arithmetic": builds.arithmetic(),
-            **more,
-        }
+        return measurement_key(self.checkpoint.directory, source, probe.sha256, self.dtype, **more)

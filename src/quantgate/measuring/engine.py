@@ -22,6 +22,7 @@ from quantgate.measuring.engine_failure import (
     explained,
     require_device,
 )
+from quantgate.measuring.loaded import SETTING
 from quantgate.patches.emulation import engine_arguments
 from quantgate.patches.scoremode.hooks import (
     EMULATION,
@@ -30,7 +31,7 @@ from quantgate.patches.scoremode.hooks import (
     require_hooks,
     vllm_version,
 )
-from quantgate.patches.wanted import NATIVE
+from quantgate.patches.wanted import ADDITIONAL_CONFIG_KEY, NATIVE
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.files import read_config
 
@@ -76,10 +77,16 @@ LIVES: list[EngineLife] = []
 
 @contextmanager
 def running_engine(
-    directory: Path, *, settings: EngineSettings, dtype: str, **extra: Any
+    directory: Path,
+    *,
+    settings: EngineSettings,
+    dtype: str,
+    audit_load: bool = False,
+    **extra: Any,
 ) -> Iterator[LLM]:
     """Start vLLM on a checkpoint, and free everything afterwards. `extra` goes to `vllm.LLM`.
 
+    With `audit_load` its workers compare what they load with the file (`measuring/loaded.py`).
     Raises `EngineFailure` if vLLM cannot load it, or fails while serving.
     """
     require_device()
@@ -110,6 +117,8 @@ def running_engine(
         **{name: value for name, value in optional.items() if value is not None},
         **extra,
     }
+    if audit_load:
+        arguments["additional_config"][ADDITIONAL_CONFIG_KEY] |= SETTING
     if on_cpu:
         _override_kernels_once()
         arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 from quantgate.measuring.cache import DamagedEntry, DiskCache
 from quantgate.measuring.codec import from_arrays, to_arrays
 from quantgate.measuring.measurement import Announce, Measurement
-from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
+from quantgate.subject.probe import Probe
 
 Found = TypeVar("Found")
 
@@ -31,6 +32,12 @@ class Key(NamedTuple):
     is_base: bool
     probe: str
     """sha256 of the probe."""
+
+    @classmethod
+    def of(cls, source: str, dtype: str, checkpoint: Checkpoint, probe: Probe) -> Key:
+        """Return the key of what `source` measures of a checkpoint, on a probe."""
+        directory, settings = checkpoint.directory, checkpoint.engine
+        return cls(source, dtype, directory, settings, checkpoint.is_base, probe.sha256)
 
 
 @dataclass(eq=False)

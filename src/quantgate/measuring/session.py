@@ -34,18 +34,22 @@ def measure(  # noqa: PLR0913  all but two are keyword-only, and independent
     dtype: str,
     announce: Announce,
     capture_into: Path | None = None,
+    audit_load: bool = False,
     meanwhile: Callable[[LLM], None] = lambda _: None,
 ) -> tuple[Measurement, Capture | None]:
     """Score `probe` with the checkpoint in `directory`, served by vLLM in `dtype`.
 
     `meanwhile` is called with the engine once it has scored, for further measurements. With
     `capture_into`, also write there what every linear saw of a few windows; for that, an engine
-    that compiles or replays graphs is started a second time, eagerly.
+    that compiles or replays graphs is started a second time, eagerly. With `audit_load`, the first
+    engine compares what it loads with the file.
     """
     pooling = pooling_arguments(directory, probe.task)
 
     def serve_it() -> tuple[Measurement, Capture | None]:
-        with engine.running_engine(directory, settings=settings, dtype=dtype, **pooling) as llm:
+        with engine.running_engine(
+            directory, settings=settings, dtype=dtype, audit_load=audit_load, **pooling
+        ) as llm:
             announce(f"scoring {probe.scored} tokens in {len(probe.windows)} windows")
             measured = _measured(llm, probe, dtype)
             meanwhile(llm)

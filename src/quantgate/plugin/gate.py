@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from syrupy.assertion import SnapshotAssertion
 
 
-# Checks whose limits noise does not move.
-WITHOUT_FLOOR = ("audit", "replay")
-
-
 @dataclass(frozen=True)
 class Gate:
     """The value of the `gate` fixture: runs one test's check and records its verdict."""
@@ -155,7 +151,7 @@ def _served_again(run: GateRun) -> Callable[[Case], list[Probe]]:
 
     def probes(case: Case) -> list[Probe]:
         asked = selected[case.checkpoint.id]
-        if any(not check.startswith(WITHOUT_FLOOR) for check in asked) and (
+        if any(_is_moved_by_noise(check) for check in asked) and (
             found := noise.served_again(case)
         ):
             return found
@@ -164,6 +160,11 @@ def _served_again(run: GateRun) -> Callable[[Case], list[Probe]]:
         return []
 
     return probes
+
+
+def _is_moved_by_noise(name: str) -> bool:
+    check = checks.named(name)
+    return check is None or check.moved_by_noise
 
 
 def _announcer(config: pytest.Config) -> Callable[[str], None]:

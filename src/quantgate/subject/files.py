@@ -182,15 +182,56 @@ _IDENTITY_FILES = (
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "tekken.json",
+)
+GENERATION = "generation_config.json"
+# Of generation_config.json: where it comes from, and what changes no answer.
+_WITHOUT_EFFECT = frozenset(
+    (
+        "_from_model_config",
+        "transformers_version",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+    )
 )
 
 
 def identity(directory: Path) -> str:
     """Return the sha256 over a checkpoint's weights, config and tokenizer, in 64 hex digits."""
+    lines = (f"{name} {sha256}\n" for name, sha256 in digests(directory).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Return the sha256 of each file that identifies a checkpoint, by name, sorted."""
     files = [*weight_files(directory)]
     files += [directory / name for name in _IDENTITY_FILES if (directory / name).exists()]
-    lines = (f"{path.name} {digest}\n" for path, digest in sha256_of(sorted(files)).items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    files += [directory / GENERATION] if _generates_otherwise(directory) else []
+    return {path.name: digest for path, digest in sha256_of(sorted(files)).items()}
+
+
+def _generates_otherwise(directory: Path) -> bool:
+    """Whether generation_config.json says more than config.json does.
+
+    transformers writes one for every model, most of which only repeat the config's token ids.
+    """
+    try:
+        said = json.loads((directory / GENERATION).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    if not isinstance(said, dict):
+        return True
+    config = read_config(directory)
+    return any(
+        key not in _WITHOUT_EFFECT and value is not None and config.get(key) != value
+        for key, value in said.items()
+    )

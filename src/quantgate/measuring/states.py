@@ -124,9 +124,10 @@ class States:
     manifest: Manifest
 
     def chunks(self) -> Iterator[Chunk]:
-        """Read one chunk after another; `BadInput` if a file is not what was written."""
+        """Read one chunk after another."""
         for file in self.manifest.chunks:
-            yield _read_chunk(self.directory / file.name, file.sha256)
+            path = self.directory / file.name
+            yield Chunk(tuple(_read_windows(path)), unpacked(_array(path, "hidden")))
 
     def windows(self) -> Iterator[Window]:
         """Read the windows alone, chunk by chunk."""
@@ -158,8 +159,8 @@ def measure_states(
 ) -> States:
     """Run a model over windows and store the states of their scored tokens in a directory.
 
-    `progress` is called with the number of tokens done, 0 once the model is loaded. The manifest is written last: a directory
-    without one is incomplete.
+    `progress` is called with the number of tokens done, 0 once the model is loaded. The manifest is
+    written last: a directory without one is incomplete.
     """
     directory = model.checkpoint.directory
     (into / MANIFEST).unlink(missing_ok=True)
@@ -224,7 +225,8 @@ def read_states(directory: Path) -> States:
 def require_usable(states: States, base: Model) -> None:
     """Raise `BadInput` unless states are what `base` would give here.
 
-    Compares the base's files, library versions, engine, device and dtype.
+    Compares the base's files, library versions, engine, device and dtype, and the states' own files
+    with what was written.
     """
     said, here, directory = states.manifest, states.directory, base.checkpoint.directory
     versions = library_versions()
@@ -244,8 +246,23 @@ def require_usable(states: States, base: Model) -> None:
     if said.identity != (actual := identity(directory)):
         raise BadInput(
             f"{here}: saved from a base with identity sha256:{said.identity[:12]}…, but "
-            f"{directory} has sha256:{actual[:12]}…; give the right --base, or save it again."
+            f"{directory} has sha256:{actual[:12]}…; put the base back, or save it again."
         )
+    _require_whole(states)
+
+
+def _require_whole(states: States) -> None:
+    for file in states.manifest.chunks:
+        path = states.directory / file.name
+        try:
+            with path.open("rb") as stream:
+                actual = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise BadInput(
+                f"{path}: cannot be read ({error.strerror}); save the base again."
+            ) from None
+        if actual != file.sha256:
+            raise BadInput(f"{path}: not the file that was written; save the base again.")
 
 
 def require_same_tokenizer(directory: Path, base: Path, expected: str) -> None:
@@ -359,18 +376,6 @@ def _write_chunk(into: Path, number: int, chunk: Chunk) -> ChunkFile:
     return ChunkFile(name, hashlib.sha256(content).hexdigest(), len(chunk.hidden))
 
 
-def _read_chunk(path: Path, sha256: str) -> Chunk:
-    try:
-        with path.open("rb") as stream:
-            actual = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); save the base again.") from None
-    if actual != sha256:
-        raise BadInput(f"{path}: not the file that was written; save the base again.")
-    hidden = unpacked(_array(path, "hidden"))
-    return Chunk(tuple(_read_windows(path)), hidden)
-
-
 def _read_windows(path: Path) -> list[Window]:
     lines = _array(path, "windows").tobytes().decode().splitlines()
     return [
@@ -380,14 +385,11 @@ def _read_windows(path: Path) -> list[Window]:
 
 
 def _array(path: Path, name: str) -> NDArray[Any]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="numpy") as stream:
-            found: NDArray[Any] = stream.get_tensor(name)
-            return found
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: damaged ({error}); save the base again.") from None
+    with safe_open(path, framework="numpy") as stream:
+        found: NDArray[Any] = stream.get_tensor(name)
+        return found
 
 
 def _window_line(window: Window) -> str:

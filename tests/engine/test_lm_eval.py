@@ -20,7 +20,7 @@ pytestmark = pytest.mark.long
 MAX_LENGTH = 64
 LOGPROB = 1e-4
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     # Choices of several tokens, after a common context.
     "choices": {
         "output_type": "multiple_choice",
@@ -51,7 +51,7 @@ TASKS = {
     "empty": {
         "output_type": "loglikelihood",
         "doc_to_text": "",
-        "doc_to_target": "context",
+        "doc_to_target": "beginning",
         "target_delimiter": "",
         "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
     },
@@ -74,18 +74,24 @@ Evaluate = Callable[[str], dict[str, Any]]
 
 
 def _documents(probe: Probe) -> list[dict[str, Any]]:
-    """Real continuations of the probe's texts, beside those of other texts."""
+    """Real continuations of the probe's texts, beside those of other texts.
+
+    No context ends where a text without context ends: lm-eval 0.4.13's `hf` would take the logits
+    of one for the other.
+    """
     texts = [window.text for window in probe.windows[:8]]
-    ends = [text[60:75] for text in texts]
+    contexts = [text[:60].rstrip() for text in texts]
+    ends = [text[len(c) : len(c) + 15] for text, c in zip(texts, contexts, strict=True)]
     return [
         {
-            "context": text[:60],
-            "continuation": text[60:62],
-            "choices": [end, ends[place - 1], ends[place - 2], end[:4]],
+            "context": context,
+            "continuation": ends[place][:3],
+            "choices": [ends[place], ends[place - 1], ends[place - 2], ends[place][:6]],
             "answer": 0,
-            "document": text,
+            "beginning": context[:40],
+            "document": texts[place],
         }
-        for place, (text, end) in enumerate(zip(texts, ends, strict=True))
+        for place, context in enumerate(contexts)
     ]
 
 
@@ -104,7 +110,7 @@ def tasks(probe: Probe, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "num_fewshot": 0,
             "metadata": {"version": 1.0},
         }
-        (folder / f"{name}.yaml").write_text(json.dumps(common | task))  # JSON is YAML
+        (folder / f"{name}.yaml").write_text(json.dumps({**common, **task}))  # JSON is YAML
     return folder
 
 
@@ -160,7 +166,6 @@ def test_every_answer_is_that_of_hf(
             continue
         for (one,), (other,) in zip(answers, expected, strict=True):
             value, wanted = (one, other) if task == "rolling" else (one[0], other[0])
-            print(task, value - wanted)
             assert value == pytest.approx(wanted, abs=LOGPROB)
             assert task == "rolling" or one[1] == other[1]
 
@@ -179,12 +184,12 @@ def test_every_metric_is_that_of_hf(
     }
 
 
-def test_the_cases_are_of_every_kind(theirs: dict[str, Any]) -> None:
+def test_the_cases_are_of_every_kind(probe: Probe, theirs: dict[str, Any]) -> None:
     """Greedy and not, right and wrong, documents longer than the model is fed."""
     greedy = {answer[0][1] for sample in theirs["samples"]["greedy"] for answer in sample["resps"]}
     assert greedy == {True, False}
     assert 0 < theirs["results"]["choices"]["acc,none"] < 1
-    assert any(len(s["doc"]["document"]) > 5 * MAX_LENGTH for s in theirs["samples"]["rolling"])
+    assert all(len(window.ids) > MAX_LENGTH for window in probe.windows[:8])
 
 
 def test_results_say_which_kernels_gave_them(ours: dict[str, Any]) -> None:
@@ -236,7 +241,7 @@ def test_the_command_knows_the_model(
     monkeypatch.setattr("sys.argv", arguments)
     assert main() == 0
     accuracy = ours["results"]["choices"]["acc,none"]
-    assert f"{accuracy:.4f}" in capsys.readouterr().out
+    assert f"{accuracy:.4f}".rstrip("0") in capsys.readouterr().out
 
 
 def test_what_the_user_can_mend_is_one_sentence(

@@ -230,7 +230,8 @@ class QuantgateLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         for context, given in (request.args for request in requests):
             options = normalize_gen_kwargs(given, default_max_gen_toks=self.max_gen_toks)
             until = handle_stop_sequences(options.pop("until", None), eos=eos)
-            options.pop("do_sample", None)  # the temperature says it
+            if not options.pop("do_sample"):
+                options["temperature"] = 0.0  # vLLM's default is 1
             ids, most = maybe_truncate(
                 self.tok_encode(context),
                 max_gen_toks=int(options.pop("max_gen_toks")),

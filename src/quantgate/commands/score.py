@@ -62,11 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     directory = model.checkpoint.directory
     tokenizer = models.tokenizer_or_refuse(directory)
     if arguments.jsonl is not None:
-        windows = iter(line_windows(read_jsonl(arguments.jsonl), tokenizer, arguments.jsonl))
-        info = TextInfo(str(arguments.jsonl), "lines")
-        held = list(windows)
-        windows = iter(held)
-        longest = max(len(window.ids) for window in held)
+        lines = list(line_windows(read_jsonl(arguments.jsonl), tokenizer, arguments.jsonl))
+        info, windows = TextInfo(str(arguments.jsonl), "lines"), iter(lines)
+        longest = max(len(window.ids) for window in lines)
     else:
         text = texts.text_of(arguments, arguments.project)
         windows = text.documents(tokenizer, directory)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def lacking(root: Path) -> dict[str, str]:
     """Return what tests are skipped for want of, and how to have it."""
     needs = {
         "chromium": (shutil.which("chromium"), "apt-get install chromium"),
+        "lm-evaluation-harness": (find_spec("lm_eval"), "make env, or pip install -e '.[lm-eval]'"),
         "checkpoints by llm-compressor": (
             (root / LLMCOMPRESSOR).is_dir(),
             "python3 tools/make_llmcompressor.py (an environment of its own, and minutes)",

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 from quantgate.atomic import write_atomically
+from quantgate.commands import kld as kld_command
+from quantgate.commands import ppl as ppl_command
+from quantgate.commands import score as score_command
 from quantgate.errors import BadInput
+from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.subject.checkpoint_file import read_checkpoint_files
 
 BAD_INPUT = 4  # pytest's own status for it
@@ -42,13 +46,31 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--rules", action="store_true", help="list the rules")
     audit.add_argument("--explain", metavar="RULE", help="tell what there is to know of a rule")
     audit.set_defaults(run=_audit)
+    kld = commands.add_parser(
+        "kld", help="KL divergence from the base, on any text", description=_kld.__doc__
+    )
+    kld.add_argument("model", metavar="PATH_OR_ID")
+    kld_command.add_arguments(kld)
+    kld.set_defaults(run=_kld)
+    ppl = commands.add_parser(
+        "ppl", help="perplexity, by a published protocol", description=_ppl.__doc__
+    )
+    ppl.add_argument("model", metavar="PATH_OR_HUB_ID")
+    ppl_command.add_arguments(ppl)
+    ppl.set_defaults(run=_ppl)
+    score = commands.add_parser(
+        "score", help="log-probability and rank of each token", description=_score.__doc__
+    )
+    score.add_argument("model", metavar="PATH_OR_ID")
+    score_command.add_arguments(score)
+    score.set_defaults(run=_score)
     budgets = commands.add_parser("budgets", help="print what every check allows, and why")
     budgets.set_defaults(run=_budgets)
     doctor = commands.add_parser("doctor", help="print what this machine can certify")
     doctor.set_defaults(run=_doctor)
     checks = commands.add_parser("checks", help="list every check and what it asks")
     checks.set_defaults(run=_checks)
-    for command in (gate, audit, budgets, doctor):
+    for command in (gate, audit, kld, ppl, score, budgets, doctor):
         command.add_argument(
             "--project", type=Path, default=Path.cwd(), help="where suites and fixtures lie"
         )
@@ -58,6 +80,24 @@ def main(arguments: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except EngineFailure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _kld(given: argparse.Namespace) -> int:
+    """Compare a model's next-token distributions with its base's; needs no gate and no probe."""
+    return kld_command.run(given)
+
+
+def _ppl(given: argparse.Namespace) -> int:
+    """Measure the perplexity of a model as vLLM serves it."""
+    return ppl_command.run(given)
+
+
+def _score(given: argparse.Namespace) -> int:
+    """Print the log-probability and the rank of each token of a text, as JSON lines."""
+    return score_command.run(given)
 
 
 def _gate(given: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """The documented commands run, and print what the documents say."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -25,12 +26,14 @@ def test_its_options_exist(readme: str, root: Path) -> None:
         helped += subprocess.run(
             [sys.executable, f"tools/{tool}.py", "--help"], cwd=root, capture_output=True, text=True
         ).stdout
-    helped += subprocess.run(
-        [sys.executable, "-m", "quantgate", "audit", "--help"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    ).stdout
+    for verb in ("audit", "kld"):
+        helped += subprocess.run(
+            [sys.executable, "-m", "quantgate", verb, "--help"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        ).stdout
+    readme = re.sub(r"^    python -m quantgate.lm_eval .*$", "", readme, flags=re.MULTILINE)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert options
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", helped))
@@ -180,3 +183,22 @@ def test_the_perplexity_commands_are_accepted(
     for command in commands:
         arguments = tool("perplexity").parse_arguments(shlex.split(command))
         assert (root / arguments.model).is_dir()
+
+
+def test_the_commands_on_any_text_run(root: Path, tmp_path: Path) -> None:
+    """Every command of docs/kld.md, in its order; eagerly, because compiling takes minutes."""
+    for name in ("build", "fixtures"):
+        (tmp_path / name).symlink_to(root / name)
+    lines = (root / "fixtures" / "probes" / "tiny.jsonl").read_text().splitlines()[1:9]
+    text = "\n\n".join(json.loads(line)["text"] for line in lines)
+    (tmp_path / "corpus.txt").write_text(text)
+    document = (root / "docs" / "kld.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python -m quantgate (.*)$", document, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["kld", "ppl", "score", "kld", "kld"]
+    for command in commands:
+        words = [*shlex.split(command), "--enforce-eager"]
+        result = run_python("-m", "quantgate", *words, cwd=tmp_path)
+        assert result.returncode == 0, (command, result.stderr[-2000:])
+        answer = {"kld": "Mean KLD", "ppl": "perplexity ", "score": '"rank": '}[words[0]]
+        assert answer in result.stdout, command
+    assert (tmp_path / "base-states" / "states.json").is_file()

@@ -197,12 +197,12 @@ def test_the_statistics_are_llama_cpps(moved: float) -> None:
 @settings(deadline=None)
 def test_hidden_states_are_stored_in_their_own_bits(dtype: str, rows: int, seed: int) -> None:
     """16-bit ones in half the bytes of float32, and not one bit is lost."""
-    from quantgate.measuring.codec import _packed, _unpacked
+    from quantgate.measuring.codec import packed, unpacked
 
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(rows, 33, generator=generator) * 100
     states[0, 0] = 0.0
     hidden = states.to(getattr(torch, dtype)).float().numpy()
-    packed = _packed(hidden)
-    assert packed.nbytes == hidden.nbytes // (1 if dtype == "float32" else 2)
-    assert _unpacked(packed).tobytes() == hidden.tobytes()
+    stored = packed(hidden)
+    assert stored.nbytes == hidden.nbytes // (1 if dtype == "float32" else 2)
+    assert unpacked(stored).tobytes() == hidden.tobytes()

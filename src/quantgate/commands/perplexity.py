@@ -256,11 +256,22 @@ def evaluate(
     `texts` are documents or, if the protocol joins them, pieces of one text.
     """
     tally = Tally()
-    for batch in batches(all_windows(texts, protocol, tokenizer, tally)):
+    score_all(llm, all_windows(texts, protocol, tokenizer, tally), tally, progress=progress)
+    return tally
+
+
+def score_all(
+    llm: LLM,
+    windows: Iterable[ScoredWindow],
+    tally: Tally,
+    *,
+    progress: Callable[[Tally], None] = lambda _: None,
+) -> None:
+    """Score windows, `BATCH_TOKENS` tokens at a time, and add them to a tally."""
+    for batch in batches(windows):
         for nll in score_windows(llm, batch):
             tally.add(nll)
         progress(tally)
-    return tally
 
 
 def all_windows(

@@ -19,7 +19,7 @@ def to_arrays(measured: Measurement) -> dict[str, NDArray[Any]]:
     held = ((field.name, getattr(measured, field.name)) for field in fields(measured))
     arrays = {name: value for name, value in held if isinstance(value, np.ndarray)}
     if measured.hidden is not None:
-        arrays["hidden"] = _packed(measured.hidden)
+        arrays["hidden"] = packed(measured.hidden)
     provenance = msgspec.json.encode(measured.provenance)
     return {**arrays, "provenance": np.frombuffer(provenance, np.uint8)}
 
@@ -29,11 +29,11 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Measurement:
     provenance = msgspec.convert(json.loads(arrays["provenance"].tobytes()), Provenance)
     found: dict[str, Any] = {**arrays, "provenance": provenance}
     if "hidden" in found:
-        found["hidden"] = _unpacked(found["hidden"])
+        found["hidden"] = unpacked(found["hidden"])
     return Measurement(**found)
 
 
-def _packed(hidden: NDArray[Any]) -> NDArray[Any]:
+def packed(hidden: NDArray[Any]) -> NDArray[Any]:
     """Return hidden states in 16 bits if they fit there without rounding."""
     bits = np.ascontiguousarray(hidden).view(np.uint32)
     if not (bits & 0xFFFF).any():
@@ -43,8 +43,8 @@ def _packed(hidden: NDArray[Any]) -> NDArray[Any]:
     return half if np.array_equal(half.astype(np.float32), hidden) else hidden
 
 
-def _unpacked(stored: NDArray[Any]) -> NDArray[Any]:
-    """Invert `_packed`."""
+def unpacked(stored: NDArray[Any]) -> NDArray[Any]:
+    """Invert `packed`."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from quantgate.errors import BadInput
 from quantgate.subject.passage import Passage, in_one_line, tokenizer_of
+from quantgate.subject.shipped import shipped
 from quantgate.subject.task import GENERATE, SEQUENCE_REWARD, Task
 
 
@@ -214,9 +215,10 @@ EMBEDDED_PROBES: Mapping[Task, str] = {
 
 
 def embedded_probe(root: Path, task: Task, *, quality: bool = False) -> Probe:
-    """Return the probe in a project's `fixtures/probes` for a task.
+    """Return the probe for a task: the project's own in `fixtures/probes`, or quantgate's.
 
     With `quality`, the larger one on which the task's own metric is computed.
     """
-    name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}"
-    return read_probe(root / "fixtures" / "probes" / f"{name}.jsonl")
+    name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}.jsonl"
+    own = root / "fixtures" / "probes" / name
+    return read_probe(own if own.exists() else shipped("fixtures/probes") / name)

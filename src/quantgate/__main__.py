@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_command(commands, "checks", _checks, "list every check and what it asks")
     _add_approve(commands)
     _add_init(commands)
+    _add_card(commands)
     for name in ("gate", "doctor", "budgets", "approve"):
         commands.choices[name].add_argument(
             "--project",
@@ -133,7 +134,9 @@ def _add_approve(commands: Commands) -> None:
     approve.add_argument(
         "--reason", required=True, metavar="TEXT", help="kept in the golden's history"
     )
-    approve.add_argument("--dry-run", action="store_true", help="show what would change, write none")
+    approve.add_argument(
+        "--dry-run", action="store_true", help="show what would change, write none"
+    )
     approve.add_argument(
         "--accept-failing",
         action="store_true",
@@ -146,6 +149,20 @@ def _add_init(commands: Commands) -> None:
     init.add_argument(
         "directory", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this one"
     )
+
+
+def _add_card(commands: Commands) -> None:
+    card = _add_command(commands, "card", _card, "write a model card's section from a report")
+    card.add_argument(
+        "report", type=Path, metavar="REPORT_DIR", help="where `quantgate gate` wrote gate.json"
+    )
+    card.add_argument(
+        "--checkpoint", metavar="ID", help="which one, if the report is of several checkpoints"
+    )
+    card.add_argument(
+        "--base", metavar="ORG/MODEL", help="the base's id on the hub, if the report has its path"
+    )
+    card.add_argument("--name", help="the model's name in the metadata (default: its id)")
 
 
 def _gate(given: argparse.Namespace) -> int:
@@ -177,6 +194,20 @@ def _init(given: argparse.Namespace) -> int:
     for path in init.run(given.directory):
         print(f"wrote {path}")
     print(init.NEXT)
+    return 0
+
+
+def _card(given: argparse.Namespace) -> int:
+    """Write card.md and badge.svg into REPORT_DIR: the verdict, recoveries with ±, and metadata.
+
+    card.md begins with the metadata that the hub reads (base_model, base_model_relation,
+    model-index), between two lines of ---; merge it into your README.md's.
+    """
+    from quantgate.reporting.card import write_card
+
+    paths = write_card(given.report, checkpoint=given.checkpoint, base=given.base, name=given.name)
+    for path in paths:
+        print(f"wrote {path}")
     return 0
 
 

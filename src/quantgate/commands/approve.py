@@ -99,9 +99,7 @@ def regenerate(checkpoint: Checkpoint, lab: Lab, asked: Approval) -> list[approv
     refused = []
     for dtype in DTYPES if has_float32(checkpoint) else DTYPES[1:]:
         case = Case.of(checkpoint, dtype, lab)
-        proposal = approval.propose(
-            case, asked.reason.strip(), accept_failing=asked.accept_failing
-        )
+        proposal = approval.propose(case, asked.reason.strip(), accept_failing=asked.accept_failing)
         path = proposal.path.relative_to(checkpoint.root)
         if proposal.refusals:
             refused.append(proposal)

@@ -24,6 +24,12 @@ def run(
     """
     import pytest
 
+    if not checkpoints and not any((project / "fixtures" / "checkpoints").glob("*.toml")):
+        raise BadInput(
+            f"{project / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
+            "nothing to judge; name a checkpoint (`quantgate gate PATH --base BASE`), or begin "
+            "with `quantgate init`."
+        )
     options = [word for name in checkpoints for word in ("--checkpoint", name)]
     options += ["--base", base] if base is not None else []
     options += ["--gate-report", str(report.absolute())]

@@ -164,6 +164,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
             check_of(item.nodeid) or item.name,
             PENDING,
             task=checkpoint.task,
+            base=checkpoint.base,
         )
 
 

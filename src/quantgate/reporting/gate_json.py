@@ -50,6 +50,7 @@ def _checkpoint(results: list[CheckResult]) -> dict[str, Any]:
         "id": results[0].checkpoint,
         "scheme": results[0].scheme,
         "task": results[0].task,
+        "base": results[0].base,
         "verdict": worst([result.verdict.counted for result in results]),
         "emulated": sorted({name for result in results for name in result.verdict.emulated}),
         "checks": [

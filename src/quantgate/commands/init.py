@@ -14,7 +14,7 @@ FILES = {
     ".github/workflows/quantgate.yml": "workflow.yml",
 }
 NEXT = (
-    "Next: copy fixtures/checkpoints/example.toml.sample to <id>.toml there and change it, then run "
+    "Next: copy fixtures/checkpoints/example.toml.sample to <id>.toml there, change it, and run "
     "`quantgate gate`."
 )
 

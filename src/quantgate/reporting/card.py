@@ -56,13 +56,14 @@ class Row:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the metrics of `model-index`."""
-        error = {} if self.error is None else {"args": {"standard_error": self.error}}
+        error = {} if self.error is None else {"args": {"standard_error": _rounded(self.error)}}
+        value = {"type": self.metric, "value": _rounded(self.value), "name": self.name}
         if self.recovery is None:
-            yield {"type": self.metric, "value": self.value, "name": self.name, **error}
+            yield value | error
             return
-        yield {"type": self.metric, "value": self.value, "name": self.name}
-        recovery = f"recovery of {self.name}, in percent of the base"
-        yield {"type": "recovery", "value": self.recovery, "name": recovery, **error}
+        yield value
+        name = f"recovery of {self.name}, in percent of the base"
+        yield {"type": "recovery", "value": _rounded(self.recovery), "name": name, **error}
 
 
 def write_card(
@@ -99,7 +100,7 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         for judged in content["checkpoints"]:
-            _ = judged["id"], judged["base"], judged["checks"]
+            _ = judged["id"], judged["base"], judged["checks"], SIGN[judged["verdict"]]
     except FileNotFoundError:
         raise BadInput(f"{path}: no report there; `quantgate gate` writes it.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -147,7 +148,7 @@ def card(
         f"({escaped(report['started'][:10])}, {escaped(environment)}).",
         "",
         markdown_table(
-            ("", "base", "quantized", "recovery"), [map_escaped(row.cells()) for row in rows]
+            ("", "base", "quantized", "recovery"), [map(escaped, row.cells()) for row in rows]
         ),
         LEGEND,
     ]
@@ -155,11 +156,6 @@ def card(
         kernels = ", ".join(map(escaped, judged["emulated"]))
         lines += ["", f"Emulated, no evidence about a real kernel: {kernels}."]
     return "\n".join(lines) + "\n"
-
-
-def map_escaped(cells: tuple[str, ...]) -> tuple[str, ...]:
-    """Escape each cell of a table's line."""
-    return tuple(map(escaped, cells))
 
 
 def _metadata(judged: Mapping[str, Any], rows: list[Row], base: str, name: str) -> dict[str, Any]:
@@ -219,6 +215,10 @@ def _in_a_word(judged: Mapping[str, Any], rows: list[Row]) -> str:
     return f"{said}, {recovery:.1f} %" if said == "pass" and recovery is not None else said
 
 
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
 def _with_error(value: float, error: float | None) -> str:
     """Return a value with its standard error, both to the error's second significant digit.
 
@@ -250,5 +250,6 @@ def _yaml(value: Any, depth: int = 0) -> Iterator[str]:
 
 def _scalar(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
+    text = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
     # YAML 1.1 reads 1e-05 as a string.
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text

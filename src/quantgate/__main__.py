@@ -20,7 +20,17 @@ Commands = Any
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line; errors of the user are one sentence.
+    """Run a command, and return its exit status; errors of the user are one sentence."""
+    given = parse(arguments)
+    try:
+        return int(given.run(given))
+    except (BadInput, EngineFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, this process's by default; `run` is the function to call with it.
 
     Words after `--` are pytest's own arguments, for `gate`.
     """
@@ -66,11 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     if more and given.run is not _gate:
         parser.error(f"only `gate` takes words after --, got {' '.join(more)}")
     given.pytest = more
-    try:
-        return int(given.run(given))
-    except (BadInput, EngineFailure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return given
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:

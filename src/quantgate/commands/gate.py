@@ -24,6 +24,8 @@ def run(
     """
     import pytest
 
+    if not project.is_dir():
+        raise BadInput(f"--project {project}: no such directory.")
     if not checkpoints and not any((project / "fixtures" / "checkpoints").glob("*.toml")):
         raise BadInput(
             f"{project / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
@@ -41,8 +43,6 @@ def suites_of(project: Path) -> list[str]:
 
     A project has suites of its own if it has both `suites` and `pyproject.toml`, as a checkout has.
     """
-    if not project.is_dir():
-        raise BadInput(f"--project {project}: no such directory.")
     root = ["--rootdir", str(project.absolute())]
     suites, settings = project / "suites", project / "pyproject.toml"
     if suites.is_dir() and settings.is_file():

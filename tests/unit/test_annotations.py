@@ -6,7 +6,7 @@ import pytest
 
 from quantgate.judging.results import CheckResult
 from quantgate.judging.verdict import Outcome, Verdict
-from quantgate.reporting.annotations import annotations, line_of
+from quantgate.reporting.annotations import line_of, workflow_commands
 
 FILE = """# a comment: source = "no"
 source = "./x"
@@ -58,7 +58,7 @@ def test_what_does_not_count_as_a_pass_has_one(project: Path) -> None:
         result("inconclusive"),
         result("not-run", "fidelity-float32", next_step="do this"),
     ]
-    assert list(annotations(results, project, project.parent)) == [
+    assert list(workflow_commands(results, project, project.parent)) == [
         "::error file=models/fixtures/checkpoints/x.toml,line=5,title=x quality%3A INCONCLUSIVE"
         "::100%25 off",
         "::error file=models/fixtures/checkpoints/x.toml,line=2,title=x fidelity-float32%3A NOT-RUN"
@@ -67,14 +67,14 @@ def test_what_does_not_count_as_a_pass_has_one(project: Path) -> None:
 
 
 def test_a_checkpoint_without_a_file_has_no_place(tmp_path: Path) -> None:
-    (line,) = annotations([result("fail")], tmp_path, tmp_path)
+    (line,) = workflow_commands([result("fail")], tmp_path, tmp_path)
     assert line == "::error title=x quality%3A FAIL::100%25 off"
 
 
 def test_a_message_cannot_begin_a_command(tmp_path: Path) -> None:
     hostile = "a\r\n::add-mask::b,c:d%0A"
     failed = CheckResult("x", "s", hostile, Verdict("fail", hostile))
-    (line,) = annotations([failed], tmp_path, tmp_path)
+    (line,) = workflow_commands([failed], tmp_path, tmp_path)
     assert line.splitlines() == [line]
     properties = line.removeprefix("::error ").partition("::")[0]
     assert properties.count("=") == 1

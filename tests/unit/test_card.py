@@ -74,9 +74,8 @@ def test_the_hubs_library_reads_its_metadata(tmp_path: Path) -> None:
     assert found["top_1_agreement"].metric_value == pytest.approx(95.2713)
     assert found["kl_divergence"].metric_value == pytest.approx(0.0019088)
     assert found["kl_divergence"].metric_args == {"standard_error": 5.31e-5}
-    # It is not rewritten otherwise: what it reads and writes is the same metadata.
     again = ModelCard(str(ModelCard.load(tmp_path / "card.md")))
-    assert again.data.to_dict() == data.to_dict()
+    assert vars(again.data) == vars(data)  # what it writes is what it has read
 
 
 @pytest.mark.parametrize("value", [1e-05, 2e-07, 1.5e300, 3.0, 0.25, None, "1e5", "no", "ä: #\x7f"])

@@ -39,7 +39,7 @@ def expressions(content: object) -> Iterator[str]:
         yield from re.findall(r"inputs\.([\w-]+)", text)
 
 
-def workflows(root: Path) -> dict[str, dict[str, Any]]:
+def workflows(root: Path) -> dict[str, Any]:
     paths = [
         root / ".github" / "workflows" / "gate.yml",
         root / "src" / "quantgate" / "commands" / "new_project" / "workflow.yml",

@@ -24,7 +24,7 @@ from quantgate.measuring.environment import library_versions
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory
 from quantgate.plugin.scheduling import check_of, group_of
 from quantgate.plugin.workers import send
-from quantgate.reporting.annotations import annotations
+from quantgate.reporting.annotations import workflow_commands
 from quantgate.reporting.run import Run
 from quantgate.reporting.terminal import engines_line, table
 from quantgate.reporting.write import FILES, write_reports
@@ -152,5 +152,5 @@ def summarize(terminalreporter: Any, config: pytest.Config) -> None:
         terminalreporter.write_line(f"report: {names}")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         workspace = Path(os.environ.get("GITHUB_WORKSPACE", run.root))
-        for line in annotations(results, run.root, workspace):
+        for line in workflow_commands(results, run.root, workspace):
             terminalreporter.write_line(line)

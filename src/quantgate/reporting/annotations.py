@@ -22,7 +22,7 @@ BUDGET_OF = {
 }
 
 
-def annotations(results: Iterable[CheckResult], root: Path, workspace: Path) -> Iterator[str]:
+def workflow_commands(results: Iterable[CheckResult], root: Path, workspace: Path) -> Iterator[str]:
     """Yield a workflow command for each check that counts as other than a pass.
 
     Files are named relative to `workspace`, the checkout in which GitHub looks for them; a

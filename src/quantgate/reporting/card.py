@@ -148,7 +148,8 @@ def card(
         f"({escaped(report['started'][:10])}, {escaped(environment)}).",
         "",
         markdown_table(
-            ("", "base", "quantized", "recovery"), [map(escaped, row.cells()) for row in rows]
+            ("", "base", "quantized", "recovery"),
+            [tuple(map(escaped, row.cells())) for row in rows],
         ),
         LEGEND,
     ]

@@ -47,6 +47,6 @@ def suites_of(project: Path) -> list[str]:
     suites, settings = project / "suites", project / "pyproject.toml"
     if suites.is_dir() and settings.is_file():
         return [str(suites), *root, "-c", str(settings)]
-    suites = shipped("suites")
-    # A virtual environment is often inside the project, whose conftest.py is for its own tests.
-    return [str(suites), *root, "-c", str(SETTINGS), f"--confcutdir={suites}"]
+    # pytest takes no conftest.py from above the settings: a virtual environment is often inside the
+    # project, whose conftest.py is for its own tests.
+    return [str(shipped("suites")), *root, "-c", str(SETTINGS)]

@@ -66,6 +66,15 @@ def test_what_does_not_count_as_a_pass_has_one(project: Path) -> None:
     ]
 
 
+def test_its_file_may_be_in_a_folder_of_its_own(project: Path) -> None:
+    folder = project / "fixtures" / "checkpoints"
+    (folder / "x.toml").rename((folder / "y.toml"))
+    (folder / "real").mkdir()
+    (folder / "real" / "x.toml").write_text(FILE)
+    (line,) = workflow_commands([result("fail")], project, project)
+    assert line.startswith("::error file=fixtures/checkpoints/real/x.toml,line=5,")
+
+
 def test_a_checkpoint_without_a_file_has_no_place(tmp_path: Path) -> None:
     (line,) = workflow_commands([result("fail")], tmp_path, tmp_path)
     assert line == "::error title=x quality%3A FAIL::100%25 off"

@@ -189,6 +189,18 @@ def test_examples_give_what_they_say() -> None:
     assert doctest.testmod(card).failed == 0
 
 
+def test_a_pass_that_is_no_release_has_no_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a report in a tier that the checkpoint's file does not accept for a release."""
+    written(tmp_path, generative())
+    content = json.loads((tmp_path / "gate.json").read_text())
+    content["checkpoints"][0] |= {"tier": "quick", "required_tier": "full", "released": False}
+    (tmp_path / "gate.json").write_text(json.dumps(content))
+    assert main(["card", str(tmp_path)]) == 4
+    assert "passed in tier quick, but a release of it needs tier full" in capsys.readouterr().err
+
+
 def test_the_report_names_the_base() -> None:
     content = json.loads(gate_json(Run(generative(), "", 0.0, {})))
     assert content["checkpoints"][0]["base"] == "org/Tiny-Llama"

@@ -26,7 +26,7 @@ def run(
 
     if not project.is_dir():
         raise BadInput(f"--project {project}: no such directory.")
-    if not checkpoints and not any((project / "fixtures" / "checkpoints").glob("*.toml")):
+    if not checkpoints and not any((project / "fixtures" / "checkpoints").rglob("*.toml")):
         raise BadInput(
             f"{project / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
             "nothing to judge; name a checkpoint (`quantgate gate PATH --base BASE`), or begin "

@@ -33,8 +33,8 @@ def workflow_commands(results: Iterable[CheckResult], root: Path, workspace: Pat
         if verdict.counted == "pass":
             continue
         properties = {"title": f"{result.checkpoint} {result.check}: {verdict.outcome.upper()}"}
-        file = root / "fixtures" / "checkpoints" / f"{result.checkpoint}.toml"
-        if file.is_file():
+        files = (root / "fixtures" / "checkpoints").rglob(f"{result.checkpoint}.toml")
+        if (file := next(files, None)) is not None:
             line = line_of(result.check, file.read_text(encoding="utf-8"))
             place = {"file": _within(file, workspace), "line": str(line)}
             properties = place | properties

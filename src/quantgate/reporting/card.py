@@ -77,6 +77,11 @@ def write_card(
     """
     content = read_report(report / "gate.json")
     judged = _chosen(content, checkpoint, report)
+    if judged["verdict"] == "pass" and judged.get("released") is False:
+        raise BadInput(
+            f"{judged['id']} passed in tier {judged['tier']}, but a release of it needs tier "
+            f"{judged['required_tier']}; run `quantgate gate` in that tier first."
+        )
     base = _base_id(judged, base)
     rows = recoveries(judged)
     if not rows:

@@ -68,7 +68,7 @@ def test_what_does_not_count_as_a_pass_has_one(project: Path) -> None:
 
 def test_its_file_may_be_in_a_folder_of_its_own(project: Path) -> None:
     folder = project / "fixtures" / "checkpoints"
-    (folder / "x.toml").rename((folder / "y.toml"))
+    (folder / "x.toml").rename(folder / "y.toml")
     (folder / "real").mkdir()
     (folder / "real" / "x.toml").write_text(FILE)
     (line,) = workflow_commands([result("fail")], project, project)

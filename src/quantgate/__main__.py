@@ -1,10 +1,12 @@
-"""`python -m quantgate`: the gate in one line, the audit, and what a machine can certify."""
+"""`quantgate`, and `python -m quantgate`: the gate, and the commands around it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from quantgate.atomic import write_atomically
 from quantgate.commands import kld as kld_command
@@ -13,30 +15,44 @@ from quantgate.commands import score as score_command
 from quantgate.errors import BadInput
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.subject.checkpoint_file import read_checkpoint_files
+from quantgate.subject.tier import TIERS
 
 BAD_INPUT = 4  # pytest's own status for it
 
+# What `add_subparsers` returns, a class that argparse does not export.
+Commands = Any
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line; errors of the user are one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m quantgate")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    gate = commands.add_parser(
-        "gate",
-        help="judge one checkpoint; what follows -- goes to pytest",
-        description=_gate.__doc__,
+    """Run a command, and return its exit status; errors of the user are one sentence."""
+    given = parse(arguments)
+    try:
+        return int(given.run(given))
+    except (BadInput, EngineFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, BadInput) else 1
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, this process's by default; `run` is the function to call with it.
+
+    Words after `--` are pytest's own arguments, for `gate`.
+    """
+    words, more = _split(sys.argv[1:] if arguments is None else arguments)
+    script = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        prog=script if script == "quantgate" else "python -m quantgate",
+        description="A release gate for quantized LLM checkpoints served by vLLM.",
+        epilog="COMMAND --help tells more of each. To begin: quantgate gate PATH --base BASE",
     )
-    gate.add_argument("checkpoint", metavar="PATH_OR_ID")
-    gate.add_argument("--base", metavar="PATH_OR_ID", help="the unquantized model it was made from")
-    gate.add_argument("--report", type=Path, default=Path("report"), metavar="DIR")
-    gate.add_argument("pytest", nargs="*", help="pytest's own arguments, after --")
-    gate.set_defaults(run=_gate)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    _add_gate(commands)
     audit = commands.add_parser(
         "audit",
         help="find what is wrong with a checkpoint's files; no engine, no torch",
         description=_audit.__doc__,
     )
-    audit.add_argument("checkpoint", nargs="?", metavar="PATH")
+    audit.add_argument("checkpoint", nargs="?", metavar="PATH", help="the checkpoint's directory")
     audit.add_argument("--base", metavar="PATH", help="the unquantized model it was made from")
     audit.add_argument(
         "--deep", action="store_true", help="compare every weight with the base's, too"
@@ -46,43 +62,152 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--rules", action="store_true", help="list the rules")
     audit.add_argument("--explain", metavar="RULE", help="tell what there is to know of a rule")
     audit.set_defaults(run=_audit)
-    kld = commands.add_parser(
-        "kld", help="KL divergence from the base, on any text", description=_kld.__doc__
-    )
-    kld.add_argument("model", metavar="PATH_OR_ID")
-    kld_command.add_arguments(kld)
-    kld.set_defaults(run=_kld)
-    ppl = commands.add_parser(
-        "ppl", help="perplexity, by a published protocol", description=_ppl.__doc__
-    )
-    ppl.add_argument("model", metavar="PATH_OR_HUB_ID")
-    ppl_command.add_arguments(ppl)
-    ppl.set_defaults(run=_ppl)
-    score = commands.add_parser(
-        "score", help="log-probability and rank of each token", description=_score.__doc__
-    )
-    score.add_argument("model", metavar="PATH_OR_ID")
-    score_command.add_arguments(score)
-    score.set_defaults(run=_score)
-    budgets = commands.add_parser("budgets", help="print what every check allows, and why")
-    budgets.set_defaults(run=_budgets)
-    doctor = commands.add_parser("doctor", help="print what this machine can certify")
-    doctor.set_defaults(run=_doctor)
-    checks = commands.add_parser("checks", help="list every check and what it asks")
-    checks.set_defaults(run=_checks)
-    for command in (gate, audit, kld, ppl, score, budgets, doctor):
-        command.add_argument(
-            "--project", type=Path, default=Path.cwd(), help="where suites and fixtures lie"
+    _add_measures(commands)
+    _add_command(commands, "doctor", _doctor, "print what this machine can certify")
+    _add_command(commands, "budgets", _budgets, "print what every check allows, and why")
+    _add_command(commands, "checks", _checks, "list every check and what it asks")
+    _add_approve(commands)
+    _add_init(commands)
+    _add_card(commands)
+    for name in ("gate", "kld", "ppl", "score", "doctor", "budgets", "approve"):
+        commands.choices[name].add_argument(
+            "--project",
+            type=Path,
+            default=Path.cwd(),
+            metavar="DIR",
+            help="the directory of fixtures/checkpoints and golden (default: this one)",
         )
-    given = parser.parse_args(arguments)
-    try:
-        return int(given.run(given))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except EngineFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    given = parser.parse_args(words)
+    if more and given.run is not _gate:
+        parser.error(f"only `gate` takes words after --, got {' '.join(more)}")
+    given.pytest = more
+    return given
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words before the first `--`, and those after it."""
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end + 1 :]
+
+
+def _add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    """Add a command; `text` is its line in the list and, without a docstring, its description."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=run.__doc__ or f"{text[0].upper()}{text[1:]}."
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_gate(commands: Commands) -> None:
+    gate = _add_command(
+        commands, "gate", _gate, "judge checkpoints with every check, and write the report"
+    )
+    gate.usage = "%(prog)s [PATH_OR_ID ...] [--base PATH_OR_ID] [options] [-- PYTEST_OPTION ...]"
+    gate.epilog = (
+        "Words after -- go to pytest: -k quality selects checks, -x stops at the first failure, "
+        "-n 2 judges two checkpoints at a time. Exit status: 0 if every check passed, 1 if one "
+        "did not, 4 for bad input."
+    )
+    gate.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="PATH_OR_ID",
+        help="a directory, a hub id, or the name of a file in fixtures/checkpoints "
+        "(default: every file there)",
+    )
+    gate.add_argument("--base", metavar="PATH_OR_ID", help="the unquantized model it was made from")
+    gate.add_argument(
+        "--tier",
+        choices=TIERS,
+        help="how much to ask (default: what a checkpoint's file asks, and standard without one)",
+    )
+    gate.add_argument(
+        "--probe", metavar="NAME_OR_FILE", help="what to score (default: the task's own probe)"
+    )
+    gate.add_argument(
+        "--report",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="where gate.json, gate.md, junit.xml and index.html go (default: report)",
+    )
+
+
+def _add_measures(commands: Commands) -> None:
+    kld = _add_command(commands, "kld", _kld, "KL divergence from the base, on any text")
+    kld_command.add_arguments(kld)
+    ppl = _add_command(commands, "ppl", _ppl, "perplexity, by a published protocol")
+    ppl_command.add_arguments(ppl)
+    score = _add_command(commands, "score", _score, "log-probability and rank of each token")
+    score_command.add_arguments(score)
+    for command in (kld, ppl, score):
+        command.add_argument("model", metavar="PATH_OR_ID", help="a directory or a hub id")
+
+
+def _add_approve(commands: Commands) -> None:
+    approve = _add_command(
+        commands, "approve", _approve, "take what a checkpoint computes now as its golden"
+    )
+    selection = approve.add_mutually_exclusive_group(required=True)
+    selection.add_argument(
+        "--checkpoint",
+        action="append",
+        metavar="ID",
+        help="the name of a file in fixtures/checkpoints; may be repeated",
+    )
+    selection.add_argument(
+        "--all", action="store_true", help="every checkpoint, unless its file says golden = false"
+    )
+    approve.add_argument(
+        "--reason", required=True, metavar="TEXT", help="kept in the golden's history"
+    )
+    approve.add_argument(
+        "--dry-run", action="store_true", help="show what would change, write none"
+    )
+    approve.add_argument(
+        "--accept-failing",
+        action="store_true",
+        help="approve what fails fidelity too; the golden's history says so",
+    )
+
+
+def _add_init(commands: Commands) -> None:
+    init = _add_command(commands, "init", _init, "make a repository for checkpoints to gate")
+    init.add_argument(
+        "directory", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this one"
+    )
+
+
+def _add_card(commands: Commands) -> None:
+    card = _add_command(commands, "card", _card, "write a model card's section from a report")
+    card.add_argument(
+        "report", type=Path, metavar="REPORT_DIR", help="where `quantgate gate` wrote gate.json"
+    )
+    card.add_argument(
+        "--checkpoint", metavar="ID", help="which one, if the report is of several checkpoints"
+    )
+    card.add_argument(
+        "--base", metavar="ORG/MODEL", help="the base's id on the hub, if the report has its path"
+    )
+    card.add_argument("--name", help="the model's name in the metadata (default: its id)")
+
+
+def _gate(given: argparse.Namespace) -> int:
+    """Judge checkpoints with every check, print a table and write the report."""
+    from quantgate.commands import gate
+
+    more = [
+        word
+        for option in ("tier", "probe")
+        if (value := getattr(given, option)) is not None
+        for word in (f"--{option}", value)
+    ]
+    return gate.run(
+        given.project, given.checkpoints, given.base, given.report, [*more, *given.pytest]
+    )
 
 
 def _kld(given: argparse.Namespace) -> int:
@@ -100,20 +225,43 @@ def _score(given: argparse.Namespace) -> int:
     return score_command.run(given)
 
 
-def _gate(given: argparse.Namespace) -> int:
-    """Judge one checkpoint with every suite, and write the report; exits as pytest does."""
-    import pytest
+def _approve(given: argparse.Namespace) -> int:
+    """Take what a checkpoint computes now as its golden, which `drift` compares with from then on.
 
-    if not (given.project / "suites").is_dir():
-        raise BadInput(
-            f"{given.project}: no suites here; run it in a clone of quantgate, or give --project."
-        )
-    report = given.report.absolute()
-    options = ["--checkpoint", given.checkpoint, "--gate-report", str(report)]
-    if given.base is not None:
-        options += ["--base", given.base]
-    root = ["--rootdir", str(given.project), "-c", str(given.project / "pyproject.toml")]
-    return pytest.main([str(given.project / "suites"), *root, *options, *given.pytest])
+    Shows old and new figures first. A golden that still holds is not rewritten, and a checkpoint
+    that fails fidelity is refused.
+    """
+    from quantgate.commands import approve
+
+    asked = approve.Approval(given.reason, given.dry_run, given.accept_failing)
+    return approve.run(given.project, given.checkpoint, asked)
+
+
+def _init(given: argparse.Namespace) -> int:
+    """Write an example of a checkpoint's file, an empty golden/ and a CI workflow.
+
+    Nothing that is there already is overwritten.
+    """
+    from quantgate.commands import init
+
+    for path in init.run(given.directory):
+        print(f"wrote {path}")
+    print(init.NEXT)
+    return 0
+
+
+def _card(given: argparse.Namespace) -> int:
+    """Write card.md and badge.svg into REPORT_DIR: the verdict, recoveries with ±, and metadata.
+
+    card.md begins with the metadata that the hub reads (base_model, base_model_relation,
+    model-index), between two lines of ---; merge it into your README.md's.
+    """
+    from quantgate.reporting.card import write_card
+
+    paths = write_card(given.report, checkpoint=given.checkpoint, base=given.base, name=given.name)
+    for path in paths:
+        print(f"wrote {path}")
+    return 0
 
 
 def _audit(given: argparse.Namespace) -> int:

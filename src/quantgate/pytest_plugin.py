@@ -100,7 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("update_snapshots") or config.getoption("update_new_snapshots_only"):
         raise pytest.UsageError(
             "a test run never writes a golden; use "
-            '`python tools/regen_golden.py --checkpoint ID --reason "…"`.'
+            '`quantgate approve --checkpoint ID --reason "…"`.'
         )
     take_part(config)
     config.stash[RUN] = GateRun(config.rootpath)

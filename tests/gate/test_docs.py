@@ -136,12 +136,12 @@ def test_the_github_actions_example_gives_commands_that_exist(root: Path, readme
 
 
 def test_the_gate_in_one_line_is_pytests(root: Path) -> None:
-    """Its status too: bad input is 4, and so is a directory without suites."""
+    """Its status too: bad input is 4, and so is a directory that is not there."""
     command = [sys.executable, "-m", "quantgate", "gate"]
     for arguments, message in (
         (["tiny-lama"], "--checkpoint tiny-lama: neither a directory nor an id"),
         (["tiny-llama-w4a16", "--base", "x/y"], "names its base in its own file"),
-        (["tiny-llama-w4a16", "--project", "/nowhere"], "no suites here"),
+        (["tiny-llama-w4a16", "--project", "/nowhere"], "/nowhere: no such directory"),
     ):
         result = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True)
         assert result.returncode == 4, result.stdout
@@ -158,8 +158,8 @@ def test_the_gate_in_one_line_is_pytests(root: Path) -> None:
 def test_the_commands_for_a_real_checkpoint_are_accepted(root: Path, project: Path) -> None:
     """Each of them, of an embedded checkpoint in place of the one from the hub."""
     text = (root / "docs" / "adding-a-checkpoint.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^ {4,}((?:pytest|python -m quantgate).*)$", text, re.MULTILINE)
-    assert len(commands) == 4
+    commands = re.findall(r"^ {4,}((?:pytest|quantgate) .*)$", text, re.MULTILINE)
+    assert len(commands) == 6
     for command in commands:
         words = shlex.split(command.replace("llama-3.1-8b-instruct-w4a16", "tiny-llama-w4a16"))
         if words[0] == "pytest":
@@ -168,8 +168,8 @@ def test_the_commands_for_a_real_checkpoint_are_accepted(root: Path, project: Pa
             asked = [sys.executable, "-m", "pytest", "suites", "--co", "-q", *words[1:]]
             asked = [word for word in asked if word not in ("-n", "4")]
         else:
-            asked = [sys.executable, *words[1:], *(["--", "--co", "-q"] if "gate" in words else [])]
-            asked += ["--help"] if "doctor" in words else []
+            asked = [sys.executable, "-m", *words]
+            asked += ["--", "--co", "-q"] if words[1] == "gate" else ["--help"]
         result = subprocess.run(asked, cwd=project, capture_output=True, text=True)
         assert result.returncode == 0, (command, result.stdout, result.stderr)
 

@@ -58,7 +58,7 @@ def test_a_changed_checkpoint_passes_fidelity_and_fails_drift(
         "max |Δ log-prob| is",
         "allowed <= 1",
         "worst      heldout-",
-        'python tools/regen_golden.py --checkpoint tiny-llama-w4a16 --reason "…"',
+        'quantgate approve --checkpoint tiny-llama-w4a16 --reason "…"',
     ):
         assert text in result.stdout
     assert "Traceback" not in result.stdout
@@ -97,7 +97,7 @@ def test_a_missing_golden_is_not_run_and_does_not_pass(run_gate: RunGate) -> Non
     ((check,),) = [c["checks"] for c in run_gate.report["checkpoints"]]
     assert check["verdict"] == "not-run"
     assert "drift-float32.cpu.json does not exist" in check["detail"]
-    assert "tools/regen_golden.py --checkpoint tiny-llama-w4a16" in result.stdout
+    assert "quantgate approve --checkpoint tiny-llama-w4a16" in result.stdout
     assert not golden.exists()
 
 

@@ -119,5 +119,5 @@ def test_no_checkpoint_at_all(run_gate: RunGate) -> None:
 def test_a_run_that_would_write_goldens(run_gate: RunGate, option: str) -> None:
     before = {path: path.read_bytes() for path in (run_gate.project / "golden").rglob("*.json")}
     message = refusal(run_gate, option)
-    assert "tools/regen_golden.py" in message
+    assert "quantgate approve" in message
     assert before == {path: path.read_bytes() for path in before}

@@ -35,9 +35,9 @@ def test_every_check_that_can_fail_says_what_to_do_next(root: Path) -> None:
             by_itself = check.family in ("drift", "audit", "audit-weights", "audit-loaded")
             assert bool(next_step(checks.named(name), failed, known)) is not by_itself, name
     assert next_step(checks.named("fidelity-float32"), failed, known).endswith(
-        "pytest suites --checkpoint tiny-llama-w4a16 -k replay"
+        "quantgate gate tiny-llama-w4a16 -- -k replay"
     )
-    assert "--checkpoint '/my models/x' --base org/base" in next_step(
+    assert "quantgate gate '/my models/x' --base org/base -- " in next_step(
         checks.named("replay-serving"), failed, by_path
     )
     assert "sequential_quality" in next_step(
@@ -57,4 +57,4 @@ def test_a_loss_far_beyond_its_margin_is_no_reason_to_raise_it(
     step = next_step(checks.named(check), verdict, known)
     assert ("do not raise the margin" in step) is fault
     assert ("give [budget.quality] a margin" in step) is not fault
-    assert ('tiny-llama-w4a16 -k "fidelity or replay"' in step) is fault
+    assert ('tiny-llama-w4a16 -- -k "fidelity or replay"' in step) is fault

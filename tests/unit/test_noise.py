@@ -45,7 +45,7 @@ def test_a_damaged_floor_is_one_sentence(damage: str) -> None:
         noise.from_json(damage, "x.json")
     content = json.loads(noise.to_json(floor_of(1.0)))
     content["reruns"] = {"a": {"median": 1.0}}
-    with pytest.raises(BadInput, match=r"x\.json: damaged .*regen_golden\.py\.$"):
+    with pytest.raises(BadInput, match=r"x\.json: damaged .*`quantgate approve`\.$"):
         noise.from_json(json.dumps(content), "x.json")
 
 

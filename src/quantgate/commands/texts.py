@@ -11,7 +11,7 @@ from typing import Any
 from quantgate.commands.perplexity import PROTOCOLS, Protocol, ScoredWindow, Tally, all_windows
 from quantgate.errors import BadInput
 from quantgate.measuring.engine_failure import first_line
-from quantgate.subject.probe import Probe, Window, probe_for, read_probe
+from quantgate.subject.probe import Probe, Window, probe_file, probe_for, read_probe
 
 # A text is tokenized in pieces of this many characters, cut at line ends. A text that fits into one
 # piece is tokenized as a whole; a longer one does not have to fit into memory.
@@ -89,7 +89,7 @@ def text_of(arguments: argparse.Namespace, project: Path) -> Text:
     """Return the text that the options name; settings of other protocols are refused."""
     protocol = protocol_of(arguments)
     if arguments.probe is not None:
-        probe = read_probe(_probe_file(arguments.probe, project))
+        probe = read_probe(probe_file(project, arguments.probe))
         return Text(f"probe '{probe.name}'", _of_probe(probe), arguments, probe)
     if arguments.text is not None:
         return Text("--text", protocol, arguments)
@@ -98,11 +98,6 @@ def text_of(arguments: argparse.Namespace, project: Path) -> Text:
     if arguments.dataset is None:
         arguments.dataset, arguments.dataset_config = WIKITEXT, WIKITEXT_CONFIG
     return Text(f"{_shown(arguments)}, {arguments.split}", protocol, arguments)
-
-
-def _probe_file(name: str, project: Path) -> Path:
-    path = Path(name)
-    return path if path.is_file() else project / "fixtures" / "probes" / f"{name}.jsonl"
 
 
 def _of_probe(probe: Probe) -> Protocol:

@@ -1,4 +1,4 @@
-"""Approving goldens: proposing changes, refusing some, writing the rest. For tools/regen_golden.py.
+"""Approving goldens: proposing changes, refusing some, writing the rest: `quantgate approve`.
 
 A golden is replaced only if the check that reads it would not pass: a run within tolerance rewrites
 nothing.

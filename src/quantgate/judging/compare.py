@@ -115,7 +115,14 @@ def quality(engine: Measurement, base: Measurement, probe: Probe, *, margin: flo
         verdict,
         p_value=paired.p_above(margin),
         unpaired_mde=pair.unpaired_mde(),
-        figures={**verdict.figures, **_decided(delta, probe, margin)},
+        figures={
+            **verdict.figures,
+            "perplexity": engine.perplexity,
+            "perplexity of the base": base.perplexity,
+            "mean ΔNLL": paired.mean,
+            "± mean ΔNLL": paired.standard_error,
+            **_decided(delta, probe, margin),
+        },
     )
 
 

@@ -1,7 +1,7 @@
 """Goldens: approved measurements, stored per checkpoint, check and platform.
 
 A golden holds measured values and their provenance, never a threshold: policy and measurement
-change for different reasons. Only `tools/regen_golden.py` writes one.
+change for different reasons. Only `quantgate approve` writes one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UNCHANGED = "same versions, kernels and arithmetic"
 SKETCH = 16
 # Files in a checkpoint's folder: `<kind>-<dtype>.<platform>.json`.
 KINDS, DTYPES = ("drift", "noise"), ("float32", "serving")
-_RESTORE = "restore it with git, or remove it and take a new one with tools/regen_golden.py"
+_RESTORE = "restore it with git, or remove it and take a new one with `quantgate approve`"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def unclaimed(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[Path]:
     """Return paths in `golden` that belong to no checkpoint file, or are not named like goldens."""
     names = {f"{kind}-{dtype}" for kind in KINDS for dtype in DTYPES}
     found = []
-    for path in sorted((root / "golden").glob("*")):
+    for path in sorted((root / "golden").glob("[!.]*")):
         checkpoint = checkpoints.get(path.name)
         if checkpoint is None or not checkpoint.golden:
             found.append(path)
@@ -273,9 +273,7 @@ def judge_golden(
     """
     path = golden_path(checkpoint.root, checkpoint.id, check, measured.provenance.platform)
     key = golden_key(checkpoint, probe, measured)
-    regenerate = (
-        f'if intended, python tools/regen_golden.py --checkpoint {checkpoint.id} --reason "…"'
-    )
+    regenerate = f'if intended, quantgate approve --checkpoint {checkpoint.id} --reason "…"'
     kept = as_stored(measured)
 
     def judge(stored: Golden) -> Verdict:
@@ -366,7 +364,7 @@ def _judge_stored(
 
         @classmethod
         def write_snapshot_collection(cls, **_: Any) -> None:
-            raise RuntimeError("goldens are written by tools/regen_golden.py alone")
+            raise RuntimeError("goldens are written by `quantgate approve` alone")
 
     assertion = snapshot.use_extension(GoldenExtension)
     _ = assertion == measured

@@ -47,7 +47,7 @@ def next_step(check: Check | None, verdict: Verdict, checkpoint: Checkpoint) -> 
     elif step == _COST and _far_beyond(verdict):
         step = _FAULT
     return step.format(
-        pytest=f"pytest suites {_selection(checkpoint)}",
+        pytest=f"quantgate gate {_selection(checkpoint)} --",
         family=check.family.replace("-", "_"),
         file=checkpoint.file or f"fixtures/checkpoints/{checkpoint.id}.toml",
         times=FAR_BEYOND,
@@ -61,6 +61,6 @@ def _far_beyond(verdict: Verdict) -> bool:
 
 def _selection(checkpoint: Checkpoint) -> str:
     if checkpoint.scheme is not None:  # it has a file
-        return f"--checkpoint {checkpoint.id}"
+        return checkpoint.id
     base = f" --base {shlex.quote(checkpoint.base)}" if checkpoint.base else ""
-    return f"--checkpoint {shlex.quote(checkpoint.source)}{base}"
+    return f"{shlex.quote(checkpoint.source)}{base}"

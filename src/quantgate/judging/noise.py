@@ -200,7 +200,7 @@ def from_json(text: str, path: Path | str) -> NoiseFloor:
             raise
         raise BadInput(
             f"{path}: damaged ({type(error).__name__}: {error}); restore it with git, or remove it "
-            "and take a new one with tools/regen_golden.py."
+            "and take a new one with `quantgate approve`."
         ) from None
 
 

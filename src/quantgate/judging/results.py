@@ -24,6 +24,8 @@ class CheckResult:
     seconds: float = 0.0
     """How long its test took; the first check to need a measurement pays for it."""
     task: Task = GENERATE
+    base: str | None = None
+    """The unquantized model that it was compared with, as its file or `--base` names it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, to send from an xdist worker to its controller."""

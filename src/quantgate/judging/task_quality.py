@@ -52,7 +52,11 @@ def quality(case: Case) -> Verdict:
         f"{ours.name} {theirs.of(every):.4f} → {ours.of(every):.4f}, a loss of {found.loss:.4g} "
         f"± {found.standard_error:.2g}; {said}{why}",
         [Deviation(bound, found.upper, margin, "", statistic="metric")],
-        figures={ours.name: ours.of(every), f"{ours.name} of the base": theirs.of(every)},
+        figures={
+            ours.name: ours.of(every),
+            f"{ours.name} of the base": theirs.of(every),
+            f"± loss of {ours.name}": found.standard_error,
+        },
         n=found.documents,
         p_value=found.p_above(margin),
         mde=found.minimum_detectable_effect(),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from quantgate.measuring.environment import library_versions
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, cache_directory
 from quantgate.plugin.scheduling import check_of, group_of
 from quantgate.plugin.workers import send
+from quantgate.reporting.annotations import workflow_commands
 from quantgate.reporting.run import Run, tiers_line
 from quantgate.reporting.terminal import engines_line, table
 from quantgate.reporting.write import FILES, write_reports
@@ -59,7 +62,12 @@ def _add_unreported(run: GateRun, selected: Callable[[], list[Checkpoint]]) -> N
             why = run.crashed.get(nodeid, f"its xdist worker crashed while judging {at}")
             verdict = not_run(why, RERUN_CRASHED)
         run.results[nodeid] = CheckResult(
-            checkpoint.id, run.schemes[checkpoint.id], check, verdict, task=checkpoint.task
+            checkpoint.id,
+            run.schemes[checkpoint.id],
+            check,
+            verdict,
+            task=checkpoint.task,
+            base=checkpoint.base,
         )
 
 
@@ -146,3 +154,7 @@ def summarize(terminalreporter: Any, config: pytest.Config) -> None:
     if directory := config.getoption("gate_report"):
         names = ", ".join(f"{directory}/{name}" for name in FILES)
         terminalreporter.write_line(f"report: {names}")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        workspace = Path(os.environ.get("GITHUB_WORKSPACE", run.root))
+        for line in workflow_commands(results, run.root, workspace):
+            terminalreporter.write_line(line)

@@ -176,6 +176,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
             check_of(item.nodeid) or item.name,
             PENDING,
             task=checkpoint.task,
+            base=checkpoint.base,
         )
 
 
@@ -238,7 +239,10 @@ def _why_lacking(need: Need, item: pytest.Item) -> str | None:
     if need == "base" and checkpoint.base is None:
         return "no base is named; give --base, or base in its file"
     if need == "golden" and not checkpoint.golden:
-        return "it has no golden: given by path, or golden = false in its file"
+        return (
+            "it has no golden: given by path, or golden = false in its file (give it a file in "
+            "fixtures/checkpoints, then run `quantgate approve --checkpoint ID`)"
+        )
     if need == "step_tag" and checkpoint.step_tag_id is None:
         return "its file has no step_tag_id"
     if need == "metric" and checkpoint.task != GENERATE and not checkpoint.has_own_metric:

@@ -55,6 +55,7 @@ def _checkpoint(results: list[CheckResult], tier: RunTier | None) -> dict[str, A
         "id": results[0].checkpoint,
         "scheme": results[0].scheme,
         "task": results[0].task,
+        "base": results[0].base,
         "verdict": outcome,
         "tier": tier.asked if tier else None,
         "required_tier": tier.required if tier else None,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from quantgate.errors import BadInput
 from quantgate.subject.passage import Passage, in_one_line, tokenizer_of
+from quantgate.subject.shipped import shipped
 from quantgate.subject.task import GENERATE, SEQUENCE_REWARD, Task
 
 if TYPE_CHECKING:
@@ -250,13 +251,8 @@ def stored_probe(checkpoint: Checkpoint, quality: bool = False, named: str | Non
     name = named or checkpoint.probe
     if name is None:
         return embedded_probe(checkpoint.root, checkpoint.task, quality=quality)
-    folder = checkpoint.root / PROBES
-    is_path = name.startswith((".", "/", "~")) or name.endswith(".jsonl")
-    path = checkpoint.root / Path(name).expanduser() if is_path else folder / f"{name}.jsonl"
+    path = probe_file(checkpoint.root, name)
     larger = path.with_stem(f"{path.stem}-quality")
-    if not path.exists():
-        others = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))
-        raise BadInput(f"{path}: no such probe; give a path, or one of {others or 'none'}.")
     probe = read_probe(larger if quality and larger.exists() else path)
     if probe.task != checkpoint.task:
         raise BadInput(
@@ -267,9 +263,22 @@ def stored_probe(checkpoint: Checkpoint, quality: bool = False, named: str | Non
 
 
 def embedded_probe(root: Path, task: Task, *, quality: bool = False) -> Probe:
-    """Return the probe in a project's `fixtures/probes` for a task.
+    """Return the probe for a task: the project's own in `fixtures/probes`, or quantgate's.
 
     With `quality`, the larger one on which the task's own metric is computed.
     """
     name = f"{EMBEDDED_PROBES[task]}{'-quality' if quality else ''}"
-    return read_probe(root / PROBES / f"{name}.jsonl")
+    return read_probe(probe_file(root, name))
+
+
+def probe_file(root: Path, name: str) -> Path:
+    """Return a probe's file: a path, or the name of one of the project's or of quantgate's own."""
+    if name.startswith((".", "/", "~")) or name.endswith(".jsonl"):
+        found = [root / Path(name).expanduser()]
+    else:
+        found = [folder / f"{name}.jsonl" for folder in (root / PROBES, shipped(str(PROBES)))]
+    for path in found:
+        if path.exists():
+            return path
+    there = sorted({path.stem for one in found for path in one.parent.glob("*.jsonl")})
+    raise BadInput(f"{found[0]}: no such probe; give a path, or one of {', '.join(there)}.")

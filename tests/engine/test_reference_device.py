@@ -338,10 +338,8 @@ def test_an_engine_finds_no_head_on_the_gpu(
         own = Lab(lambda *_: SHORT, Ledger(quiet))
         case = Case.of(checkpoint, "float32", own)
 
-        def read_head(own: Lab = own) -> None:
-            own.head(checkpoint.directory, lambda: (torch.relu, 1))
-
-        read_head()
+        monkeypatch.setattr(measuring_lab, "read_head", lambda *_: (torch.relu, 1))
+        own.head(checkpoint.directory)
 
         def started(*_: Any, own: Lab = own, **__: Any) -> Any:
             raise BadInput(f"{len(own._heads)} heads")
@@ -350,7 +348,7 @@ def test_an_engine_finds_no_head_on_the_gpu(
         monkeypatch.setattr(engine, "running_engine", started)
         with pytest.raises(BadInput, match=f"{kept} heads"):
             _ = case.engine
-        read_head()
+        own.head(checkpoint.directory)
         with pytest.raises(BadInput, match=f"{kept} heads"):
             case.set_otherwise(checkpoint.engine, SHORT)
 

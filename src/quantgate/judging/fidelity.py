@@ -12,6 +12,8 @@ from quantgate.judging import compare, distributions, modules
 from quantgate.judging.attribution import Suspects, attribute
 from quantgate.measuring.measurement import mean_absolute_difference
 from quantgate.measuring.precision import FLOAT32
+from quantgate.measuring.replay import distance
+from quantgate.measuring.whole_model import difference_from_whole
 
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
@@ -25,8 +27,12 @@ def free_running(case: Case) -> Verdict:
 
 def replay(case: Case) -> Verdict:
     """Judge every linear on the engine's own inputs."""
+    found = case.replay
     verdict = modules.replayed(
-        case.engine, case.replay, case.probe, rounding=lambda: case.replay_rounding
+        case.engine,
+        found,
+        case.probe,
+        rounding=lambda: distance(found, case.replay_in("float64")),
     )
     return attribute(verdict, _suspects(case))
 
@@ -76,5 +82,5 @@ def _suspects(case: Case) -> Suspects:
         disagreement=lambda: largest_disagreement(case.checkpoint.directory),
         base=None if base is None else lambda: compared(base),
         modules=lambda: modules.modules_beyond(case.engine, case.replay),
-        whole=lambda: case.difference_from_whole,
+        whole=lambda: difference_from_whole(case.checkpoint.directory, case.probe),
     )

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quantgate.formats import builds
 from quantgate.formats.builds import Narrowing
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, rules_of
-from quantgate.measuring import engine, pooling, reference, reruns, session
+from quantgate.measuring import pooling, reference, reruns, session
 from quantgate.measuring.cache import measurement_key
 from quantgate.measuring.divergence import Divergence, Side, divergence
 from quantgate.measuring.lab import Lab
@@ -23,14 +22,13 @@ from quantgate.measuring.measurement import Announce, Measurement, largest_diffe
 from quantgate.measuring.parameters import DequantizerName
 from quantgate.measuring.pooling import Steps
 from quantgate.measuring.precision import FLOAT32, SERVING, resolve_dtype, sharpest_dtype
-from quantgate.measuring.replay import Replay, distance, replay
+from quantgate.measuring.replay import Replay, replay
 from quantgate.measuring.reruns import Reruns
-from quantgate.measuring.whole_model import difference_from_whole
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.files import actual_scheme
 from quantgate.subject.probe import Probe
 from quantgate.subject.scheme import UNQUANTIZED
-from quantgate.subject.task import EMBED
+from quantgate.subject.task import EMBED, GENERATE
 from quantgate.subject.windows import Rows, mixed
 
 Found = TypeVar("Found")
@@ -68,11 +66,8 @@ class Case:
 
     @property
     def mixed(self) -> tuple[Probe, Rows]:
-        """What is served again in other ways, and its rows of the probe [m]: a few windows, or all
-        of them in the full tier."""
-        if self.lab.tier_of(self.checkpoint) == "full":
-            return self.probe, np.arange(self.probe.scored)
-        return mixed(self.probe)
+        """What is served again in other ways, and its rows of the probe [m]."""
+        return mixed(self.probe, whole=self.lab.tier_of(self.checkpoint) == "full")
 
     @property
     def quality_probe(self) -> Probe:
@@ -159,7 +154,7 @@ class Case:
 
     def _on_the_way(self, llm: Any) -> None:
         checkpoint = self.checkpoint
-        if checkpoint.has_quality and self.is_served:
+        if checkpoint.has_quality and self.is_served and not self._has_one_probe:
             self._for_quality(llm)
         if checkpoint.is_base:
             return
@@ -175,13 +170,14 @@ class Case:
 
     @property
     def for_quality(self) -> Measurement:
-        """What vLLM gives for the larger probe, in the serving dtype.
-
-        Taken with `engine`'s engine if that is started anyway.
-        """
+        """What vLLM gives for the larger probe in the serving dtype, with `engine`'s engine."""
         served = self.served
-        _ = served.engine
-        return served._for_quality(None)
+        measured = served.engine
+        return measured if served._has_one_probe else served._for_quality(None)
+
+    @property
+    def _has_one_probe(self) -> bool:
+        return self.probe.task == GENERATE and self.quality_probe.sha256 == self.probe.sha256
 
     def _for_quality(self, llm: Any) -> Measurement:
         probe = self.quality_probe
@@ -258,16 +254,8 @@ class Case:
         def measure(announce: Announce) -> Found:
             if llm is not None:
                 return serve(llm)
-            arguments = pooling.pooling_arguments(self.checkpoint.directory, self.checkpoint.task)
             self.lab.make_room()
-            with engine.running_engine(
-                self.checkpoint.directory,
-                settings=self.checkpoint.engine,
-                dtype=self.dtype,
-                **{**arguments, **more},
-            ) as own:
-                announce("serving")
-                return serve(own)
+            return session.in_new_engine(self.checkpoint, self.dtype, announce, serve, **more)
 
         return self._once(source, measure, probe, stored_as)
 
@@ -327,22 +315,12 @@ class Case:
         return largest_difference(self.reference("float64"), self.exact)
 
     @property
-    def difference_from_whole(self) -> float | None:
-        """Difference of HF's own forward from the streamed one on one window; None if it would
-        not fit in memory."""
-        return difference_from_whole(self.checkpoint.directory, self.probe)
-
-    @property
     def replay(self) -> Replay:
         """The reference computed on the inputs of the engine's linears, for a few windows."""
-        return self._replay(FLOAT32)
+        return self.replay_in(FLOAT32)
 
-    @property
-    def replay_rounding(self) -> NDArray[np.float64]:
-        """How far float32 moves the values of `replay`, each [m] or [m, D] against float64."""
-        return distance(self.replay, self._replay("float64"))
-
-    def _replay(self, dtype: str) -> Replay:
+    def replay_in(self, dtype: str) -> Replay:
+        """Return a replay whose reference computes in a dtype: float32 or float64."""
         _ = self.engine
         capture = self.lab.ledger.taken[self._key(CAPTURE)]
         return self._once(
@@ -391,9 +369,7 @@ class Case:
 
     def _side(self, measured: Measurement) -> Side:
         assert measured.hidden is not None
-        directory, device = self.checkpoint.directory, self.lab.device
-        head = self.lab.head(directory, lambda: reference.read_head(directory, device))
-        return Side(measured.hidden, *head)
+        return Side(measured.hidden, *self.lab.head(self.checkpoint.directory))
 
     def once(self, name: str, derive: Callable[[], Found]) -> Found:
         """Return the result of `derive`, computed at the first call."""

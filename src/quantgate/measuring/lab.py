@@ -7,20 +7,19 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantgate.measuring.capture import Capture
 from quantgate.measuring.ledger import Ledger
+from quantgate.measuring.reference import Head, read_head
 from quantgate.measuring.reference_device import CPU, choose_device, free_memory
 from quantgate.measuring.scratch import scratch_directory
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.files import context_length
 from quantgate.subject.probe import Probe, probe_for
+from quantgate.subject.task import GENERATE
 from quantgate.subject.tier import Tier
 from quantgate.subject.windows import for_tier, long_contexts
-
-if TYPE_CHECKING:
-    from quantgate.measuring.reference import Head
 
 
 @dataclass(eq=False)
@@ -52,9 +51,12 @@ class Lab:
     def probe_of(self, checkpoint: Checkpoint, *, quality: bool = False) -> Probe:
         """Return the part of the probe that the tier scores, in the checkpoint's token ids.
 
-        A base is scored on the same ones.
+        A base is scored on the same ones. In the quick tier a model that generates is scored once:
+        on one probe for everything.
         """
-        return for_tier(self._whole(checkpoint, quality), self.tier_of(checkpoint))
+        tier = self.tier_of(checkpoint)
+        larger = quality and (tier != "quick" or checkpoint.task != GENERATE)
+        return for_tier(self._whole(checkpoint, larger), tier)
 
     def tier_of(self, checkpoint: Checkpoint) -> Tier:
         """Return how much is asked of a checkpoint."""
@@ -85,10 +87,10 @@ class Lab:
             if isinstance(found, Capture):
                 shutil.rmtree(found.directory, ignore_errors=True)
 
-    def head(self, directory: Path, read: Callable[[], Head]) -> Head:
+    def head(self, directory: Path) -> Head:
         """Return a checkpoint's head; only a checkpoint's and its base's stay in memory."""
         head = self._heads.pop(directory, None)
-        self._heads[directory] = head or read()
+        self._heads[directory] = head or read_head(directory, self.device)
         if len(self._heads) > 2:
             self._heads.pop(next(iter(self._heads)))
         return self._heads[directory]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,15 @@ from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.measurement import Announce, Measurement, Provenance, pooled
 from quantgate.measuring.pooling import outputs, pooling_arguments, raw_outputs
-from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.probe import Probe
 from quantgate.subject.task import GENERATE
 from quantgate.subject.windows import part_of, replay_windows
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+Found = TypeVar("Found")
 
 
 def measure(  # noqa: PLR0913  all but two are keyword-only, and independent
@@ -75,6 +77,22 @@ def _measured(llm: LLM, probe: Probe, dtype: str) -> Measurement:
     require_length(llm, probe)
     raw, activated = outputs(llm, probe)
     return pooled(raw, provenance, activated)
+
+
+def in_new_engine(
+    checkpoint: Checkpoint,
+    dtype: str,
+    announce: Announce,
+    serve_with: Callable[[LLM], Found],
+    **more: Any,
+) -> Found:
+    """Return what `serve_with` gives with a new engine; `more` are arguments of the engine."""
+    arguments = pooling_arguments(checkpoint.directory, checkpoint.task)
+    with engine.running_engine(
+        checkpoint.directory, settings=checkpoint.engine, dtype=dtype, **{**arguments, **more}
+    ) as llm:
+        announce("serving")
+        return serve_with(llm)
 
 
 def serve(llm: LLM, probe: Probe, provenance: Provenance) -> Measurement:

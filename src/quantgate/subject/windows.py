@@ -32,12 +32,16 @@ QUICK_TOKENS = 2000
 Rows = NDArray[np.int64]
 
 
-def mixed(probe: Probe) -> tuple[Probe, Rows]:
+def mixed(probe: Probe, *, whole: bool = False) -> tuple[Probe, Rows]:
     """Return a few of a probe's windows, of evenly spaced ranks by length, and their rows [m].
+
+    All of them if the `whole` probe is wanted.
 
     The two longest are among them: each fills blocks of the prefix cache, and could get those of
     the other.
     """
+    if whole:
+        return probe, np.arange(probe.scored)
     sizes = [len(window.ids) for window in probe.windows]
     by_length = sorted(range(len(sizes)), key=lambda i: sizes[i])
     others, longest = by_length[:-2], by_length[-2:]
@@ -56,7 +60,7 @@ def for_tier(probe: Probe, tier: Tier) -> Probe:
     short = [i for i, window in enumerate(probe.windows) if len(window.ids) <= LONG_CONTEXT]
     if tier == "quick" and probe.task == GENERATE:
         short = _first_of_each_stratum(probe, short)
-    if not short:
+    if probe.windows and not short:
         raise BadInput(
             f"probe '{probe.name}': each of its windows has more than {LONG_CONTEXT:,} tokens; add "
             "shorter ones, which every other check scores."

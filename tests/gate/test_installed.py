@@ -217,6 +217,9 @@ def test_everything_from_an_empty_environment(
     assert done.returncode == 0, done.stderr
     base = root / "fixtures" / "tiny" / "llama"
     done = quantgate("quantgate", "gate", quantized, "--base", base)
+    if remedy := re.search(r"^error: .*: run `(pip uninstall -y [a-z ]+)`\.$", done.stderr):
+        assert quantgate(*remedy[1].split()).returncode == 0
+        done = quantgate("quantgate", "gate", quantized, "--base", base)
     assert done.returncode == 0, done.stdout + done.stderr
     report = tmp_path / "empty" / "report"
     content = json.loads((report / "gate.json").read_text())

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantgate.commands import companions
 from quantgate.errors import BadInput
 from quantgate.judging import approval, noise
 from quantgate.judging.golden import DTYPES, unclaimed
@@ -48,7 +49,9 @@ def run(project: Path, names: Sequence[str] | None, asked: Approval) -> int:
     errors, and `EngineFailure`.
     """
     refused = []
-    for checkpoint in selected(project, names, asked.reason):
+    chosen = selected(project, names, asked.reason)
+    companions.require()
+    for checkpoint in chosen:
         verify(checkpoint)
         # One at a time: a checkpoint's measurements are of no use for the next.
         lab = Lab(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantgate.commands.companions import broken
 from quantgate.errors import BadInput
 from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.processor import has_vnni, processor_name
@@ -115,6 +116,7 @@ def missing(root: Path, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     from quantgate.measuring.engine import lacking
 
     found = lacking()
+    found += [f"a {name} that fits this torch: pip uninstall {name}" for name in broken()]
     unbuilt = [
         checkpoint.id
         for checkpoint in checkpoints.values()

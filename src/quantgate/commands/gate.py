@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantgate.commands import companions
 from quantgate.errors import BadInput
 from quantgate.subject.shipped import shipped
 
@@ -32,6 +33,7 @@ def run(
             "nothing to judge; name a checkpoint (`quantgate gate PATH --base BASE`), or begin "
             "with `quantgate init`."
         )
+    companions.require()
     options = [word for name in checkpoints for word in ("--checkpoint", name)]
     options += ["--base", base] if base is not None else []
     options += ["--gate-report", str(report.absolute())]

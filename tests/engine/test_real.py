@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import REAL
+from preloaded import run_python
 from safetensors.torch import load_file, save_file
 
 from quantgate.judging import audited, fidelity
@@ -223,3 +226,19 @@ def test_a_fault_in_the_engine_is_named(
     with in_engines(change):
         verdict = fidelity.replay(case(dataclasses.replace(clean, golden=False)))
     assert_fails(verdict, "ENGINE", *places)
+
+
+def test_the_readmes_example_prints_what_it_shows(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text.partition("A real one, step by step")[2].partition("| exit status |")[0]
+    commands = re.findall(r"^    (quantgate .*)$", part, re.MULTILINE)
+    audited_as, gated_as = re.findall(r"```\n(.*?)```", part, re.DOTALL)
+    audit, gate = (shlex.split(command)[1:] for command in commands)
+    ran = run_python("-m", "quantgate", *audit, cwd=ROOT)
+    assert (ran.returncode, ran.stdout) == (0, audited_as)
+    ran = run_python("-m", "quantgate", *gate, "--report", str(tmp_path), cwd=ROOT)
+    assert ran.returncode == 1, ran.stdout[-3000:]
+    columns = slice(2, 4)  # the check and its verdict: figures differ between processors
+    shown = [row.split()[columns] for row in gated_as.splitlines()[1:]]
+    rows = [line.split()[columns] for line in ran.stdout.splitlines() if line.startswith(NAME)]
+    assert rows == shown

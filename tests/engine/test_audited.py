@@ -44,7 +44,7 @@ def test_another_rope_theta_than_the_bases_is_named(copied: Checkpoint) -> None:
     assert "rope_theta" in verdict.detail
     assert verdict.attribution.startswith("CHECKPOINT: ")
     assert verdict.findings[0].severity == "error"
-    assert f"python -m quantgate audit {copied.source} --base" in verdict.next_step
+    assert f"quantgate audit {copied.source} --base" in verdict.next_step
     assert audited.weights(copied).outcome == "pass"
 
 

@@ -106,7 +106,7 @@ def _verdict(checkpoint: Checkpoint, found: Sequence[Finding], right: str) -> Ve
         findings=tuple(found),
         evidence=tuple(f"rule       {one.rule}: {one}" for one in errors[:SHOWN]),
         attribution="CHECKPOINT: its files say so, whatever serves them" if errors else "",
-        next_step=f"python -m quantgate audit {shlex.quote(checkpoint.source)}{base}; "
+        next_step=f"quantgate audit {shlex.quote(checkpoint.source)}{base}; "
         f"--explain {errors[0].rule} tells why it matters"
         if errors
         else "",

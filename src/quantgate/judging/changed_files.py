@@ -45,7 +45,7 @@ def change_since(checkpoint: Checkpoint, approved: Mapping[str, str], approve: s
     said = [f"changed: {', '.join(names)}"] if names else []
     said += [f"the audit says of it: {wrong}"] if wrong else []
     beside = f" --base {shlex.quote(checkpoint.base)}" if checkpoint.base else " --base BASE"
-    command = f"python -m quantgate audit {shlex.quote(checkpoint.source)}{beside}"
+    command = f"quantgate audit {shlex.quote(checkpoint.source)}{beside}"
     is_known = bool(names) or base is not None
     other = any(not name.endswith(WEIGHTS) for name in names)
     if wrong or other or not is_known or not approve:

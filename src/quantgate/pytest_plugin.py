@@ -150,7 +150,7 @@ def pytest_runtest_makereport(
     return report
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)  # syrupy adds the status that there was at first
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the report; the exit status is 0 only if every check passed."""
     selected = functools.partial(selection.selected_checkpoints, session.config)

@@ -3,12 +3,17 @@
 import itertools
 import json
 import math
+import os
+import re
+import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from quantgate.__main__ import main
+from quantgate.__main__ import main, parse
 from quantgate.audit.finding import Finding
 from quantgate.errors import BadInput
 from quantgate.judging.results import CheckResult
@@ -243,3 +248,46 @@ def test_nothing_to_merge_and_a_report_onto_a_shard_are_refused(
     assert "no such file, so there is nothing to merge" in capsys.readouterr().err
     assert main(["merge", *map(str, shards), "--report", str(shards[1])]) == 4
     assert "a shard's results are there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def document(root: Path) -> str:
+    return (root / "docs" / "many-machines.md").read_text(encoding="utf-8")
+
+
+def test_the_job_array_of_the_document(document: str, tmp_path: Path) -> None:
+    """Its scripts, with an `sbatch` that runs what is wrapped, and a `quantgate` that is noted."""
+    script, submit = re.findall(r"```sh\n(.*?)```", document, re.DOTALL)
+    assert re.search(r"^#SBATCH --array=1-8$", script, re.MULTILINE)
+    for name, text in {
+        "quantgate": 'echo "$*" >> said',
+        "sbatch": '[ "$1" = --parsable ] && exec echo 42; echo "$1" >> said; sh -c "${2#--wrap=}"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables["SLURM_ARRAY_JOB_ID"] = "42"
+    for number in (1, 2):
+        (tmp_path / "report" / "42" / f"shard-{number}-of-8").mkdir(parents=True)
+    for text in (script, submit):
+        subprocess.run(["bash", "-e", "-c", text], cwd=tmp_path, env=variables, check=True)
+    gate, dependency, merged = (tmp_path / "said").read_text().splitlines()
+    assert gate == "gate --shard slurm --report report/42"
+    assert dependency == "--dependency=afterany:42"
+    given = parse(shlex.split(merged))
+    assert list(map(str, given.directories)) == [f"report/42/shard-{n}-of-8" for n in (1, 2)]
+    assert (str(given.report), parse(shlex.split(gate)).shard) == ("report/42", "slurm")
+
+
+def test_the_workflow_of_the_document(document: str) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+    jobs = yaml.safe_load(text)["jobs"]
+    shards = jobs["shard"]["strategy"]["matrix"]["shard"]
+    assert jobs["shard"]["env"]["SHARD"] == "${{ matrix.shard }}/3"
+    assert [Shard(number, 3, IDS).name for number in shards] == ["1/3", "2/3", "3/3"]
+    assert (jobs["gate"]["needs"], jobs["gate"]["if"]) == ("shard", "always()")
+    lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("quantgate ")]
+    gate, merged = map(parse, commands)
+    assert (gate.shard, str(gate.report), str(merged.report)) == ("$SHARD", "report", "report")
+    assert list(map(str, merged.directories)) == ["report/shard-*"]

@@ -105,7 +105,7 @@ def finish(
     _add_unreported(run, selected)
     _uphold(session.config, run)
     run.finished = finished = _finished(run)
-    if run.has_nothing_to_judge and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+    if run.has_nothing_to_judge and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
     elif exitstatus == pytest.ExitCode.OK and not finished.released:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

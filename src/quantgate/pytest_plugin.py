@@ -150,11 +150,13 @@ def pytest_runtest_makereport(
     return report
 
 
-@pytest.hookimpl(trylast=True)  # syrupy adds the status that there was at first
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the report; the exit status is 0 only if every check passed."""
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None]:
+    """Write the report, before other plugins end; the exit status is 0 only if all passed."""
     selected = functools.partial(selection.selected_checkpoints, session.config)
     reporting.finish(session, exitstatus, selected)
+    yield
+    reporting.allow_an_empty_shard(session)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -67,9 +67,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_command(commands, "budgets", _budgets, "print what every check allows, and why")
     _add_command(commands, "checks", _checks, "list every check and what it asks")
     _add_approve(commands)
+    _add_merge(commands)
     _add_init(commands)
     _add_card(commands)
-    for name in ("gate", "kld", "ppl", "score", "doctor", "budgets", "approve"):
+    for name in ("gate", "kld", "ppl", "score", "doctor", "budgets", "approve", "merge"):
         commands.choices[name].add_argument(
             "--project",
             type=Path,
@@ -128,6 +129,12 @@ def _add_gate(commands: Commands) -> None:
         "--probe", metavar="NAME_OR_FILE", help="what to score (default: the task's own probe)"
     )
     gate.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="judge every N-th checkpoint, sorted by id, from the I-th on, into "
+        "REPORT/shard-I-of-N, for `quantgate merge`; or 'slurm' in a job array",
+    )
+    gate.add_argument(
         "--report",
         type=Path,
         default=Path("report"),
@@ -174,6 +181,22 @@ def _add_approve(commands: Commands) -> None:
     )
 
 
+def _add_merge(commands: Commands) -> None:
+    merge = _add_command(
+        commands, "merge", _merge, "make one report of what `gate --shard I/N` has written"
+    )
+    merge.add_argument(
+        "directories", nargs="+", type=Path, metavar="DIR", help="a shard's: report/shard-I-of-N"
+    )
+    merge.add_argument(
+        "--report",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="where gate.json, gate.md, junit.xml and index.html go (default: report)",
+    )
+
+
 def _add_init(commands: Commands) -> None:
     init = _add_command(commands, "init", _init, "make a repository for checkpoints to gate")
     init.add_argument(
@@ -201,7 +224,7 @@ def _gate(given: argparse.Namespace) -> int:
 
     more = [
         word
-        for option in ("tier", "probe")
+        for option in ("tier", "probe", "shard")
         if (value := getattr(given, option)) is not None
         for word in (f"--{option}", value)
     ]
@@ -235,6 +258,24 @@ def _approve(given: argparse.Namespace) -> int:
 
     asked = approve.Approval(given.reason, given.dry_run, given.accept_failing)
     return approve.run(given.project, given.checkpoint, asked)
+
+
+def _merge(given: argparse.Namespace) -> int:
+    """Make one report of several shards; exits 0 only if all are there and every check passed.
+
+    The checkpoints of a missing shard are reported as not run.
+    """
+    from quantgate.reporting.merge import merge
+    from quantgate.reporting.terminal import summary
+    from quantgate.reporting.write import FILES, write_reports
+
+    if given.report.resolve() in {directory.resolve() for directory in given.directories}:
+        raise BadInput(f"--report {given.report}: a shard's results are there; give another one.")
+    run = merge(given.directories, given.project)
+    write_reports(run, given.report)
+    print(summary(run, width=0, color=sys.stdout.isatty()), end="")
+    print(f"report: {', '.join(str(given.report / name) for name in FILES)}")
+    return 0 if run.released else 1
 
 
 def _init(given: argparse.Namespace) -> int:

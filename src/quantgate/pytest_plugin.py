@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from quantgate.errors import BadInput
 from quantgate.judging.verdict import Deviation, Verdict, not_run
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.reference_device import REFERENCE_DEVICES
@@ -71,6 +72,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "checkpoint's file says, or its task's embedded probe)",
     )
     group.addoption(
+        "--shard",
+        metavar="I/N",
+        help="judge every N-th of the selected checkpoints, sorted by id, from the I-th on, into a "
+        "directory of its own in that of the report; 'slurm' takes I and N from the job array's "
+        "variables; `quantgate merge` makes one report of all shards",
+    )
+    group.addoption(
         "--gate-report",
         metavar="DIR",
         type=Path,
@@ -103,15 +111,22 @@ def pytest_configure(config: pytest.Config) -> None:
             '`quantgate approve --checkpoint ID --reason "…"`.'
         )
     take_part(config)
-    config.stash[RUN] = GateRun(config.rootpath)
-    config.pluginmanager.register(ResultCollector(config.stash[RUN]))
+    config.stash[RUN] = run = GateRun(config.rootpath)
+    try:
+        run.shard = selection.shard_of(config)
+    except BadInput as error:
+        raise pytest.UsageError(str(error)) from None
+    reporting.remove_results(config)
+    config.pluginmanager.register(ResultCollector(run))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Print versions and settings that verdicts depend on."""
     versions = ", ".join(f"{name} {value}" for name, value in library_versions().items())
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("QUANTGATE_")]
-    return [f"quantgate: {versions}", *settings]
+    shard = config.stash[RUN].shard
+    said = [f"quantgate: {shard} (--shard {config.getoption('shard')})"] if shard else []
+    return [f"quantgate: {versions}", *settings, *said]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -135,11 +150,13 @@ def pytest_runtest_makereport(
     return report
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write the report; the exit status is 0 only if every check passed."""
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None]:
+    """Write the report, before other plugins end; the exit status is 0 only if all passed."""
     selected = functools.partial(selection.selected_checkpoints, session.config)
     reporting.finish(session, exitstatus, selected)
+    yield
+    reporting.allow_an_empty_shard(session)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

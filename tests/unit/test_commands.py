@@ -10,7 +10,7 @@ import pytest
 
 from quantgate.__main__ import main, parse
 
-VERBS = ("gate", "audit", "doctor", "budgets", "checks", "approve", "init", "card")
+VERBS = ("gate", "audit", "doctor", "budgets", "checks", "approve", "merge", "init", "card")
 
 
 def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -31,7 +31,8 @@ def test_gate_json_keeps_its_contract() -> None:
     text = gate_json(Run(RESULTS, "now", 1.23456, {"vllm": "1"}, engines=engines))
     content = json.loads(text, parse_constant=pytest.fail)
     assert list(content) == [
-        "schema", "verdict", "started", "duration_s", "environment", "engines", "checkpoints",
+        "schema", "verdict", "started", "duration_s", "shard", "environment", "engines",
+        "checkpoints",
     ]  # fmt: skip
     (engine,) = content["engines"]
     assert engine == {

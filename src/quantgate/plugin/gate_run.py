@@ -14,6 +14,8 @@ from quantgate.judging.verdict import not_run
 from quantgate.measuring import engine
 from quantgate.measuring.engine import EngineLife
 from quantgate.plugin.scheduling import check_of
+from quantgate.reporting.run import Run
+from quantgate.reporting.shard import Shard
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.tier import RunTier
 
@@ -33,6 +35,8 @@ class GateRun:
     engines_before: int = field(default_factory=lambda: len(engine.LIVES))
     checkpoints: list[Checkpoint] | None = None
     """The selected checkpoints; None until a suite is collected."""
+    shard: Shard | None = None
+    """Which part of the selection this run judges; None if all of it."""
     schemes: dict[str, str] = field(default_factory=dict)
     tiers: dict[str, RunTier] = field(default_factory=dict)
     """By checkpoint: how much is asked of it."""
@@ -53,6 +57,13 @@ class GateRun:
     """Notes from the xdist workers."""
     engines: list[EngineLife] = field(default_factory=list)
     """The engines that the xdist workers started."""
+    finished: Run | None = None
+    """What was reported, at the end."""
+
+    @property
+    def has_nothing_to_judge(self) -> bool:
+        """Whether this is a shard that no checkpoint is left for."""
+        return self.shard is not None and not self.shard.own
 
     @property
     def all_notes(self) -> list[str]:
@@ -83,6 +94,13 @@ def subject_of(item: pytest.Item) -> str:
     """Return a readable name of a check, e.g. "tiny-llama drift-float32 on cpu"."""
     params = params_of(item)
     return f"{params['checkpoint'].id} {check_of(item.nodeid)} on {params['device']}"
+
+
+def report_directory(config: pytest.Config) -> Path | None:
+    """Return where the report goes, a directory of its own for each shard; None if nowhere."""
+    directory: Path | None = config.getoption("gate_report")
+    shard = config.stash[RUN].shard
+    return directory / shard.folder if directory and shard else directory
 
 
 def cache_directory(config: pytest.Config) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from quantgate.measuring.reference_device import choose_device
 from quantgate.plugin import devices
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of, subject_of
 from quantgate.plugin.scheduling import check_of
+from quantgate.reporting.shard import Shard, parse_shard
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import (
     CHECKPOINT_FILES,
@@ -40,6 +42,15 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda")
 OTHER_ENGINES = ("tensor-parallel", "compiled")
+# The options that decide what is asked of a checkpoint, by pytest's names for them.
+ASKED = {
+    "--tier": "tier",
+    "--probe": "probe",
+    "--quick": "quick",
+    "--base": "base",
+    "-k": "keyword",
+    "-m": "markexpr",
+}
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -70,10 +81,23 @@ def selected_checkpoints(config: pytest.Config) -> list[Checkpoint]:
     return run.checkpoints
 
 
+def shard_of(config: pytest.Config) -> Shard | None:
+    """Return the part of the selection that `--shard` names; None without that option."""
+    if (text := config.getoption("shard")) is None:
+        return None
+    number, of = parse_shard(text, os.environ)
+    wanted = _wanted(config, read_all_checkpoint_files(config.rootpath), config.rootpath)
+    given = {name: config.getoption(option) for name, option in ASKED.items()}
+    asked = {name: str(value) for name, value in given.items() if value}
+    return Shard(number, of, tuple(sorted(checkpoint.id for checkpoint in wanted)), asked)
+
+
 def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
     choose_device(config.getoption("reference_device"))  # fail now rather than an hour later
     known = read_all_checkpoint_files(run.root)
     wanted = _wanted(config, known, run.root)
+    if run.shard is not None:
+        wanted = [checkpoint for checkpoint in wanted if checkpoint.id in run.shard.own]
     if not config.getoption("checkpoint") and (orphans := unclaimed(run.root, known)):
         raise BadInput(
             f"{orphans[0]}: no checkpoint file claims this golden; remove it (git rm), or add the "
@@ -142,6 +166,8 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if params_of(item) or not is_check(item)]
     judged = [item for item in items if params_of(item)]
     if not judged:
+        if run.has_nothing_to_judge:
+            return
         if run.checkpoints is not None and not items:
             raise pytest.UsageError(
                 f"no check is selected: -k '{config.option.keyword}' and -m "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ def gate_json(run: Run) -> str:
         "verdict": overall(results),
         "started": run.started,
         "duration_s": round(run.duration_s, 3),
+        "shard": asdict(run.shard) if run.shard else None,
         "environment": dict(run.environment),
-        "engines": [_engine(life) for life in run.engines],
+        "engines": sorted(map(_engine, run.engines), key=itemgetter("checkpoint")),
         "checkpoints": [
             _checkpoint(
                 [result for result in results if result.checkpoint == name], run.tiers.get(name)

@@ -26,6 +26,7 @@ def gate_md(run: Run) -> str:
         "",
         ", ".join(f"{name} {value}" for name, value in map(_row_of, run.environment.items())),
         "",
+        *([escaped(str(run.shard)), ""] if run.shard else []),
         *([escaped(tiers_line(run.tiers)), ""] if run.tiers else []),
         "| checkpoint | scheme | verdict | checks | not passed |",
         "|---|---|---|---|---|",

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantgate.judging.results import CheckResult
+from quantgate.judging.results import CheckResult, overall
 from quantgate.measuring.engine import EngineLife
+from quantgate.reporting.shard import Shard
 from quantgate.subject.tier import TIERS, RunTier, Tier
 
 # What the next tier would add.
@@ -56,3 +57,11 @@ class Run:
     """The position of a check in the order of display; see `checks.place_of`."""
     tiers: Mapping[str, RunTier] = field(default_factory=dict)
     """By checkpoint."""
+    shard: Shard | None = None
+    """Which part of a selection this run judged; None for a whole run and a merged one."""
+
+    @property
+    def released(self) -> bool:
+        """Whether every check passed, and as much was asked of each checkpoint as must be."""
+        suffices = all(tier.suffices for tier in self.tiers.values())
+        return overall(list(self.results)) == "pass" and suffices

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ from quantgate.formats.kernels import explained
 from quantgate.judging.golden import UNCHANGED
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import REPAIRED
+from quantgate.reporting.run import tiers_line
 
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Outcome, Verdict
     from quantgate.measuring.engine import EngineLife
+    from quantgate.reporting.run import Run
 
 STYLE: dict[Outcome, str] = {
     "pass": "green",
@@ -27,6 +30,32 @@ STYLE: dict[Outcome, str] = {
     "inconclusive": "yellow",
     "not-run": "bold yellow",
 }
+
+
+# The width of the widest table. A narrower terminal wraps its lines, so nothing is lost.
+TABLE_WIDTH = 176
+
+
+def summary(run: Run, *, width: int, color: bool) -> str:
+    """Return the table of a run, and below it what was left out and what else is to be said."""
+    results = list(run.results)
+    found = table(results, width=max(width, TABLE_WIDTH), color=color) if results else ""
+    return found + "".join(f"{line}\n" for line in _below(run))
+
+
+def _below(run: Run) -> Iterator[str]:
+    if run.shard is not None:
+        yield f"{run.shard}; `quantgate merge` makes one report of all shards"
+    if run.tiers:
+        yield tiers_line(run.tiers)
+    for reason, count in Counter(reason for _, reason in run.left_out).items():
+        first = next(subject for subject, why in run.left_out if why == reason)
+        others = f" and {count - 1} more" if count > 1 else ""
+        yield f"skipped: {first}{others}: {reason}"
+    for note in run.notes:
+        yield printable(f"note: {note}")
+    if run.engines:
+        yield engines_line(run.engines)
 
 
 def table(results: list[CheckResult], *, width: int, color: bool) -> str:

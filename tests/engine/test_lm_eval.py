@@ -224,6 +224,7 @@ def test_a_continuation_that_does_not_fit_is_refused() -> None:
     assert prompts_for([Continuation((0,), ())], 4) == []
 
 
+@pytest.mark.slow(reason="lm-eval looks through all its tasks; another engine")
 def test_the_documented_command_runs(
     root: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,6 +185,7 @@ def test_the_perplexity_commands_are_accepted(
         assert (root / arguments.model).is_dir()
 
 
+@pytest.mark.slow(reason="starts an engine for each of five commands")
 def test_the_commands_on_any_text_run(root: Path, tmp_path: Path) -> None:
     """Every command of docs/kld.md, in its order; eagerly, because compiling takes minutes."""
     for name in ("build", "fixtures"):

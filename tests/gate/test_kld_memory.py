@@ -30,7 +30,7 @@ for text in sys.argv[2:]:
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow(reason="scores a text ten times as long as the probe")
 def test_ten_times_the_text_takes_the_same_memory(root: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     make_model(model, "LlamaConfig", **{**SMALL, "vocab_size": 1024})

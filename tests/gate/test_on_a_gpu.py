@@ -13,7 +13,7 @@ from preloaded import run_python
 
 from quantgate.subject.processor import is_x86_without_vnni
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow(reason="every check of several checkpoints, as on CUDA")
 
 MADE_UP = """
 import quantgate.measuring.environment

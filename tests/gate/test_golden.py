@@ -80,7 +80,8 @@ def test_the_tool_shows_old_and_new_and_keeps_the_history(tooled: Path, small_pr
         old,
         new,
     )
-    assert set(after) == {"schema", "key", "measured", "provenance", "history", CHECKSUM}
+    stored = {"schema", "key", "measured", "provenance", "files", "history", CHECKSUM}
+    assert set(after) == stored
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from quantgate.judging.golden import (
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
     from quantgate.measuring.case import Case
-    from quantgate.subject.files import digests
+from quantgate.subject.files import digests
 from quantgate.subject.probe import Probe
 
 

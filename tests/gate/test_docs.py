@@ -33,7 +33,9 @@ def test_its_options_exist(readme: str, root: Path) -> None:
             capture_output=True,
             text=True,
         ).stdout
-    readme = re.sub(r"^    python -m quantgate.lm_eval .*$", "", readme, flags=re.MULTILINE)
+    readme = re.sub(
+        r"^    (python -m quantgate.lm_eval|pip install) .*$", "", readme, flags=re.MULTILINE
+    )
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert options
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", helped))

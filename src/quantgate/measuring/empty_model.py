@@ -15,12 +15,12 @@ from quantgate.errors import BadInput
 from quantgate.measuring.heads import COLBERT, head_classes
 from quantgate.measuring.layer_by_layer import layers_of
 from quantgate.subject.files import read_config
+from quantgate.subject.task import EMBED, Task
 
 if TYPE_CHECKING:
     import torch
 
     from quantgate.formats.stored import StoredTensors
-    from quantgate.subject.task import Task
 
 
 def require_understood(directory: Path, quantization: Mapping[str, Any]) -> None:
@@ -87,6 +87,11 @@ def hf_class(directory: Path, task: Task, stored: StoredTensors) -> tuple[Any, A
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return _model_class(directory, config, task, stored), config
+
+
+def embeds_by_itself(model: Any) -> bool:
+    """Whether a model's embeddings are its last hidden states: a body, or one that generates."""
+    return model.base_model is model or model.get_output_embeddings() is not None
 
 
 def decoder_of(model: Any) -> Any:
@@ -167,6 +172,9 @@ def _model_class(directory: Path, config: Any, task: Task, stored: StoredTensors
         if architecture == COLBERT:
             config.colbert_dim = len(stored.read("linear.weight"))
         return own
+    body = transformers.AutoModel._model_mapping.get(type(config), None)
+    if task == EMBED and architecture == getattr(body, "__name__", None):
+        return body
     automatic = {
         "token_classify": transformers.AutoModelForTokenClassification,
         "token_reward": transformers.AutoModelForTokenClassification,

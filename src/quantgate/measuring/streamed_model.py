@@ -19,6 +19,7 @@ from quantgate.formats.stored import LoadedTensors, StoredTensors
 from quantgate.measuring.attention_rules import Fp8KVCache, in_float32, truncating_attention_name
 from quantgate.measuring.empty_model import (
     decoder_of,
+    embeds_by_itself,
     empty_model,
     require_layers,
     require_understood,
@@ -178,8 +179,8 @@ class StreamedModel:
         exact, found = self.parameters.exact, []
         with exactly(self.device):
             for window, rows in zip(windows, hidden, strict=True):
-                if self.task == EMBED and self.model.get_output_embeddings() is not None:
-                    values = rows.to(exact)  # a generative model: its last hidden states
+                if self.task == EMBED and embeds_by_itself(self.model):
+                    values = rows.to(exact)
                 else:
                     ids = torch.tensor(window.ids, device=self.device)
                     values = self.logits(rows.to(exact), ids)

@@ -17,7 +17,12 @@ from quantgate.formats.groups import group_of
 from quantgate.formats.kernels import Family, LinearRules
 from quantgate.formats.linear import read_linear
 from quantgate.formats.stored import StoredTensors
-from quantgate.measuring.empty_model import hf_class, one_by_one, uncompiled
+from quantgate.measuring.empty_model import (
+    embeds_by_itself,
+    hf_class,
+    one_by_one,
+    uncompiled,
+)
 from quantgate.measuring.parameters import dequantizer
 from quantgate.measuring.reference_device import exactly
 from quantgate.measuring.streamed_model import StreamedModel
@@ -63,7 +68,7 @@ def _whole(streamed: StreamedModel, window: Window) -> np.ndarray[Any, Any]:
         if streamed.task == GENERATE:
             logits = model(ids[None, :-1], use_cache=False).logits[0]
             every = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        elif streamed.task == EMBED and model.get_output_embeddings() is not None:
+        elif streamed.task == EMBED and embeds_by_itself(model):
             every = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
         else:
             every = model(ids[None]).logits.reshape(-1, model.config.num_labels)

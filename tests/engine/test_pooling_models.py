@@ -134,3 +134,23 @@ def test_our_own_modules_load_what_was_trained(root: Path, name: str) -> None:
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: t.shape for n, t in stored.items()
     }
+
+
+def test_a_bare_body_embeds_by_its_last_hidden_states(root: Path, tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2 and its like: a BertModel without any head."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=512,
+    )  # fmt: skip
+    model = BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    probe = embedded_probe(root, "token_embed")
+    probe = dataclasses.replace(probe, windows=probe.windows[:4])
+    found = reference.measure(tmp_path, probe, dtype="float32", announce=lambda _: None)
+    with torch.inference_mode():
+        own = [model(torch.tensor([w.ids])).last_hidden_state[0] for w in probe.windows]
+    assert np.abs(found.values - torch.cat(own).numpy()).max() < 1e-5

@@ -1,8 +1,8 @@
 """One architecture in one format: served, compared with the reference, and made to fail."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -169,16 +169,21 @@ class Run:
         return f"caught: {off}" if failed and named == {off} else f"MISSED {off}: {sorted(named)}"
 
 
-@contextmanager
-def one_linear_off(name: str) -> Iterator[None]:
+def one_linear_off(name: str) -> AbstractContextManager[None]:
     """Scale one linear's output by 1.05 in engines that start in this context."""
+    return in_engines(lambda model: model.get_submodule(name).register_forward_hook(_times_off))
+
+
+@contextmanager
+def in_engines(change: Callable[[Any], object]) -> Iterator[None]:
+    """Change the model of each engine that starts in this context, once it is loaded."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     load = CPUModelRunner.load_model
 
     def loaded(runner: Any, *arguments: Any, **named: Any) -> Any:
         answer = load(runner, *arguments, **named)
-        runner.model.get_submodule(name).register_forward_hook(_times_off)
+        change(runner.model)
         return answer
 
     CPUModelRunner.load_model = loaded

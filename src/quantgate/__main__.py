@@ -134,7 +134,11 @@ def _add_gate(commands: Commands) -> None:
         help="judge every N-th checkpoint, sorted by id, from the I-th on, into "
         "REPORT/shard-I-of-N, for `quantgate merge`; or 'slurm' in a job array",
     )
-    gate.add_argument(
+    _add_report(gate)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--report",
         type=Path,
         default=Path("report"),
@@ -188,13 +192,7 @@ def _add_merge(commands: Commands) -> None:
     merge.add_argument(
         "directories", nargs="+", type=Path, metavar="DIR", help="a shard's: report/shard-I-of-N"
     )
-    merge.add_argument(
-        "--report",
-        type=Path,
-        default=Path("report"),
-        metavar="DIR",
-        help="where gate.json, gate.md, junit.xml and index.html go (default: report)",
-    )
+    _add_report(merge)
 
 
 def _add_init(commands: Commands) -> None:

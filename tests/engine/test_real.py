@@ -8,8 +8,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from harness import REAL
 from preloaded import run_python
 from safetensors.torch import load_file, save_file
 
+from architecture_runs import in_engines
 from quantgate.judging import audited, fidelity
 from quantgate.judging.verdict import Verdict
 from quantgate.measuring.case import Case
@@ -157,25 +157,6 @@ def test_exchanged_tokens_are_named(copied: Checkpoint) -> None:
 
     edit(copied, "tokenizer.json", exchange)
     assert_fails(audited.files(copied), "vocab: ")
-
-
-@contextmanager
-def in_engines(change: Callable[[Any], None]) -> Iterator[None]:
-    """Change the model of each engine that starts in this context, once it is loaded."""
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    load = CPUModelRunner.load_model
-
-    def loaded(runner: Any, *arguments: Any, **named: Any) -> Any:
-        answer = load(runner, *arguments, **named)
-        change(runner.model)
-        return answer
-
-    CPUModelRunner.load_model = loaded
-    try:
-        yield
-    finally:
-        CPUModelRunner.load_model = load
 
 
 def output_off(name: str) -> Callable[[Any], None]:

@@ -1,7 +1,6 @@
 """The probes of real text, in the token ids of the real models' own tokenizers."""
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from quantgate.subject.probe import Window, encode
 from quantgate.subject.task import EMBED, GENERATE, Task
 from real.models import base
 from real.texts import STRATA, Text, texts, titles
+from tiny.probes import lines_of
 
 # Tokens of a window, and how many windows of a stratum: in the probe and in the larger one.
 CUT, WINDOWS = 96, 4
@@ -86,16 +86,4 @@ def _lines(name: str, tokenizer: Any, windows: Sequence[Window], task: Task = GE
         "vocab_size": len(tokenizer),
         "description": "Real text: fixtures/probes/SOURCES.md says where it is from.",
     }
-    rows = [
-        {
-            "document": window.document,
-            "stratum": window.stratum,
-            "score_from": window.score_from,
-            "text": window.text,
-            "ids": window.ids,
-            **({"chat": window.chat} if window.chat else {}),
-        }
-        for window in windows
-    ]
-    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in (header, *rows))
-    return "\n".join(lines) + "\n"
+    return "".join(lines_of(header, windows))

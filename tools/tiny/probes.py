@@ -1,8 +1,9 @@
 """The probes of the models that generate: held-out documents of the corpus."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -72,15 +73,21 @@ def probe_lines(name: str, windows: Sequence[Window]) -> Iterator[str]:
         "bos_token_id": BOS_ID,
         "description": "Held-out documents of the synthetic corpus that the tiny Llama learned.",
     }
-    rows = [
+    return lines_of(header, windows)
+
+
+def lines_of(header: Mapping[str, Any], windows: Sequence[Window]) -> Iterator[str]:
+    """The lines of a probe file with this header."""
+    rows = (
         {
             "document": window.document,
             "stratum": window.stratum,
             "score_from": window.score_from,
             "text": window.text,
             "ids": window.ids,
+            **({"chat": window.chat} if window.chat else {}),
         }
         for window in windows
-    ]
-    for row in [header, *rows]:
+    )
+    for row in (header, *rows):
         yield json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -24,12 +24,12 @@ from quantgate.judging.golden import (
     stored_dtype,
     to_json,
 )
+from quantgate.subject.files import digests
 
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
     from quantgate.measuring.case import Case
-from quantgate.subject.files import digests
-from quantgate.subject.probe import Probe
+    from quantgate.subject.probe import Probe
 
 
 @dataclass(frozen=True)

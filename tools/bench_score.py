@@ -18,7 +18,8 @@ operations that a mode cannot do without, at the rate of this machine's own matr
     native         vLLM's prompt_logprob_token_ids, where its version and model runner have it
     hf             transformers with cross-entropy
     lm-eval        lm-evaluation-harness' vLLM backend, where lm_eval is installed
-    product        the head's product alone, torch.mm in float32 over the same rows
+    product        the head's product alone over the same rows: cuBLAS's own in the serving dtype on
+                   a GPU, float32 on a CPU
     head           score mode's own product and reduction alone over the same rows
 """
 
@@ -96,7 +97,7 @@ def chosen_modes(
     others: dict[str, Callable[[], Callable[[], object] | None]] = {
         "hf": lambda: hf_mode(directory, prompts, arguments.dtype),
         "lm-eval": lambda: lm_eval_mode(llm, prompts),
-        "product": lambda: product_mode(arguments),
+        "product": lambda: product_mode(arguments, step),
         "head": lambda: head_mode(arguments, step),
     }
     # What is left out is not made: transformers' model alone takes as much as the engine.
@@ -128,6 +129,12 @@ def show(figures: Rounds, tokens: int, floor: dict[str, float]) -> dict[str, dic
         )
     Console().print(table)
     return summary
+
+
+def of_floor(figures: Rounds) -> float:
+    """Return (prefill + product) / score, the median over the rounds: 1 where scoring is free."""
+    rounds = zip(*(figures[name] for name in ("prefill", "product", "score")), strict=True)
+    return statistics.median((pre[0] + product[0]) / score[0] for pre, product, score in rounds)
 
 
 def say_costs(found: dict[str, float], prompts: int, tokens: int) -> None:
@@ -176,6 +183,9 @@ def main() -> int:
     summary = show(figures, tokens, floor)
     if found:
         say_costs(found, arguments.prompts, tokens)
+    if {"score", "prefill", "product"} <= figures.keys():
+        found["of_floor"] = of_floor(figures)
+        print(f"score mode runs at {found['of_floor']:.3f} of prefill and one product of the head")
     if arguments.json:
         shape = {k: v for k, v in vars(arguments).items() if k != "json"}
         content = {

@@ -5,7 +5,7 @@ import argparse
 from gpu.timing import peak_memory
 
 # The side of the matrices whose product is this machine's rate.
-RATE_SIZE = {"cuda": 8192, "cpu": 2048}
+RATE_SIZE = {"cuda": 8192, "cpu": 512}
 
 
 def floors(arguments: argparse.Namespace) -> dict[str, float]:

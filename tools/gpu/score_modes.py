@@ -12,9 +12,9 @@ import numpy as np
 Prompts = list[dict[str, list[int]]]
 
 NATIVE = "prompt_logprob_token_ids"
+CPU_PRODUCT_ROWS = 512
 # What transformers' own logits of one batch fit beside the engine with.
 HF_TOKENS = 2048
-PRODUCT_ROWS = 512
 
 
 def vllm_modes(llm: Any, prompts: Prompts) -> dict[str, Callable[[], object]]:
@@ -45,7 +45,7 @@ def hf_mode(directory: Path, prompts: Prompts, dtype: str) -> Callable[[], objec
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
 
     every = torch.tensor([prompt["prompt_token_ids"] for prompt in prompts], device=device)
@@ -79,19 +79,26 @@ def lm_eval_mode(llm: Any, prompts: Prompts) -> Callable[[], object] | None:
     return lambda: backend._loglikelihood_tokens(requests, disable_tqdm=True)
 
 
-def product_mode(arguments: argparse.Namespace) -> Callable[[], object]:
-    """Return the head's product in float32: the least that exact scoring must compute."""
+def product_mode(arguments: argparse.Namespace, rows_a_step: int) -> Callable[[], object]:
+    """Return the head's product alone: the least that exact scoring must compute.
+
+    On a GPU cuBLAS's own, rounded to the serving dtype; in float32 on a CPU.
+    """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = torch.randn(PRODUCT_ROWS, arguments.hidden, device=device)
-    weight = torch.randn(arguments.vocab, arguments.hidden, device=device).T
+    device, dtype = _device(), torch.float32
+    if device == "cuda":
+        dtype = getattr(torch, arguments.dtype)
+    # As rows of float32 logits they would take gigabytes.
+    rows_a_step = rows_a_step if device == "cuda" else min(rows_a_step, CPU_PRODUCT_ROWS)
+    hidden = torch.randn(rows_a_step, arguments.hidden, device=device, dtype=dtype)
+    weight = torch.randn(arguments.vocab, arguments.hidden, device=device, dtype=dtype).T
+    rows = arguments.prompts * arguments.tokens
 
     @torch.inference_mode()
     def run() -> None:
-        for _ in range(arguments.prompts):
-            for start in range(0, arguments.tokens, PRODUCT_ROWS):
-                torch.mm(rows[: arguments.tokens - start], weight)
+        for start in range(0, rows, rows_a_step):
+            torch.mm(hidden[: rows - start], weight)
 
     return run
 
@@ -103,8 +110,7 @@ def head_mode(arguments: argparse.Namespace, rows_a_step: int) -> Callable[[], o
     from quantgate.patches.scoremode.logprob import score_rows
     from quantgate.patches.scoremode.reduction import Head
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, arguments.dtype)
+    device, dtype = _device(), getattr(torch, arguments.dtype)
     weight = torch.randn(arguments.vocab, arguments.hidden, device=device, dtype=dtype)
     hidden = torch.randn(rows_a_step, arguments.hidden, device=device, dtype=dtype)
     targets = torch.zeros(rows_a_step, 1, dtype=torch.int64, device=device)
@@ -116,3 +122,9 @@ def head_mode(arguments: argparse.Namespace, rows_a_step: int) -> Callable[[], o
             score_rows(Head(weight), hidden[: rows - start], targets[: rows - start])
 
     return run
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

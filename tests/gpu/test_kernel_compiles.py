@@ -42,20 +42,23 @@ def compiled_for(capability: int, tile: Tile, *, blocks: bool, options: bool) ->
     from triton.compiler import ASTSource, compile
 
     constants: dict[str, Any] = {
+        "BLOCKS": blocks,
         "HAS_BIAS": options,
         "HAS_CAP": options,
-        "BLOCKS": blocks,
+        "HAS_SCALE": options,
         "NO_COLUMN": fused.NO_COLUMN,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
         "DEPTH_BLOCK": head_plan.DEPTH_BLOCK,
+        "BY_TMA": tile.by_tma,
     }
     kernel = fused._reduce_kernel
     element = "*fp32" if tile is head_plan.FLOAT32_TILE else "*bf16"
+    read_by_tma = "tensordesc<bf16[{}, {}]>"
     types = {
-        "hidden_ptr": element,
-        "weight_ptr": element,
+        "hidden": read_by_tma.format(tile.rows, tile.depth) if tile.by_tma else element,
+        "weight": read_by_tma.format(tile.columns, tile.depth) if tile.by_tma else element,
         "bias_ptr": element,
         "targets_ptr": "*i64",
         "top1_ptr": "*i32",
@@ -69,8 +72,9 @@ def compiled_for(capability: int, tile: Tile, *, blocks: bool, options: bool) ->
         for name in kernel.arg_names
     }
     # As the launcher finds them: aligned pointers and sizes are read in 16-byte pieces.
-    aligned = ("hidden_ptr", "weight_ptr", "hidden_size", "group_columns", "hidden_stride",
-               "weight_stride")  # fmt: skip
+    aligned = ["hidden_size", "hidden_stride", "weight_stride"] + ["hidden", "weight"] * (
+        not tile.by_tma
+    )
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = compile(
         ASTSource(kernel, signature, constants, attributes),

@@ -1,5 +1,7 @@
 """The fused kernel against float64, and against the blocked core that it stands in for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from quantgate.patches.scoremode import head_plan
 from quantgate.patches.scoremode import logprob as core
 from quantgate.patches.scoremode import logprob_triton as fused
-from quantgate.patches.scoremode.head_plan import Plan
+from quantgate.patches.scoremode.head_plan import Plan, Tile
 from quantgate.patches.scoremode.reduction import Head
 
 # Log-probabilities of these shapes reach -60; float32 rounds them, and the sums, to some 1e-6.
@@ -126,6 +128,43 @@ def test_a_score_does_not_depend_on_the_plan(
         torch.testing.assert_close(other.logprob, reduced[0].logprob, atol=REGROUPED, rtol=0)
         assert torch.equal(other.top1, reduced[0].top1)
     assert bias or (reduced[0].top1 < half).all()
+
+
+@given(
+    rows=st.integers(1, 100),
+    hidden_size=st.integers(1, 40).map(lambda n: 4 * n),
+    vocab=st.integers(2, 300),
+    depth_block=st.sampled_from([32, 1024]),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=12)
+def test_tma_reads_what_addresses_read(
+    rows: int, hidden_size: int, vocab: int, depth_block: int, seed: int
+) -> None:
+    """Bit for bit, also where a tile goes beyond the last row, token or column of the depth."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, hidden_size, generator=generator)
+    head = Head(torch.randn(vocab, hidden_size, generator=generator))
+    targets = torch.randint(vocab, (rows, 2), generator=generator)
+    tile, plan = Tile(32, 64, 32, warps=4, stages=2), Plan(128, 2, depth_block)
+    assert fused._tma_reads(hidden)
+    found = [
+        fused.reduce_planned(head, hidden, targets, replace(tile, by_tma=by_tma), plan)
+        for by_tma in (False, True)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_tma_cannot_read_is_read_by_address() -> None:
+    rows = torch.randn(5, 33)
+    assert not fused._tma_reads(rows)  # the second row starts at byte 132
+    assert not fused._tma_reads(torch.randn(9)[1:].view(2, 4))
+    assert not fused._tma_reads(torch.randn(0, 32))
+    head, targets = Head(torch.randn(70, 33)), torch.zeros(5, 1).long()
+    tile, plan = Tile(32, 64, 32, warps=4, stages=2, by_tma=True), Plan(128, 2)
+    found = fused.reduce_planned(head, rows, targets, tile, plan)
+    torch.testing.assert_close(found.maximum, (rows @ head.weight.T).amax(dim=1))
 
 
 def test_a_tie_goes_to_the_lower_token_in_both_cores() -> None:

@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 
 Reduce = Callable[[Head, "Tensor", "Tensor"], Reduction]
 FOLD_COLUMNS = 4096
-# Of what runs on one multiprocessor: two programs of the second and of the third fit, so that one
-# can multiply while the other adds up exponentials.
+# Two programs of the last fit on one multiprocessor, so that one can multiply while the other adds
+# up exponentials.
 TILES = (
     head_plan.LARGE_TILE,
     head_plan.MEDIUM_TILE,
-    Tile(rows=128, columns=128, depth=64, warps=4, stages=3),
-    Tile(rows=64, columns=256, depth=64, warps=4, stages=3),
-    Tile(rows=128, columns=256, depth=64, warps=8, stages=4),
+    replace(head_plan.LARGE_TILE, stages=3),
+    replace(head_plan.LARGE_TILE, stages=3, by_tma=False),
+    Tile(rows=256, columns=128, depth=64, warps=8, stages=3, by_tma=True),
+    Tile(rows=128, columns=128, depth=64, warps=4, stages=3, by_tma=True),
 )
 # Rows × columns of a block, and how many parts the depth is in.
 BLOCKS = (
@@ -134,7 +135,8 @@ def reductions(hidden: Tensor, vocab: int) -> Iterator[tuple[str, Reduce]]:
     for other in TILES:
         if other != tile:
             step = f"{other.rows} × {other.columns}, {other.warps} warps, {other.stages} stages"
-            yield f"fused, {step}", partial(fused.reduce_planned, tile=other, plan=plan)
+            how = f"{step}, {'TMA' if other.by_tma else 'by address'}"
+            yield f"fused, {how}", partial(fused.reduce_planned, tile=other, plan=plan)
     for name, changed in _other_plans(plan):
         if changed != plan:
             yield f"fused, {name}", partial(fused.reduce_planned, tile=tile, plan=changed)

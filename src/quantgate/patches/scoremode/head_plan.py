@@ -21,8 +21,10 @@ DEPTH_BLOCK = 1024
 # empty last one matters little.
 PROGRAMS = 1000
 MOST_COLUMN_TILES = 16
-# Bytes of hidden rows that programs share; they and the weights in use fit an L2 cache of 40 MB.
-BAND_BYTES = 16 * 2**20
+# Bytes of hidden rows that programs share. Measured on an H200, which has an L2 cache of 60 MB: at
+# hidden size 4,096 the kernel takes 1.39 × as long as cuBLAS's product with 8 MiB, 1.51 × with 16
+# and 32, 1.42 × with 4; at 896 and 16,384 rows, 1.15 × from 2 to 14, 1.21 × with 16.
+BAND_BYTES = 8 * 2**20
 HOPPER = 9
 
 
@@ -35,14 +37,17 @@ class Tile:
     depth: int
     warps: int
     stages: int
+    by_tma: bool = False
+    """Whether Hopper's tensor memory accelerator fetches the tiles."""
 
 
 # float32 runs on the ordinary cores (exact products, no TF32); the 16-bit tiles fill tensor cores.
-# The large tile was the fastest of six measured on an H200. Compiled for other devices it does not
-# fit the registers: each thread spills 336 bytes to memory on 8.0, and 1,296 on 10.0.
+# The large tile was the fastest of eight measured on an H200 for all of 1,024 to 16,384 rows.
+# Compiled for other devices it does not fit the registers: each thread spills 336 bytes to memory
+# on 8.0, and 1,296 on 10.0.
 FLOAT32_TILE = Tile(rows=64, columns=64, depth=32, warps=4, stages=2)
 MEDIUM_TILE = Tile(rows=ROW_TILE, columns=128, depth=64, warps=8, stages=3)
-LARGE_TILE = Tile(rows=ROW_TILE, columns=COLUMN_TILE, depth=64, warps=8, stages=3)
+LARGE_TILE = Tile(rows=ROW_TILE, columns=COLUMN_TILE, depth=64, warps=8, stages=4, by_tma=True)
 
 
 @dataclass(frozen=True)
@@ -71,15 +76,14 @@ def plan_for(rows: int, hidden_size: int, vocab: int) -> Plan:
     Few rows: with groups of 4,096 columns, 64 rows and a vocabulary of 128,256 made 32 programs for
     an H200's 132 multiprocessors and took 3.4 × as long as cuBLAS's product (4.3 × at hidden size
     896 and 151,936); 1,024 rows made two waves and took 1.43 × and 2.5 ×. Groups now shrink until
-    there are about a thousand programs or one tile per group: 501 for the 64 rows, 1,008 for 1,024.
+    there are about a thousand programs or one tile per group: 501 for the 64 rows, 1,008 for 1,024,
+    which takes 1.12 × at hidden size 896 (64 rows have not been measured since).
     Grouping changes which float32 partial sums are merged, but no logit: a score moves by at most
     its last bit, 1e-6 above -16 nat.
 
     Many rows: if all tiles of rows ran side by side, the 8,192 × 4,096 hidden states of a step
     (67 MB) would be read once per tile of columns, and an L2 cache of 50 MB cannot hold them. A
-    band of 16 tiles, 2,048 rows, fits; each band reads the weights again, 4 times in all.
-
-    The figures are from an H200 before this rule; the rule itself has not been measured yet.
+    band of 8 tiles, 1,024 rows, fits; each band reads the weights again, 8 times in all.
     """
     row_tiles, column_tiles = _pieces(rows, ROW_TILE), _pieces(vocab, COLUMN_TILE)
     tiles = MOST_COLUMN_TILES

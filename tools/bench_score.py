@@ -134,7 +134,8 @@ def show(figures: Rounds, tokens: int, floor: dict[str, float]) -> dict[str, dic
 def of_floor(figures: Rounds) -> float:
     """Return (prefill + product) / score, the median over the rounds: 1 where scoring is free."""
     rounds = zip(*(figures[name] for name in ("prefill", "product", "score")), strict=True)
-    return statistics.median((pre[0] + product[0]) / score[0] for pre, product, score in rounds)
+    found = [float((pre[0] + product[0]) / score[0]) for pre, product, score in rounds]
+    return statistics.median(found)
 
 
 def say_costs(found: dict[str, float], prompts: int, tokens: int) -> None:

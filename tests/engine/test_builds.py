@@ -21,13 +21,17 @@ from quantgate.subject.checkpoint_file import read_checkpoint_file
 from quantgate.subject.files import read_config
 from quantgate.subject.probe import stored_probe
 
+ANSWERS = (
+    builds.narrowing, builds.int8_rule_name, builds.symmetric_rule_name, builds.fp8_rule_name
+)  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    for answer in (builds.narrowing, builds.int8_rule_name, builds.symmetric_rule_name):
+    for answer in ANSWERS:
         answer.cache_clear()
     yield
-    for answer in (builds.narrowing, builds.int8_rule_name, builds.symmetric_rule_name):
+    for answer in ANSWERS:
         answer.cache_clear()
 
 
@@ -111,6 +115,37 @@ def test_both_questions_to_a_build_tell_its_symmetric_rule(
 
     monkeypatch.setattr(_custom_ops, "scaled_int8_quant", symmetric_operator(rule))
     assert builds.symmetric_rule_name() == expected
+
+
+def test_cudas_scale_is_a_quotient_of_one_rounding() -> None:
+    """torch computes a number over a tensor as a product with its reciprocal, rounded twice."""
+    largest = torch.linspace(0.5, 4.0, 4096)[:, None]
+    quotient = torch.from_numpy(np.float32(127) / largest.numpy())
+    assert not torch.equal(127 / largest, quotient)
+    # With 2^k for x, the product with the quotient is exact, and its integer part in view.
+    x = torch.full_like(largest, 2.0**16)
+    assert torch.equal(CUDAS.dynamic(x, largest), (x * quotient).round())
+
+
+@pytest.mark.parametrize("name", [*builds.FP8_RULES, "unknown"])
+def test_a_gpus_rule_for_fp8_inputs_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import _custom_ops
+
+    def scaled_fp8_quant(x: torch.Tensor, *, use_per_token_if_dynamic: bool) -> Any:
+        x = x.float()
+        scale = x.abs().amax(dim=1, keepdim=True) / torch.tensor(448.0)
+        rule: builds.Fp8Rule = builds.FP8_RULES.get(name, lambda x, scale: x / scale * 1.01)
+        return rule(x, scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(builds, "_operators", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(_custom_ops, "scaled_fp8_quant", scaled_fp8_quant)
+    assert builds.fp8_rule_name() == name
+    if name == "unknown":
+        monkeypatch.setattr(builds, "fp8_rule_name", lambda: name)
+        with pytest.raises(ValueError, match="scaled_fp8_quant follows none of the rules known"):
+            builds.fp8_rule()
 
 
 def test_the_installed_build_follows_a_known_rule() -> None:

@@ -12,8 +12,10 @@ import pytest
 from quantgate.judging.budget import FP32_MAX_RAW
 from quantgate.measuring import reference, session
 from quantgate.measuring.streamed_model import StreamedModel
+from quantgate.measuring.whole_model import difference_from_whole
 from quantgate.subject.checkpoint import EngineSettings
-from quantgate.subject.probe import Probe, embedded_probe
+from quantgate.subject.checkpoint_file import read_checkpoint_files
+from quantgate.subject.probe import Probe, embedded_probe, stored_probe
 from quantgate.subject.task import EMBED, Task
 
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
@@ -134,6 +136,19 @@ def test_our_own_modules_load_what_was_trained(root: Path, name: str) -> None:
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: t.shape for n, t in stored.items()
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ner-bert", "ner-qwen2", "prm-native", "prm-qwen2", "reward-qwen2", "colbert-bert"],
+)
+def test_the_streamed_model_is_the_whole_one_for_every_head(root: Path, name: str) -> None:
+    """What attribution asks when a replay fails: one row for a reward, one for each token else."""
+    files = read_checkpoint_files(root).values()
+    one = next(file for file in files if file.base == f"./fixtures/tiny/{name}")
+    moved = difference_from_whole(root / "fixtures" / "tiny" / name, stored_probe(one))
+    assert moved is not None
+    assert moved < FP32_MAX_RAW
 
 
 def test_a_bare_body_embeds_by_its_last_hidden_states(root: Path, tmp_path: Path) -> None:

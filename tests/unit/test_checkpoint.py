@@ -1,14 +1,14 @@
 """Checkpoint files and directories: what is read, and the sentence that bad input gets."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from quantgate.errors import BadInput
 from quantgate.subject import checkpoint as ck
-from quantgate.subject import checkpoint_file, files
+from quantgate.subject import checkpoint_file, files, processor
 from quantgate.subject.checkpoint import Checkpoint, KnownFailure
-from quantgate.subject.processor import CONDITIONS
 
 GOOD = 'source = "./build/x"\nscheme = "W4A16"\nbase = "./base"\n'
 
@@ -108,10 +108,30 @@ def test_a_classifier_of_texts_is_not_a_reward(tmp_path: Path) -> None:
 
 
 def test_what_a_processor_cannot_do_excuses_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CONDITIONS, "x86-without-vnni", lambda: True)
+    monkeypatch.setattr(processor, "is_x86_without_vnni", lambda: True)
     of_processor = KnownFailure("quality", "saturates", "docs", when="x86-without-vnni")
     everywhere = KnownFailure("drift-float32", "moved", "docs")
     checkpoint = Checkpoint("x", "./x", known_failure=(of_processor, everywhere))
-    assert checkpoint.known_failure_of("quality", on_processor=True) is of_processor
-    assert checkpoint.known_failure_of("quality", on_processor=False) is None
-    assert checkpoint.known_failure_of("drift-float32", on_processor=False) is everywhere
+    of_cpu, of_gpu = ["CPUInt8ScaledMMLinearKernel"], ["CutlassInt8ScaledMMLinearKernel"]
+    assert checkpoint.known_failure_of("quality", of_cpu) is of_processor
+    assert checkpoint.known_failure_of("quality", of_gpu) is None
+    assert checkpoint.known_failure_of("drift-float32", of_gpu) is everywhere
+
+
+def test_a_known_failure_may_depend_on_the_kernel(tmp_path: Path) -> None:
+    known = KnownFailure("audit-loaded", "truncates", "docs", when="cutlass-int8")
+    assert known.applies(["FlashAttentionImpl", "CutlassInt8ScaledMMLinearKernel"])
+    assert not known.applies(["CutlassFP8ScaledMMLinearKernel"])
+
+
+@pytest.mark.parametrize(("source", "pools"), [("class AllPool:\n", False), ("", True)])
+def test_whether_a_vllm_pools_steps_is_read_from_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, pools: bool
+) -> None:
+    pooler = tmp_path / "vllm" / "model_executor" / "layers" / "pooler"
+    pooler.mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").touch()
+    (pooler / "special.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    assert processor.has_step_pooling() == pools

@@ -1,22 +1,21 @@
 """Quantize a linear layer's input as vLLM does, and dequantize it again.
 
 compressed-tensors' rules differ from vLLM's: it uses 127.5 as int8's largest code, and divides by
-an FP8 scale where vLLM multiplies by its reciprocal. These functions agree bit for bit with vLLM
-0.32.0's CPU code; its GPU code is still to be checked. Where builds differ, the rule is that of the
-installed one (`builds`). All take x [rows, H] in any floating dtype and return float32.
+an FP8 scale where vLLM's CPU builds multiply by its reciprocal. These functions agree bit for bit
+with vLLM 0.32.0's CPU code. Where builds differ, the rule is that of the installed one (`builds`).
+All take x [rows, H] in any floating dtype and return float32.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantgate.formats.builds import int8_rule, symmetric_rule
+from quantgate.formats.builds import E4M3_HIGHEST, fp8_rule, int8_rule, symmetric_rule
 
 if TYPE_CHECKING:
     import torch
 
 INT8_LOWEST, INT8_HIGHEST = -128, 127
-E4M3_HIGHEST = 448.0
 E2M1_HIGHEST = 6.0
 # The smallest scale of a dynamic FP8 input (vLLM's `_FP8_MIN_SCALING_FACTOR`).
 FP8_SMALLEST_SCALE = 1.0 / (E4M3_HIGHEST * 512.0)
@@ -28,9 +27,9 @@ def int8_per_token(x: torch.Tensor, *, symmetric: bool) -> torch.Tensor:
     x = x.float()
     if symmetric:
         largest = x.abs().amax(dim=1, keepdim=True)
-        return _values(symmetric_rule().dynamic(x, largest), largest / INT8_HIGHEST)
+        return _values(symmetric_rule().dynamic(x, largest), _quotient(largest, INT8_HIGHEST))
     lowest = x.amin(dim=1, keepdim=True)
-    scale = (x.amax(dim=1, keepdim=True) - lowest) / (INT8_HIGHEST - INT8_LOWEST)
+    scale = _quotient(x.amax(dim=1, keepdim=True) - lowest, INT8_HIGHEST - INT8_LOWEST)
     zero_point = (INT8_LOWEST - lowest / scale).round()
     return _values(int8_rule()(x, scale, zero_point), scale, zero_point)
 
@@ -46,6 +45,11 @@ def int8_per_tensor(
     return _values(int8_rule()(x, scale, zero_point), scale, zero_point)
 
 
+def _quotient(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Return x / divisor, rounded once: on CUDA torch multiplies by the reciprocal of a number."""
+    return x / x.new_tensor(divisor)
+
+
 def _values(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -58,12 +62,13 @@ def fp8_per_token(x: torch.Tensor) -> torch.Tensor:
     """Dynamic FP8 (E4M3), one scale per row: amax / 448, with a lower bound."""
     x = x.float()
     scale = fp8_scale_per_token(x)
-    return _e4m3(x * scale.reciprocal()) * scale
+    return _e4m3(fp8_rule()(x, scale)) * scale
 
 
 def fp8_scale_per_token(x: torch.Tensor) -> torch.Tensor:
     """Return the scales [rows, 1] of `fp8_per_token`."""
-    return (x.abs().amax(dim=1, keepdim=True) / E4M3_HIGHEST).clamp(min=FP8_SMALLEST_SCALE)
+    largest = x.abs().amax(dim=1, keepdim=True)
+    return _quotient(largest, E4M3_HIGHEST).clamp(min=FP8_SMALLEST_SCALE)
 
 
 def fp8_per_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -82,7 +87,7 @@ def fp8_per_group(x: torch.Tensor, group_size: int = 128) -> torch.Tensor:
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, -columns % group_size))
     groups = padded.view(rows, -1, group_size)
-    scale = groups.abs().amax(dim=2, keepdim=True) / E4M3_HIGHEST
+    scale = _quotient(groups.abs().amax(dim=2, keepdim=True), E4M3_HIGHEST)
     scale = scale.clamp(min=FP8_SMALLEST_SCALE)
     return (_e4m3(groups / scale) * scale).view(rows, -1)[:, :columns]
 
@@ -135,4 +140,4 @@ def _reciprocal_or_zero(x: torch.Tensor) -> torch.Tensor:
 
 def fp8_cached(x: torch.Tensor, scale: float) -> torch.Tensor:
     """Return x as read from an FP8 (E4M3) KV cache, in x's dtype; vLLM divides by the scale."""
-    return (_e4m3(x.float() / scale) * scale).to(x.dtype)
+    return (_e4m3(_quotient(x.float(), scale)) * scale).to(x.dtype)

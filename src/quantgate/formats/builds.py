@@ -3,8 +3,9 @@
 vLLM's CPU builds differ by processor. The AVX-512 builds quantize an asymmetric int8 input with a
 fused multiply-add, the AVX2 build with two roundings. The AVX2 build's own operators, of which an
 engine uses the rotary embedding and attention, truncate a float32 result to bfloat16; the
-AVX512-BF16 build rounds it to nearest. CUDA kernels add the zero point to a rounded product. None
-of this is a fault of a checkpoint, so the reference rounds as the installed build does.
+AVX512-BF16 build rounds it to nearest. CUDA kernels add the zero point to a rounded product, and
+divide by the scale of a token's FP8 input where the CPU builds multiply by its reciprocal. None of
+this is a fault of a checkpoint, so the reference rounds as the installed build does.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ INT8_RULES: Mapping[str, Int8Rule] = {
     "product rounded first": _rounded_first,  # CUDA: an H200 with vLLM 0.26.0 agrees in every code
 }
 UNKNOWN = "unknown"
+E4M3_HIGHEST = 448.0
 
 
 @functools.cache
@@ -149,7 +151,9 @@ def _inputs_near_ties() -> torch.Tensor:
 
 def int8_rule() -> Int8Rule:
     """Return this build's rule for asymmetric int8 inputs; `ValueError` if it is not known."""
-    return _known(int8_rule_name(), INT8_RULES, "with a zero point")
+    return _known(
+        int8_rule_name(), INT8_RULES, "scaled_int8_quant", "int8 inputs with a zero point"
+    )
 
 
 class SymmetricRule(NamedTuple):
@@ -173,7 +177,9 @@ SYMMETRIC_RULES: Mapping[str, SymmetricRule] = {
     # CUDA (csrc, `dynamic_scaled_int8_quant_kernel` and `static_scaled_int8_quant_kernel`): when
     # measured, 398 codes of 1,048,576 differed from those of the other rule.
     "product with 127 over the largest, static quotient": SymmetricRule(
-        lambda x, largest: (x * (127 / largest)).round(), lambda x, scale: (x / scale).round()
+        # Not `127 / largest`, which torch computes as a product with the reciprocal.
+        lambda x, largest: (x * (largest.new_tensor(127) / largest)).round(),
+        lambda x, scale: (x / scale).round(),
     ),
 }
 
@@ -204,14 +210,55 @@ def symmetric_rule_name() -> str:
 
 def symmetric_rule() -> SymmetricRule:
     """Return this build's rule for symmetric int8 inputs; `ValueError` if it is not known."""
-    return _known(symmetric_rule_name(), SYMMETRIC_RULES, "without a zero point")
+    return _known(
+        symmetric_rule_name(),
+        SYMMETRIC_RULES,
+        "scaled_int8_quant",
+        "int8 inputs without a zero point",
+    )
 
 
-def _known(name: str, rules: Mapping[str, Rule], of: str) -> Rule:
+# Scales x [rows, H] by each row's scale [rows, 1], before rounding to E4M3.
+Fp8Rule = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+BY_RECIPROCAL = "product with the scale's reciprocal"
+FP8_RULES: Mapping[str, Fp8Rule] = {
+    BY_RECIPROCAL: lambda x, scale: x * scale.reciprocal(),  # `QuantFP8.forward_native`
+    "quotient": lambda x, scale: x / scale,  # CUDA: `dynamic_per_token_scaled_fp8_quant`
+}
+
+
+@functools.cache
+def fp8_rule_name() -> str:
+    """Find out which of `FP8_RULES` the build uses for an input per token; "unknown" if none.
+
+    CPU builds have no kernel for it: vLLM computes it in torch.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return BY_RECIPROCAL
+    _operators()
+    from vllm._custom_ops import scaled_fp8_quant
+
+    x = _inputs_near_ties()
+    codes, scale = scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+    for name, rule in FP8_RULES.items():
+        own = rule(x.float(), scale).clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn)
+        if torch.equal(own.float(), codes.float()):
+            return name
+    return UNKNOWN
+
+
+def fp8_rule() -> Fp8Rule:
+    """Return this build's rule for FP8 inputs per token; `ValueError` if it is not known."""
+    return _known(fp8_rule_name(), FP8_RULES, "scaled_fp8_quant", "FP8 inputs per token")
+
+
+def _known(name: str, rules: Mapping[str, Rule], operator: str, of: str) -> Rule:
     if name == UNKNOWN:
         raise ValueError(
-            "this vLLM build's scaled_int8_quant follows none of the rules known for int8 inputs "
-            f"{of} ({', '.join(rules)}), so there is no reference to judge it by; use another vLLM "
+            f"this vLLM build's {operator} follows none of the rules known for {of} "
+            f"({', '.join(rules)}), so there is no reference to judge it by; use another vLLM "
             "build, or add its rule to quantgate/formats/builds.py."
         )
     return rules[name]

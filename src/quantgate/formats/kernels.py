@@ -31,6 +31,8 @@ class KernelRule(NamedTuple):
     fp8_products: bool = False
     """Whether group scales are E4M3 with a float32 scale per channel, and the product of a code
     and its group's scale is rounded to E4M3."""
+    truncates_zero_points: bool = False
+    """Whether a static input's zero point is computed anew from its range and truncated."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class LinearRules:
     """The families whose inputs are never quantized, whatever the format says."""
     fp8_products: bool = False
     """As `KernelRule.fp8_products`, for packed weights with FP8 inputs."""
+    truncates_zero_points: bool = False
+    """As `KernelRule.truncates_zero_points`, for static int8 inputs."""
 
 
 # The rules of kernels that follow the format.
@@ -79,7 +83,11 @@ def rules_of(kernels: Iterable[str]) -> LinearRules:
                 f"({rule.source}), which the reference does not have, so it cannot judge it; set "
                 f"VLLM_DISABLED_KERNELS={name} to use another kernel."
             )
-    return LinearRules(_kept(used), any(RULES[name].fp8_products for name in used))
+    return LinearRules(
+        _kept(used),
+        any(RULES[name].fp8_products for name in used),
+        any(RULES[name].truncates_zero_points for name in used),
+    )
 
 
 def _kept(used: Collection[str]) -> frozenset[Family]:
@@ -151,10 +159,15 @@ RULES: dict[str, KernelRule] = {
     **_rules(
         "int8",
         "format",
-        CutlassInt8ScaledMMLinearKernel="scaled_mm/cutlass.py",
         TritonInt8ScaledMMLinearKernel="scaled_mm/triton.py",
         CPUInt8ScaledMMLinearKernel="scaled_mm/cpu.py",
         DequantizingInt8LinearKernel="quantgate/patches/emulated_kernels.py",
+    ),
+    # Its `process_weights_after_loading` computes a static input's scale and zero point from their
+    # range and converts the zero point to an integer without rounding: a positive one becomes one
+    # less than the file's. `audit-loaded` reports it; vLLM's CPU kernel rounds here.
+    "CutlassInt8ScaledMMLinearKernel": KernelRule(
+        "int8", "format", "scaled_mm/cutlass.py", truncates_zero_points=True
     ),
     **_rules(
         "int8",

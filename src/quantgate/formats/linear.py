@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantgate.errors import BadInput
 from quantgate.formats import activations
-from quantgate.formats.builds import int8_rule, symmetric_rule
+from quantgate.formats.builds import fp8_rule, int8_rule, symmetric_rule
 from quantgate.formats.groups import Group, fused_with
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, family_of
 from quantgate.formats.weights import Tensors
@@ -54,7 +54,7 @@ def read_linear(
     try:
         return QuantizedLinear(
             _weight(stored, name, group, dequantize, rules),
-            None if kept else _input_quantizer(stored, name, group),
+            None if kept else _input_quantizer(stored, name, group, rules),
         )
     except ValueError as error:
         raise BadInput(f"{stored.directory}: {name}: {error}") from None
@@ -87,7 +87,7 @@ def _fp8_products(
 
     scale = tensors["weight_scale"].float()
     channel = activations.fp8_scale_per_token(scale)
-    eighth = activations.to_e4m3(scale * channel.reciprocal()).float() / 8
+    eighth = activations.to_e4m3(fp8_rule()(scale, channel)).float() / 8
     rounded = {**tensors, "weight_scale": eighth.to(torch.float8_e4m3fn).float()}
     return activations.to_e4m3(dequantize(rounded, group)).float() * (channel * 8)
 
@@ -113,12 +113,14 @@ def _largest(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
     return torch.cat(scales).max().reshape(1)
 
 
-def _input_quantizer(stored: TensorsByName, name: str, group: Group) -> Quantizer | None:
+def _input_quantizer(
+    stored: TensorsByName, name: str, group: Group, rules: LinearRules
+) -> Quantizer | None:
     inputs = group.get("input_activations")
     if not inputs:
         return None
     if inputs.get("type") == "int":
-        return _int8_quantizer(stored, name, inputs)
+        return _int8_quantizer(stored, name, inputs, rules)
     if is_mx(inputs):
         return None  # vLLM's emulation and its Marlin kernels keep inputs; see docs/formats.md
     if inputs["num_bits"] == 4:
@@ -127,7 +129,9 @@ def _input_quantizer(stored: TensorsByName, name: str, group: Group) -> Quantize
     return _fp8_quantizer(stored, name, inputs)
 
 
-def _int8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) -> Quantizer:
+def _int8_quantizer(
+    stored: TensorsByName, name: str, inputs: dict[str, Any], rules: LinearRules
+) -> Quantizer:
     symmetric = bool(inputs.get("symmetric", True))
     # Refuse an unknown rule here, where the message can name the checkpoint and layer.
     (symmetric_rule if symmetric else int8_rule)()
@@ -135,7 +139,25 @@ def _int8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) ->
         return lambda x: activations.int8_per_token(x, symmetric=symmetric)
     scale = _the_one(stored, name, "input_scale")
     zero_point = None if symmetric else _the_one(stored, name, "input_zero_point")
+    if zero_point is not None and rules.truncates_zero_points:
+        scale, zero_point = _from_their_range(scale.float(), zero_point.float())
     return lambda x: activations.int8_per_tensor(x, scale, zero_point)
+
+
+def _from_their_range(
+    scale: torch.Tensor, zero_point: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a static scale and zero point as vLLM's Cutlass kernel computes them from their range.
+
+    For several linears in one, it takes the whole range of all, and does so for a single one too.
+    On CUDA torch divides by 255 as a product with its reciprocal, so the scale grows by its last
+    bit, and the zero point, 3.99998 for 4, is truncated.
+    """
+    lowest = scale * (activations.INT8_LOWEST - zero_point)
+    highest = scale * (activations.INT8_HIGHEST - zero_point)
+    steps = scale.new_tensor(activations.INT8_HIGHEST - activations.INT8_LOWEST)
+    scale = (highest - lowest) * steps.reciprocal()
+    return scale, (activations.INT8_LOWEST - lowest / scale).trunc()
 
 
 def _the_one(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
@@ -161,5 +183,6 @@ def _fp8_quantizer(stored: TensorsByName, name: str, inputs: dict[str, Any]) -> 
         scale = _largest(stored, name, "input_scale")
         return lambda x: activations.fp8_per_tensor(x, scale)
     if inputs.get("strategy") == "token":
+        fp8_rule()  # refuses an unknown one here, as for int8
         return activations.fp8_per_token
     return lambda x: activations.fp8_per_group(x, inputs["group_size"])

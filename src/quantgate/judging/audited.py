@@ -43,6 +43,7 @@ def weights(checkpoint: Checkpoint) -> Verdict:
 def loaded(case: Case) -> Verdict:
     """Judge what vLLM has loaded, on every rank: is each parameter what the file holds?"""
     ranks: list[LoadAudit] = []
+    served = case.served.engine.provenance
     for audit in case.loaded:
         if audit is None:
             return not_run(f"vLLM {vllm_version()}'s loading cannot be watched", _READ_THE_LOG)
@@ -66,6 +67,8 @@ def loaded(case: Case) -> Verdict:
         evidence=tuple(f"loaded     {problem}" for problem in problems[:SHOWN]),
         attribution=_at_fault(problems),
         next_step=_after_loading(case.checkpoint, problems),
+        kernels=served.kernels,
+        emulated=served.emulated,
     )
 
 

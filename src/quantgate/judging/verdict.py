@@ -139,11 +139,6 @@ class Verdict:
         """The outcome that counts towards the whole run's verdict."""
         return "pass" if self.known_failure else self.outcome
 
-    @property
-    def on_processor(self) -> bool:
-        """Whether vLLM's CPU kernels computed what was judged."""
-        return any(name.startswith("CPU") for name in self.kernels.values())
-
     def message(self, subject: str) -> str:
         """Return the text of a failure: cause, evidence, next step."""
         lines = [f"{subject}: {self.outcome.upper()}: {self.detail}"]

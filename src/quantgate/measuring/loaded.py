@@ -35,6 +35,7 @@ SETTING = {WATCH: "quantgate.measuring.loaded.watched"}
 FOUND = "quantgate_load_audit"
 # Most tensors that are read to see whether one has taken another's place.
 MOST_ALIKE = 64
+ZERO_POINT = ".input_zero_point"
 # How files name the scales "k" and "v" of an attention layer's KV cache.
 IN_FILES = ("{0}.{1}_scale", "{0}.attn.{1}_scale", "{0}.{1}_proj.{1}_scale",
             "{0}.{1}_proj.output_scale")  # fmt: skip
@@ -82,6 +83,8 @@ class _Found:
     problems: list[LoadProblem] = field(default_factory=list)
     claimed: set[str] = field(default_factory=set)
     not_compared: set[str] = field(default_factory=set)
+    zero_points: dict[str, str] = field(default_factory=dict)
+    """Where the file has each static input's zero point, by the parameter that holds it."""
     checksums: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     failed: str = ""
@@ -112,7 +115,12 @@ def audit_of(model: Any) -> dict[str, Any] | None:
     if found is None:
         return None
     began = time.monotonic()
-    problems = [*found.problems, *_since(model, found), *_kv_problems(model, found)]
+    problems = [
+        *found.problems,
+        *_since(model, found),
+        *_kv_problems(model, found),
+        *_zero_point_problems(model, found),
+    ]
     seconds = found.seconds + time.monotonic() - began
     kinds = tuple(sorted(found.not_compared))
     return asdict(LoadAudit(tuple(problems), len(found.claimed), kinds, seconds, found.failed))
@@ -133,6 +141,8 @@ def compared(model: Any, stored: StoredTensors, rank: Rank) -> _Found:
             without.append(piece)
             continue
         found.claimed.add(piece.source)
+        if piece.parameter.endswith(ZERO_POINT):
+            found.zero_points[piece.parameter] = piece.source
         expected = piece.expected()
         if expected is None:
             found.not_compared.add(_kind(piece.parameter))
@@ -277,6 +287,18 @@ def _kv_problems(model: Any, found: _Found) -> Iterator[LoadProblem]:
                 yield LoadProblem(own, f"{value:g} is in use", f"{on_disk:g}, the file's")
 
 
+def _zero_point_problems(model: Any, found: _Found) -> Iterator[LoadProblem]:
+    """Yield the static inputs' zero points that kernels have changed."""
+    stored, in_use = StoredTensors(found.directory), dict(model.named_parameters())
+    for name, source in found.zero_points.items():
+        held = in_use.get(name)
+        if held is None or held.numel() != 1:
+            continue
+        value, on_disk = int(held.detach()), int(stored.read(source))
+        if value != on_disk:
+            yield LoadProblem(source, f"{value} is in use", f"{on_disk}, the file's")
+
+
 def _kv_scales_of(module: Any) -> dict[str, float]:
     """Return the scales in use, "k" and "v", of an attention layer with a quantized KV cache."""
     emulated = getattr(module, EMULATED_KV_SCALES, None)
@@ -285,4 +307,6 @@ def _kv_scales_of(module: Any) -> dict[str, float]:
     if not str(getattr(module, "kv_cache_dtype", "")).startswith("fp8"):
         return {}
     scales = {part: getattr(module, f"_{part}_scale", None) for part in "kv"}
-    return {part: float(s) for part, s in scales.items() if s is not None and s.numel() == 1}
+    return {
+        part: float(s.detach()) for part, s in scales.items() if s is not None and s.numel() == 1
+    }

@@ -71,7 +71,8 @@ def _whole(streamed: StreamedModel, window: Window) -> np.ndarray[Any, Any]:
         elif streamed.task == EMBED and embeds_by_itself(model):
             every = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
         else:
-            every = model(ids[None]).logits.reshape(-1, model.config.num_labels)
+            logits = model(ids[None]).logits  # of every token, or one row for the whole window
+            every = logits.reshape(-1, logits.shape[-1])
         found: np.ndarray[Any, Any] = every[-window.scored :].numpy()
     return found
 

@@ -64,7 +64,7 @@ class Gate:
         checkpoint: Checkpoint = params_of(self.item)["checkpoint"]
         verdict = replace(verdict, detail=printable(verdict.detail))
         verdict = self._completed(verdict, checkpoint)
-        known = checkpoint.known_failure_of(result.check, on_processor=verdict.on_processor)
+        known = checkpoint.known_failure_of(result.check, verdict.kernels.values())
         if known is not None and verdict.outcome == "fail":
             verdict = replace(verdict, known_failure=f"{known.reason} ({known.issue})")
         elif known is not None and known.strict and verdict.outcome == "pass":

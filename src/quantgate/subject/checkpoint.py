@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -56,9 +56,9 @@ class KnownFailure:
     strict: bool = True
     """False if it fails only narrowly and may also pass."""
 
-    def applies(self, *, on_processor: bool) -> bool:
-        """Whether it is expected to fail here; `when` applies only to kernels on the processor."""
-        return self.when is None or (on_processor and CONDITIONS[self.when]())
+    def applies(self, kernels: Collection[str]) -> bool:
+        """Whether it is expected to fail here, with the kernels that served."""
+        return self.when is None or CONDITIONS[self.when](kernels)
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,7 @@ class Checkpoint:
         compared = self.is_base or self.base is not None
         return compared and (self.task == GENERATE or self.has_own_metric)
 
-    def known_failure_of(self, check: str, *, on_processor: bool) -> KnownFailure | None:
-        """Return the check's known failure that applies here, or None.
-
-        `on_processor` says whether the check's kernels run on the processor.
-        """
+    def known_failure_of(self, check: str, kernels: Collection[str]) -> KnownFailure | None:
+        """Return the check's known failure that applies here, with the kernels that served."""
         known = (k for k in self.known_failure if k.check == check)
-        return next((k for k in known if k.applies(on_processor=on_processor)), None)
+        return next((k for k in known if k.applies(kernels)), None)

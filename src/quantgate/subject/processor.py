@@ -1,11 +1,12 @@
-"""The features of this machine's processor that a known failure may depend on."""
+"""What a known failure may depend on: the processor, the kernels that served, vLLM's version."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 # Either of these multiplies int8 by int8 without saturating 16-bit sums.
@@ -57,5 +58,25 @@ def is_x86_without_vnni() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and not has_vnni()
 
 
-# The conditions that `when` of a `[[known_failure]]` may name.
-CONDITIONS: dict[str, Callable[[], bool]] = {"x86-without-vnni": is_x86_without_vnni}
+def has_step_pooling() -> bool:
+    """Whether the installed vLLM pools the steps of classifiers that it converts, as 0.32 does.
+
+    0.26, which has `AllPool` and does not, returns every row. Its source is read, not imported.
+    """
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return True
+    pooler = Path(found.submodule_search_locations[0], "model_executor/layers/pooler/special.py")
+    return not pooler.exists() or "class AllPool" not in pooler.read_text(encoding="utf-8")
+
+
+def _on_processor(kernels: Collection[str]) -> bool:
+    return any(name.startswith("CPU") for name in kernels)
+
+
+# The conditions that `when` of a `[[known_failure]]` may name, given the kernels that served.
+CONDITIONS: dict[str, Callable[[Collection[str]], bool]] = {
+    "x86-without-vnni": lambda kernels: _on_processor(kernels) and is_x86_without_vnni(),
+    "cutlass-int8": lambda kernels: any("CutlassInt8" in name for name in kernels),
+    "vllm-without-step-pooling": lambda _: not has_step_pooling(),
+}

@@ -2,12 +2,14 @@
 
     python tools/measure_gpu.py --out build/gpu
     python tools/measure_gpu.py --out build/gpu --part formats --only "w4a16 float16"
+    python tools/measure_gpu.py --part goldens --part gate --minutes 13
     python tools/measure_gpu.py --list
 
 Each part is a list of items. A worker process measures them and writes each at once, so what a GPU
 does to one of them takes nothing from the others: an item that fails, ends its process or hangs
-is "not run", with the reason, and a new process goes on with the next one. Another run measures
-what was not measured yet with the same code, versions and device. Exits 0 where all of it was,
+is "not run", with the reason, and a new process goes on with the next one. What tells most comes
+first, and `--minutes` ends a run on a machine that is lent for so long. Another run measures what
+was not measured yet with the same code, versions and device. Exits 0 where all of it was,
 1 where something was not run, 2 for bad input.
 """
 
@@ -15,8 +17,10 @@ import argparse
 import datetime
 import hashlib
 import json
+import math
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from typing import Any
 from gpu.journal import Journal
 from gpu.parts import PARTS, ROOT, Checkpoints
 from gpu.tables import markdown
-from gpu.workers import supervise, work
+from gpu.workers import Limits, supervise, work
 from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
 from quantgate.errors import BadInput
@@ -45,6 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated")
     parser.add_argument("--checkpoint", action="append", metavar="ID", help="may be repeated")
     parser.add_argument("--only", metavar="TEXT", help="items whose name has this in it")
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many, and end then")
     parser.add_argument("--list", action="store_true", help="print what would be measured")
     parser.add_argument(
         "--without-a-gpu", action="store_true", help="measure on the CPU, to try the command"
@@ -81,7 +86,8 @@ def selected(arguments: argparse.Namespace) -> Checkpoints:
 
 def items_of(arguments: argparse.Namespace, known: Checkpoints) -> dict[str, list[str]]:
     """Return the selected parts' items."""
-    found = {name: PARTS[name].items(known) for name in arguments.part or PARTS}
+    unasked = [name for name, part in PARTS.items() if not part.on_request]
+    found = {name: PARTS[name].items(known) for name in arguments.part or unasked}
     if arguments.only is not None:
         found = {name: [i for i in items if arguments.only in i] for name, items in found.items()}
     if not any(found.values()):
@@ -103,6 +109,8 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
         work(part, journals[part], chosen[part], known, out)
         return 0
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    minutes = arguments.minutes
+    deadline = math.inf if minutes is None else time.time() + minutes * 60
     # A machine that is lent for minutes ends what runs on it: the figures so far are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
@@ -112,7 +120,8 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
             for item in items:  # what was not run is tried again
                 if "not_run" in (journal.read(item) or {}):
                     journal.path(item).unlink()
-            supervise([*command, name], journal, items, part.minutes * 60, part.environment)
+            limits = Limits(part.minutes * 60, deadline)
+            supervise([*command, name], journal, items, limits, part.environment)
     finally:
         status = report(out, of, {name: journal.everything() for name, journal in journals.items()})
     return status

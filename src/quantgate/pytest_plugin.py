@@ -156,7 +156,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
     selected = functools.partial(selection.selected_checkpoints, session.config)
     reporting.finish(session, exitstatus, selected)
     yield
-    reporting.allow_an_empty_shard(session)
+    reporting.settle_status(session)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

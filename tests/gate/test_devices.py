@@ -62,6 +62,23 @@ def test_two_workers_start_each_engine_once_and_say_what_one_process_says(
         assert "on cuda and 7 more: it needs a GPU and this machine has none" in text
 
 
+def test_an_engine_of_unknown_size_does_not_share_a_gpu(two_checkpoints: Path) -> None:
+    """Both embedded files give the size of their KV cache; without one of them, nothing starts."""
+    run_gate = RunGate(two_checkpoints)
+    arguments = ["suites", "-k", "seen", "-p", "no:cacheprovider", "-n", "2"]
+    arguments += ["--dist", "loadgroup"]
+    shared = run_gate(*arguments, CUDA_VISIBLE_DEVICES="5")
+    assert "2 passed" in shared.stdout
+    assert {path.read_text() for path in two_checkpoints.glob("gw*.txt")} == {"5"}
+    file = two_checkpoints / "fixtures" / "checkpoints" / "tiny-llama-mxfp8.toml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "kv_cache_memory" not in line))
+    refused = run_gate(*arguments, CUDA_VISIBLE_DEVICES="5")
+    assert refused.returncode == 4
+    said = "tiny-llama-mxfp8: with -n 2 on 1 GPU(s) engines share one"
+    assert said in refused.stdout + refused.stderr
+
+
 @pytest.mark.parametrize("name", ["tiny-colbert-bert-w8a8", "tiny-llama-embed-w4a16"])
 def test_no_check_starts_an_engine_that_another_one_started(
     project: Path, root: Path, name: str

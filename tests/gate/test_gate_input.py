@@ -30,6 +30,15 @@ def test_an_unknown_id_names_the_nearest(run_gate: RunGate) -> None:
     assert "nearest: tiny-llama-w4a16" in message
 
 
+def test_workers_say_it_in_the_same_sentence(run_gate: RunGate) -> None:
+    """An exception while a worker collects would be an internal error of xdist."""
+    result = run_gate("suites", "-n", "2", "--checkpoint", "tiny-lama-w4a16")
+    assert result.returncode == USAGE_ERROR, result.stdout + result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("ERROR: ")]
+    assert "nearest: tiny-llama-w4a16" in line
+    assert "INTERNALERROR" not in result.stdout
+
+
 def test_a_directory_without_quantization_config(run_gate: RunGate) -> None:
     message = refusal(run_gate, "--checkpoint", "fixtures/tiny/llama")
     assert "config.json: no quantization_config" in message

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +155,32 @@ def test_what_kills_or_hangs_a_worker_is_not_run_and_the_rest_is(
     journal = Journal(tmp_path)
     items = ["fine", "killed", "hangs", "also fine"]
     command = [sys.executable, "-c", WORKER, str(root / "tools"), str(tmp_path)]
-    workers.supervise(command, journal, items, 2.0, {"WHO": "a worker"})
+    workers.supervise(command, journal, items, workers.Limits(2.0), {"WHO": "a worker"})
     for item in ("fine", "also fine"):
         assert journal.read(item) == {"item": item, "figures": {"by": "a worker"}}
     assert why_not(journal, "killed") == "its process ended with status -9 on the way"
     assert why_not(journal, "hangs") == "it took longer than 2 s"
 
 
+def test_what_the_minutes_do_not_reach_is_not_run(root: Path, tmp_path: Path) -> None:
+    """The item in progress ends, and the rest does not begin."""
+    from gpu import workers
+
+    journal = Journal(tmp_path)
+    command = [sys.executable, "-c", WORKER, str(root / "tools"), str(tmp_path)]
+    limits = workers.Limits(600, deadline=time.time() + 4)
+    workers.supervise(command, journal, ["fine", "hangs", "also fine"], limits, {"WHO": "one"})
+    assert journal.read("fine") == {"item": "fine", "figures": {"by": "one"}}
+    for item in ("hangs", "also fine"):
+        assert why_not(journal, item) == workers.OVER
+
+
 def test_a_worker_that_does_not_begin_is_no_endless_loop(tmp_path: Path) -> None:
     from gpu import workers
 
     journal = Journal(tmp_path)
-    workers.supervise([sys.executable, "-c", "raise SystemExit(3)"], journal, ["a", "b"], 60, {})
+    ends = [sys.executable, "-c", "raise SystemExit(3)"]
+    workers.supervise(ends, journal, ["a", "b"], workers.Limits(60), {})
     for item in ("a", "b"):
         said = "its process did not begin: its process ended with status 3 on the way"
         assert why_not(journal, item) == said

@@ -39,6 +39,7 @@ SHAPES = ("8b", "0.5b")
 SCHEMES = ("none", "W4A16", "FP8_DYNAMIC")
 WORK = ((64, 2048), (2048, 64))
 HEAD_ROWS = (64, 1024, 8192)
+MOST_PROCESSES = 12
 MIB = 2**20
 
 Figures = dict[str, Any]
@@ -57,6 +58,8 @@ class Part:
     minutes: float
     """After which an item hangs."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    on_request: bool = False
+    """Whether it is measured only if it is named."""
 
 
 def _case(checkpoint: Checkpoint, dtype: str) -> Case:
@@ -206,10 +209,32 @@ def _two_references(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[Me
 
 
 def gate(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
-    """Run the gate as CI does; its reports stay in the output directory."""
-    checks = _gate(out / "gate", ["-m", item])
+    """Run the gate as CI does, side by side; its reports stay in the output directory."""
+    selected = [word for name in checkpoints for word in ("--checkpoint", name)]
+    checks = _gate(out / "gate", ["-m", item, "-n", str(_side_by_side()), *selected])
     verdicts = [check["verdict"] for check in checks]
     return {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
+
+
+def goldens(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Approve the goldens of this platform that are not there or do not hold, side by side."""
+    names = [name for name, one in checkpoints.items() if one.golden]
+    parts = [part for n in range(_side_by_side()) if (part := names[n :: _side_by_side()])]
+    command = [sys.executable, "-m", "quantgate", "approve", "--reason", item]
+    running = [
+        subprocess.Popen(
+            [*command, *(word for name in part for word in ("--checkpoint", name))],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        )
+        for part in parts
+    ]  # fmt: skip
+    failed = [part for done, part in zip(running, parts, strict=True) if done.wait() != 0]
+    return {"asked": len(names), "refused among": [name for part in failed for name in part]}
+
+
+def _side_by_side() -> int:
+    """Return how many processes share the machine: small engines leave most of a GPU idle."""
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
 
 
 def _gate(
@@ -278,11 +303,12 @@ def _quantized(checkpoints: Checkpoints) -> list[str]:
 
 
 def _speed_items(checkpoints: Checkpoints) -> list[str]:
+    """Return every shape, scheme and amount of work; unquantized and many tokens come first."""
     return [
         f"{shape} {scheme} {prompts} {tokens}"
+        for scheme in SCHEMES
         for prompts, tokens in WORK
         for shape in SHAPES
-        for scheme in SCHEMES
     ]
 
 
@@ -290,14 +316,17 @@ def _head_items(checkpoints: Checkpoints) -> list[str]:
     return [f"{shape} {rows}" for shape in SHAPES for rows in HEAD_ROWS]
 
 
+# In the order in which they are measured: what tells most comes first.
 PARTS: dict[str, Part] = {
     "machine": Part("which kernel does vLLM choose?", lambda _: ["here"], machine, 20),
-    "formats": Part("does each format's kernel compute what it says?", _in_both, formats, 5),
-    "ways": Part("does it matter how it is served?", _one_of_each_scheme, ways, 10),
-    "batch-invariant": Part(
-        "and in batch-invariant mode?", _one_of_each_scheme, batches, 10,
-        {"VLLM_BATCH_INVARIANT": "1"},
+    "speed": Part("how fast is score mode?", _speed_items, speed, 30),
+    "head": Part("how fast and exact is its head, and what else could be?", _head_items, head, 10),
+    "goldens": Part(
+        "approve what has no golden here", lambda _: ["First goldens of this platform"], goldens,
+        60, on_request=True,
     ),
+    "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),
+    "formats": Part("does each format's kernel compute what it says?", _in_both, formats, 5),
     "runner-v1": Part(
         "does model runner V1 score as HF does?", _runner_items, scores, 5,
         {"VLLM_USE_V2_MODEL_RUNNER": "0"},
@@ -309,8 +338,10 @@ PARTS: dict[str, Part] = {
         "does the reference compute on the GPU what it computes on the CPU?", _references,
         references, 60,
     ),
-    "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),
+    "ways": Part("does it matter how it is served?", _one_of_each_scheme, ways, 10),
+    "batch-invariant": Part(
+        "and in batch-invariant mode?", _one_of_each_scheme, batches, 10,
+        {"VLLM_BATCH_INVARIANT": "1"},
+    ),
     "forced": Part("is another kernel noticed?", _quantized, forced, 10),
-    "speed": Part("how fast is score mode?", _speed_items, speed, 30),
-    "head": Part("how fast and exact is its head, and what else could be?", _head_items, head, 10),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Measuring items in worker processes: one that fails, ends its process or hangs is not run."""
 
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gpu.journal import Journal
 from gpu.parts import PARTS, Checkpoints
@@ -14,23 +16,37 @@ from quantgate.errors import BadInput
 from quantgate.measuring.engine_failure import EngineFailure, LostDevice, first_line
 
 POLL_SECONDS = 0.2
+OVER = "the time given by --minutes was over"
+
+
+class Limits(NamedTuple):
+    """How long measuring may take."""
+
+    seconds: float
+    """Of one item; one that takes longer hangs."""
+    deadline: float = math.inf
+    """When all ends, by `time.time`."""
 
 
 def supervise(
     command: Sequence[str],
     journal: Journal,
     items: Sequence[str],
-    seconds: float,
+    limits: Limits,
     environment: Mapping[str, str],
 ) -> None:
     """Run `command` until each item has ended; one that ends it, or hangs, is not run."""
     journal.running.unlink(missing_ok=True)
     while waiting := journal.waiting(items):
+        if time.time() > limits.deadline:
+            for item in waiting:
+                journal.write(item, not_run=OVER)
+            return
         with subprocess.Popen(
             command, env={**os.environ, **environment}, start_new_session=True
         ) as process:
             try:
-                why = _watch(process, journal, seconds)
+                why = _watch(process, journal, limits)
             finally:
                 _kill(process)
         started = journal.started()
@@ -41,10 +57,13 @@ def supervise(
                 journal.write(item, not_run=f"its process did not begin: {why}")
 
 
-def _watch(process: subprocess.Popen[bytes], journal: Journal, seconds: float) -> str:
+def _watch(process: subprocess.Popen[bytes], journal: Journal, limits: Limits) -> str:
     """Return how a worker ended; one that hangs is left for its caller to kill."""
+    seconds = limits.seconds
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
+        if time.time() > limits.deadline:
+            return OVER
         if (started := journal.started()) and time.time() - started[1] > seconds:
             return f"it took longer than {seconds:g} s"
     return f"its process ended with status {process.returncode} on the way"

@@ -1,4 +1,4 @@
-"""Assign GPUs to xdist workers: an equal share each, none shared between two."""
+"""Assign GPUs to xdist workers: an equal share each, or one that several share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 from collections.abc import Sequence
 
 from quantgate.errors import BadInput
+from quantgate.subject.checkpoint import Checkpoint
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# In a worker's input: how many GPUs there are if several workers share one, and else 0.
+SHARED_GPUS = "quantgate_shared_gpus"
 
 
 def gpus() -> list[str]:
@@ -25,17 +28,23 @@ def gpus() -> list[str]:
 def share(worker: int, workers: int, found: Sequence[str]) -> list[str]:
     """Return the GPUs of worker number `worker` (from 0) of `workers`; [] without GPUs.
 
-    Raises `BadInput` if there are fewer GPUs than workers, because two engines would share one.
+    With fewer GPUs than workers, several share one (`require_fixed_cache`).
     """
     if not found:
         return []
-    each = len(found) // workers
-    if not each:
+    if each := len(found) // workers:
+        return list(found[worker * each : (worker + 1) * each])
+    return [found[worker % len(found)]]
+
+
+def require_fixed_cache(checkpoint: Checkpoint, workers: int, gpus: int) -> None:
+    """Raise `BadInput` if a checkpoint's engine would take all memory of a GPU that is shared."""
+    if checkpoint.engine.kv_cache_memory_bytes is None:
         raise BadInput(
-            f"-n {workers}: only {len(found)} GPU(s) for {workers} workers, and no two engines "
-            f"share one; give -n {len(found)} at most."
+            f"{checkpoint.id}: with -n {workers} on {gpus} GPU(s) engines share one, and its "
+            "engine would take all memory for its KV cache; give kv_cache_memory_bytes in "
+            f"[engine] of its file, or -n {gpus} at most."
         )
-    return list(found[worker * each : (worker + 1) * each])
 
 
 def require_gpus(checkpoint_id: str, needed: int, owned: int, workers: int) -> None:

@@ -42,6 +42,8 @@ class GateRun:
     """By checkpoint: how much is asked of it."""
     problem: str | None = None
     """Why nothing can be judged; raised at the end of collection."""
+    refused: str | None = None
+    """Why a worker judged nothing; its controller prints it."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """The skipped checks: subject and reason."""
     results: dict[str, CheckResult] = field(default_factory=dict)

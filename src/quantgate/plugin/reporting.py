@@ -96,10 +96,12 @@ def finish(
     run = session.config.stash.get(RUN, None)
     if run is None or session.config.option.collectonly:
         return
-    if not (run.results or run.crashed or run.has_nothing_to_judge):
+    if not (run.results or run.crashed or run.has_nothing_to_judge or run.refused):
         return
     if hasattr(session.config, "workerinput"):  # an xdist worker; its controller reports
         send(session.config, run)
+        return
+    if run.refused:
         return
     DiskCache(cache_directory(session.config)).forget_unused()
     _add_unreported(run, selected)
@@ -111,9 +113,14 @@ def finish(
         write_reports(finished, directory)
 
 
-def allow_an_empty_shard(session: pytest.Session) -> None:
-    """Let a shard without a checkpoint exit with 0; syrupy has set pytest's own status again."""
+def settle_status(session: pytest.Session) -> None:
+    """Let a shard without a checkpoint exit with 0, and bad input that a worker found with 4.
+
+    Called last, because syrupy sets pytest's own status again.
+    """
     run = session.config.stash.get(RUN, None)
+    if run is not None and run.refused and not hasattr(session.config, "workerinput"):
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
     nothing = session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
     if run is not None and run.has_nothing_to_judge and nothing:
         session.exitstatus = pytest.ExitCode.OK
@@ -149,7 +156,10 @@ def _histories(run: GateRun) -> dict[str, list[dict[str, Any]]]:
 
 def summarize(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table of checks and the checks that were skipped."""
-    if (finished := config.stash[RUN].finished) is None:
+    run = config.stash[RUN]
+    if run.refused:
+        terminalreporter.write_line(f"ERROR: {run.refused}", red=True)
+    if (finished := run.finished) is None:
         return
     terminalreporter.section("quantgate")
     terminal = terminalreporter._tw

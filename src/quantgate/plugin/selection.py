@@ -104,12 +104,15 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
             "file."
         )
     wanted = [c if c.id in known else with_own_task(c) for c in wanted]
-    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    worker = getattr(config, "workerinput", {})
+    workers = worker.get("workercount", 1)
     for checkpoint in wanted:
         checks.require_known(checkpoint)
         if workers > 1 and (owned := devices.gpus()):
             needed = checkpoint.engine.tensor_parallel_size
             devices.require_gpus(checkpoint.id, needed, len(owned), workers)
+        if shared := worker.get(devices.SHARED_GPUS):
+            devices.require_fixed_cache(checkpoint, workers, shared)
         verify(checkpoint)
         run.schemes[checkpoint.id] = actual_scheme(checkpoint.directory)
         if checkpoint.base_checkpoint is not None:
@@ -158,7 +161,21 @@ def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect checks that this machine or checkpoint cannot run; refuse an empty selection."""
+    """Deselect checks that this machine or checkpoint cannot run; refuse an empty selection.
+
+    An xdist worker refuses by running nothing, and its controller says why: a worker's exception
+    while it collects ends the run in an internal error of xdist.
+    """
+    try:
+        _select(config, items)
+    except pytest.UsageError as error:
+        if not hasattr(config, "workerinput"):
+            raise
+        config.stash[RUN].refused = str(error)
+        items.clear()
+
+
+def _select(config: pytest.Config, items: list[pytest.Item]) -> None:
     run = config.stash[RUN]
     if run.problem is not None:
         raise pytest.UsageError(run.problem)

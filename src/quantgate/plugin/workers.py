@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from quantgate.errors import BadInput, printable
+from quantgate.errors import printable
 from quantgate.judging.results import CheckResult
 from quantgate.measuring.engine import EngineLife
 from quantgate.plugin import devices
@@ -27,12 +27,13 @@ def take_part(config: pytest.Config) -> None:
     """Restrict an xdist worker to its share of the machine; do nothing in other processes."""
     if (worker := getattr(config, "workerinput", None)) is not None:
         _share_processors(worker["workercount"])
-        _own_gpus(worker[PLACE], worker["workercount"])
+        worker[devices.SHARED_GPUS] = _own_gpus(worker[PLACE], worker["workercount"])
 
 
 def send(config: Any, run: GateRun) -> None:
     """Send the controller what a worker knows besides its results."""
     config.workeroutput[WORKER] = {
+        "refused": run.refused,
         "left_out": run.left_out,
         "tiers": {name: asdict(tier) for name, tier in run.tiers.items()},
         "notes": run.all_notes,
@@ -47,13 +48,12 @@ def _share_processors(workers: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-def _own_gpus(place: int, workers: int) -> None:
-    """Give each xdist worker its own GPUs."""
-    try:
-        if owned := devices.share(place, workers, devices.gpus()):
-            os.environ[devices.VISIBLE] = ",".join(owned)
-    except BadInput as error:
-        raise pytest.UsageError(str(error)) from None
+def _own_gpus(place: int, workers: int) -> int:
+    """Give an xdist worker its GPUs; return how many there are if several workers share one."""
+    found = devices.gpus()
+    if owned := devices.share(place, workers, found):
+        os.environ[devices.VISIBLE] = ",".join(owned)
+    return len(found) if len(found) < workers else 0
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: pluggy hashes plugins by identity
@@ -92,6 +92,7 @@ class ResultCollector:
         """Take what an ended worker sent; every worker skips the same checks."""
         self.run.places.pop(node.gateway.id, None)
         said = getattr(node, "workeroutput", {}).get(WORKER, {})
+        self.run.refused = self.run.refused or said.get("refused")
         if "left_out" in said:  # a crashed worker sends nothing
             self.run.left_out = [(subject, why) for subject, why in said["left_out"]]
         self.run.tiers |= {name: RunTier(**tier) for name, tier in said.get("tiers", {}).items()}

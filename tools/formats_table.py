@@ -4,9 +4,9 @@
     python tools/formats_table.py
 
 A row of the README says which kernel serves a format in the gate, which one of its own vLLM's CPU
-build takes on a machine with AVX-512 (what the table says is kept on another), and how far the
-engine is from its reference. A row of docs/pooling.md says that of a model that labels, rewards or
-embeds, and what its task came to.
+build takes on a machine with AVX-512 (what the table says is kept on another), how far the engine
+is from its reference, and what docs/gpu.md has of the kernel and its replay on a GPU. A row of
+docs/pooling.md says the first of a model that labels, rewards or embeds, and what its task came to.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from quantgate.subject.task import GENERATE
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 POOLING = ROOT / "docs" / "pooling.md"
+GPU = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- formats: tools/formats_table.py writes this -->\n", "<!-- end of formats -->\n"
 HEADINGS = (
     "format",
@@ -39,6 +40,8 @@ HEADINGS = (
     "fp32, max",
     "replay, mean",
     "bf16, mean",
+    "on an H200",
+    "replay there, max",
 )
 POOLING_HEADINGS = (
     "task",
@@ -79,6 +82,13 @@ def written_kernel(checkpoint_id: str) -> str:
     return row.split(" | ")[HEADINGS.index("vLLM's own")]
 
 
+def on_gpu(checkpoint_id: str) -> list[str]:
+    """Return what docs/gpu.md says of a checkpoint: its kernels, and the largest replay error."""
+    lines = GPU.read_text(encoding="utf-8").splitlines()
+    row = next((line for line in lines if line.startswith(f"| {checkpoint_id} | ")), None)
+    return ["–", "–"] if row is None else row.strip("| ").split(" | ")[2:4]
+
+
 def refusal(directory: Path) -> str:
     """Return why vLLM does not load a checkpoint; an error where it does after all."""
     try:
@@ -105,11 +115,12 @@ def rows(report: dict[str, Any], checkpoints: dict[str, Checkpoint]) -> list[lis
                 figure(checks["fidelity-float32"], "max"),
                 figure(checks["replay-float32"], "mean"),
                 figure(checks["fidelity-serving"], "mean"),
+                *on_gpu(entry["id"]),
             ]
         )
     for name in NOT_LOADABLE:
         directory = ROOT / "build" / name
-        found.append([actual_scheme(directory), name, "not loadable", refusal(directory), *"–––"])
+        found.append([actual_scheme(directory), name, "not loadable", refusal(directory), *"–––––"])
     return found
 
 

@@ -71,6 +71,12 @@ def test_the_kernels_are_those_that_serve(table: ModuleType, written: Rows, root
             assert written[name]["vLLM's own"] == table.native_kernel(checkpoint)
 
 
+def test_a_gpus_columns_are_what_its_page_says(table: ModuleType, written: Rows) -> None:
+    for name, row in written.items():
+        assert [row["on an H200"], row["replay there, max"]] == table.on_gpu(name)
+    assert written["tiny-llama-w4a16"]["on an H200"] == "`Machete`"
+
+
 def test_the_figures_are_those_of_the_last_gate(
     table: ModuleType, written: Rows, pooling: Rows, root: Path
 ) -> None:

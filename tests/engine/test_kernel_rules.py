@@ -219,3 +219,8 @@ def test_a_zero_point_that_a_kernel_changes_is_named(root: Path) -> None:
         "model.layers.1.mlp.down_proj.input_zero_point: 3 is in use; expected 4, the file's"
     )
     assert "model.layers.1.self_attn.o_proj.input_zero_point" not in said  # -6, and stays
+    # Of linears that are fused in one, each is named.
+    fused = [f"model.layers.0.self_attn.{name}_proj.input_zero_point" for name in "qkv"]
+    assert [said[name].partition(": ")[2] for name in fused] == [
+        "2 is in use; expected 3, the file's"
+    ] * 3

@@ -124,7 +124,9 @@ def test_a_known_failure_may_depend_on_the_kernel(tmp_path: Path) -> None:
     assert not known.applies(["CutlassFP8ScaledMMLinearKernel"])
 
 
-@pytest.mark.parametrize(("source", "pools"), [("class AllPool:\n", False), ("", True)])
+@pytest.mark.parametrize(
+    ("source", "pools"), [("from .tokwise import AllPool\n", False), ("", True)]
+)
 def test_whether_a_vllm_pools_steps_is_read_from_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, pools: bool
 ) -> None:

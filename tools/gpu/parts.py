@@ -322,7 +322,7 @@ PARTS: dict[str, Part] = {
     "speed": Part("how fast is score mode?", _speed_items, speed, 30),
     "head": Part("how fast and exact is its head, and what else could be?", _head_items, head, 10),
     "goldens": Part(
-        "approve what has no golden here", lambda _: ["First goldens of this platform"], goldens,
+        "which goldens are missing here?", lambda _: ["First goldens of this platform"], goldens,
         60, on_request=True,
     ),
     "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),

@@ -84,7 +84,7 @@ class _Found:
     claimed: set[str] = field(default_factory=set)
     not_compared: set[str] = field(default_factory=set)
     zero_points: dict[str, str] = field(default_factory=dict)
-    """Where the file has each static input's zero point, by the parameter that holds it."""
+    """Where the file has each linear's static zero point, by its name in vLLM before fusing."""
     checksums: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     failed: str = ""
@@ -290,8 +290,11 @@ def _kv_problems(model: Any, found: _Found) -> Iterator[LoadProblem]:
 def _zero_point_problems(model: Any, found: _Found) -> Iterator[LoadProblem]:
     """Yield the static inputs' zero points that kernels have changed."""
     stored, in_use = StoredTensors(found.directory), dict(model.named_parameters())
+    holders = {part: whole for whole, parts in packed_linears(model).items() for part in parts}
     for name, source in found.zero_points.items():
-        held = in_use.get(name)
+        linear = name.removesuffix(ZERO_POINT)
+        parent, _, own = linear.rpartition(".")
+        held = in_use.get(f"{parent}.{holders.get(own, own)}{ZERO_POINT}")
         if held is None or held.numel() != 1:
             continue
         value, on_disk = int(held.detach()), int(stored.read(source))

@@ -61,13 +61,13 @@ def is_x86_without_vnni() -> bool:
 def has_step_pooling() -> bool:
     """Whether the installed vLLM pools the steps of classifiers that it converts, as 0.32 does.
 
-    0.26, which has `AllPool` and does not, returns every row. Its source is read, not imported.
+    0.26, which pools with `AllPool` instead, returns every row. Its source is read, not imported.
     """
     found = importlib.util.find_spec("vllm")
     if found is None or not found.submodule_search_locations:
         return True
     pooler = Path(found.submodule_search_locations[0], "model_executor/layers/pooler/special.py")
-    return not pooler.exists() or "class AllPool" not in pooler.read_text(encoding="utf-8")
+    return not pooler.exists() or "AllPool" not in pooler.read_text(encoding="utf-8")
 
 
 def _on_processor(kernels: Collection[str]) -> bool:

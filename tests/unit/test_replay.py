@@ -105,6 +105,53 @@ def test_replay_lists_what_is_beyond_its_limit_and_once() -> None:
     assert "output nan" in nan
 
 
+ON_HOPPER = {"mlp.down_proj": "CutlassFP8ScaledMMLinearKernel"}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "platform", "depth", "off", "outcome"),
+    [
+        (ON_HOPPER, "sm90", 512, 5.84e-4, "pass"),  # an H200's, in float16
+        (ON_HOPPER, "sm90", 512, 1.3e-3, "fail"),
+        (ON_HOPPER, "sm90", 14336, 5e-3, "pass"),
+        (ON_HOPPER, "sm90", 14336, 7e-3, "fail"),
+        (ON_HOPPER, "sm100", 512, 5.84e-4, "fail"),
+        ({"mlp.down_proj": "MacheteLinearKernel"}, "sm90", 512, 5.84e-4, "fail"),
+        ({"mlp.down_proj": "CutlassFp8BlockScaledMMKernel"}, "sm90", 512, 5.84e-4, "fail"),
+    ],
+)
+def test_fp8_tensor_cores_may_truncate_a_sum(
+    kernels: dict[str, str], platform: str, depth: int, off: float, outcome: str
+) -> None:
+    """By what a sum of that many products loses, and only where whole sums stay in them."""
+    engine = measurement(-1.0, "float16")
+    provenance = dataclasses.replace(engine.provenance, kernels=kernels, platform=platform)
+    engine = dataclasses.replace(engine, provenance=provenance)
+    module = ModuleError("layers.0.mlp.down_proj", "layers.0.mlp.down_proj", off, 0.0, depth)
+    found = Replay((module,), np.full(6, -1.0, np.float32), np.full(6, -1.0, np.float32))
+    verdict = replayed(engine, found, SIX, rounding=lambda: np.zeros(6))
+    assert verdict.outcome == outcome
+    (line,) = modules_beyond(engine, found)
+    assert ("no linear is off by more" in line) == (outcome == "pass")
+
+
+def test_the_module_furthest_beyond_its_own_limit_is_named() -> None:
+    engine = measurement(-1.0, "float16")
+    kernels = {**ON_HOPPER, "mlp.up_proj": "MacheteLinearKernel"}
+    provenance = dataclasses.replace(engine.provenance, kernels=kernels, platform="sm90")
+    engine = dataclasses.replace(engine, provenance=provenance)
+    modules = (
+        ModuleError("down", "layers.0.mlp.down_proj", 1e-3, 0.0, 512),
+        ModuleError("up", "layers.0.mlp.up_proj", 6e-4, 0.0, 512),
+    )
+    found = Replay(modules, np.full(6, -1.0, np.float32), np.full(6, -1.0, np.float32))
+    verdict = replayed(engine, found, SIX, rounding=lambda: np.zeros(6))
+    assert verdict.outcome == "fail"
+    assert "(up)" in verdict.detail
+    (line,) = modules_beyond(engine, found)
+    assert line.startswith("module     up: ")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_where_no_linear_is_off_replay_says_what_it_does_not_see(dtype: str) -> None:
     (line,) = lines_of_modules(dtype, replay_of({"layers.0.q": (1e-7, 1e-7)}, values=-3.0))

@@ -6,7 +6,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
+from quantgate.judging.budget import fp8_sum_error
 from quantgate.patches.scoremode.head_plan import DEPTH_BLOCK
 
 
@@ -39,6 +42,23 @@ def test_blocks_of_the_kernels_depth_are_exact_enough(model: ModuleType) -> None
     assert error[None] > 1e-5
     assert error[DEPTH_BLOCK] < 7e-6
     assert 1.5 < error[2 * DEPTH_BLOCK] / error[DEPTH_BLOCK] < 4
+
+
+@pytest.mark.parametrize("depth", [256, 1024, 4096])
+def test_a_sum_in_fp8_cores_is_within_its_limit(model: ModuleType, depth: int) -> None:
+    """32 products at a time, 13 bits behind the point; and the limit is not far beyond."""
+    core, generator = model.TensorCore(step=32, extra_bits=14 - 24), np.random.default_rng(0)
+    x, y = (e4m3(generator.standard_normal((600, depth))) for _ in range(2))
+    exact = (x * y).sum(axis=1)
+    off = core.dot(x, y) - exact
+    error = float(np.sqrt((off**2).mean() / (exact**2).mean()))
+    assert fp8_sum_error(depth) / 5 < error < fp8_sum_error(depth)
+
+
+def e4m3(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round rows to E4M3, scaled so that the largest is 448."""
+    scaled = values / np.abs(values).max(axis=1, keepdims=True) * 448
+    return torch.from_numpy(scaled).to(torch.float8_e4m3fn).double().numpy()
 
 
 def test_it_prints_a_table(

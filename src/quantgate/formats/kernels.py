@@ -33,6 +33,9 @@ class KernelRule(NamedTuple):
     and its group's scale is rounded to E4M3."""
     truncates_zero_points: bool = False
     """Whether a static input's zero point is computed anew from its range and truncated."""
+    sums_in_fp8_cores: bool = False
+    """Whether whole sums stay in the accumulators of FP8 tensor cores; others move each group's
+    sum out of them."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class LinearRules:
     """As `KernelRule.truncates_zero_points`, for static int8 inputs."""
 
 
+# Platforms whose FP8 tensor cores add with few bits.
+FEW_BITS = frozenset({"sm89", "sm90"})
 # The rules of kernels that follow the format.
 FORMATS_RULES = LinearRules()
 
@@ -102,6 +107,16 @@ def _kept(used: Collection[str]) -> frozenset[Family]:
                 "disable one of them with VLLM_DISABLED_KERNELS."
             )
     return frozenset(family for family, by_way in ways.items() if "kept" in by_way)
+
+
+def truncates_sums(kernels: str, platform: str) -> bool:
+    """Return whether a module's kernels, joined by " + ", keep 13 bits behind the point of a sum.
+
+    FP8 tensor cores of compute capability 8.9 and 9.0 do (DeepSeek-AI, "DeepSeek-V3 Technical
+    Report", arXiv 2412.19437, section 3.3.2), which Blackwell's do not.
+    """
+    rules = (RULES.get(name) for name in kernels.split(" + "))
+    return platform in FEW_BITS and any(rule and rule.sums_in_fp8_cores for rule in rules)
 
 
 def _names(kernels: Iterable[str]) -> list[str]:
@@ -180,10 +195,6 @@ RULES: dict[str, KernelRule] = {
         "fp8",
         "format",
         FlashInferFP8ScaledMMLinearKernel="scaled_mm/flashinfer.py",
-        CutlassFP8ScaledMMLinearKernel="scaled_mm/cutlass.py",
-        PerTensorTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
-        ChannelWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
-        RowWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
         BlockWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
         TritonFP8ScaledMMLinearKernel="scaled_mm/triton.py",
         B12xTensorFP8ScaledMMLinearKernel="scaled_mm/b12x.py",
@@ -196,6 +207,15 @@ RULES: dict[str, KernelRule] = {
         DequantizingFp8BlockLinearKernel="quantgate/patches/emulated_kernels.py",
         CPUFP8W8A8ScaledMMLinearKernel="scaled_mm/cpu.py",
     ),
+    **{
+        name: KernelRule("fp8", "format", source, sums_in_fp8_cores=True)
+        for name, source in {
+            "CutlassFP8ScaledMMLinearKernel": "scaled_mm/cutlass.py",
+            "PerTensorTorchFP8ScaledMMLinearKernel": "scaled_mm/pytorch.py",
+            "ChannelWiseTorchFP8ScaledMMLinearKernel": "scaled_mm/pytorch.py",
+            "RowWiseTorchFP8ScaledMMLinearKernel": "scaled_mm/pytorch.py",
+        }.items()
+    },
     # `layer.input_scale = None`, and Marlin's product of 16-bit inputs.
     **_rules(
         "fp8",

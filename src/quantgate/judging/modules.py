@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.formats.kernels import truncates_sums
 from quantgate.judging.budget import (
     FP32_MAX_RAW,
     REPLAY_MEAN,
     REPLAY_MODULE,
     REPLAY_MODULE_16_BIT,
     ROUNDING_FACTOR,
+    fp8_sum_error,
 )
 from quantgate.judging.pair import deviation_of, figures_of
 from quantgate.judging.verdict import Deviation, Outcome, Verdict, verdict_on
@@ -43,7 +45,8 @@ def replayed(
     is exceeded, to tell a fault from a model that amplifies rounding.
     """
     dtype = engine.provenance.dtype
-    output = max(replay.modules, key=lambda module: _nan_is_largest(module.output))
+    # Of its limit, which may depend on the module.
+    output = max(replay.modules, key=lambda m: _nan_is_largest(m.output / _limit_of(m, engine)))
     entry = max(replay.modules, key=lambda module: _nan_is_largest(module.input))
     delta = np.abs(replay.served.astype(np.float64) - replay.values)
     if dtype == FLOAT32:
@@ -53,7 +56,7 @@ def replayed(
             _values_deviation(delta, probe, rounding),
         ]
     else:
-        limit = REPLAY_MODULE_16_BIT[dtype]
+        limit = _limit_of(output, engine)
         deviations = [Deviation("largest module error", output.output, limit, "of its rms")]
     # A table shows the one nearest to its limit, or furthest beyond.
     deviations.sort(key=lambda d: _nan_is_largest(d.measured / d.allowed), reverse=True)
@@ -93,28 +96,45 @@ def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:
 
     If there are none, one line says what replay does not cover.
     """
-    dtype = engine.provenance.dtype
-    limit = REPLAY_MODULE if dtype == FLOAT32 else REPLAY_MODULE_16_BIT[dtype]
+    exact = engine.provenance.dtype == FLOAT32
 
     def size(module: ModuleError) -> float:
         output = _nan_is_largest(module.output)
         # In 16 bits an input carries the rounding of all earlier layers.
-        return max(output, _nan_is_largest(module.input)) if dtype == FLOAT32 else output
+        return max(output, _nan_is_largest(module.input)) if exact else output
 
-    beyond = sorted((m for m in replay.modules if size(m) > limit), key=size, reverse=True)
+    limits = {module.name: _limit_of(module, engine) for module in replay.modules}
+    beyond = [module for module in replay.modules if size(module) > limits[module.name]]
     if not beyond:
         return [
-            f"module     no linear is off by more than {limit:.3g} of its rms on the engine's own "
-            "inputs; replay does not see embeddings, norms, attention and the head: look there"
+            f"module     no linear is off by more than {max(limits.values()):.3g} of its rms on "
+            "the engine's own inputs; replay does not see embeddings, norms, attention and the "
+            "head: look there"
         ]
-    return [_module_line(m, engine, limit) for m in beyond[:WORST_MODULES]]
+    beyond.sort(key=size, reverse=True)
+    return [_module_line(m, engine, limits[m.name]) for m in beyond[:WORST_MODULES]]
+
+
+def _limit_of(module: ModuleError, engine: Measurement) -> float:
+    """Return what a module may be off by, of its rms."""
+    provenance = engine.provenance
+    if provenance.dtype == FLOAT32:
+        return REPLAY_MODULE
+    limit = REPLAY_MODULE_16_BIT[provenance.dtype]
+    if truncates_sums(_kernel_of(module, engine), provenance.platform):
+        limit = float(np.hypot(limit, fp8_sum_error(module.depth)))
+    return limit
+
+
+def _kernel_of(module: ModuleError, engine: Measurement) -> str:
+    kind = ".".join(module.module.split(".")[-2:])
+    return str(engine.provenance.kernels.get(kind, "kernel unknown"))
 
 
 def _module_line(module: ModuleError, engine: Measurement, limit: float) -> str:
-    kind = ".".join(module.module.split(".")[-2:])
     line = (
         f"module     {module.name}: output {module.output:.3g}, input {module.input:.3g} of its "
-        f"rms, {engine.provenance.kernels.get(kind, 'kernel unknown')}"
+        f"rms, {_kernel_of(module, engine)}"
     )
     fed_wrong = module.output <= limit  # but its input is beyond the limit
     return line + "; its product is right, what feeds it is not" if fed_wrong else line

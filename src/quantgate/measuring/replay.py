@@ -43,6 +43,8 @@ class ModuleError:
     """The error of its output, computed on the engine's input."""
     input: float
     """The error of that input, computed on the outputs of the modules before it."""
+    depth: int = 0
+    """The number of products that each of its outputs sums."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: An
     )
     return Replay(
         tuple(
-            ModuleError(name, capture.module_of(name), *found.relative())
+            ModuleError(name, capture.module_of(name), *found.relative(), found.depth)
             for name, found in errors.items()
         ),
         values,
@@ -140,6 +142,7 @@ class _Errors:
     sums: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("input", "input_error", "output", "output_error"), 0)
     )
+    depth: int = 0
 
     def add(
         self,
@@ -148,6 +151,7 @@ class _Errors:
         output: torch.Tensor,
         engine_output: torch.Tensor,
     ) -> None:
+        self.depth = own.shape[-1]
         # In the reference's own dtype: subtracting numbers that are nearly equal is exact, and a
         # sum of squares good to five digits tells whether an error is within its limit.
         parts: Mapping[str, torch.Tensor] = {

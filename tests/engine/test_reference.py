@@ -167,5 +167,6 @@ def test_memory_is_two_layers_embeddings_and_activations(tmp_path: Path) -> None
         f"peak {peak / 2**20:.0f} MiB above an empty model; a layer is {layer / 2**20:.0f} MiB, "
         f"embeddings and head {rest / 2**20:.0f}, the model {LAYERS * layer / 2**20:.0f}"
     )
-    assert peak <= 2 * layer + rest + activations
+    # What Python and the allocator take on the way; a third layer would be seven times as much.
+    assert peak <= 2 * layer + rest + activations + 4 * 2**20
     assert scores == expected

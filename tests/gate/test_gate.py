@@ -79,6 +79,9 @@ def test_a_checkpoint_given_by_path_is_gated_without_a_golden(
     assert result.returncode == 0, result.stdout
     (checkpoint,) = run_gate.report["checkpoints"]
     assert [check["name"] for check in checkpoint["checks"]] == [
+        "audit",
+        "audit-weights",
+        "audit-loaded",
         "fidelity-serving",
         "replay-serving",
         "divergence-from-reference",

@@ -47,9 +47,10 @@ def test_the_chip_is_busy(rows: int, multiprocessors: int, hidden_size: int) -> 
 def test_many_rows_go_in_bands_that_fit_the_cache() -> None:
     assert head_plan.plan_for(8192, 4096, 128256) == head_plan.Plan(group=4096, band=8)
     assert head_plan.plan_for(1024, 4096, 128256) == head_plan.Plan(group=1024, band=8)
-    assert head_plan.plan_for(64, 4096, 128256) == head_plan.Plan(group=256, band=8)
-    # Half of 8,192 × 896, which is 15 MB, and all of 4,096.
-    assert head_plan.plan_for(8192, 896, 151936).band == 36
+    assert head_plan.plan_for(64, 4096, 128256) == head_plan.Plan(group=256, band=1)
+    # 36 tiles of 896 would fit: halves of 64 tiles, not 36 and 28, and quarters of 128.
+    assert head_plan.plan_for(8192, 896, 151936).band == 32
+    assert head_plan.plan_for(16384, 896, 151936).band == 32
 
 
 def test_tiles_divide_what_they_are_steps_of() -> None:

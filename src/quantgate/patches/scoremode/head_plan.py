@@ -83,14 +83,15 @@ def plan_for(rows: int, hidden_size: int, vocab: int) -> Plan:
 
     Many rows: if all tiles of rows ran side by side, the 8,192 × 4,096 hidden states of a step
     (67 MB) would be read once per tile of columns, and an L2 cache of 50 MB cannot hold them. A
-    band of 8 tiles, 1,024 rows, fits; each band reads the weights again, 8 times in all.
+    band of 8 tiles, 1,024 rows, fits; each band reads the weights again, 8 times in all. Bands are
+    of one size, because a smaller last one would leave a part of the chip idle.
     """
     row_tiles, column_tiles = _pieces(rows, ROW_TILE), _pieces(vocab, COLUMN_TILE)
     tiles = MOST_COLUMN_TILES
     while tiles > 1 and row_tiles * _pieces(column_tiles, tiles) < PROGRAMS:
         tiles //= 2
-    band = max(1, BAND_BYTES // (2 * ROW_TILE * hidden_size))
-    return Plan(tiles * COLUMN_TILE, band)
+    bands = _pieces(row_tiles, max(1, BAND_BYTES // (2 * ROW_TILE * hidden_size)))
+    return Plan(tiles * COLUMN_TILE, max(1, _pieces(row_tiles, max(1, bands))))
 
 
 def _pieces(whole: int, size: int) -> int:

@@ -14,6 +14,8 @@ def test_rules_are_those_of_the_kernels_in_use() -> None:
     assert rules_of(["MarlinFP8ScaledMMLinearKernel + MacheteLinearKernel"]).kept == {"fp8"}
     assert rules_of(["CutlassW4A8LinearKernel"]) == LinearRules(fp8_products=True)
     assert explained(served) == []
+    (said,) = explained(["CutlassInt8ScaledMMLinearKernel"])
+    assert said.endswith("truncates static zero points, and so does the reference")
     (said,) = explained(["MarlinNvFp4LinearKernel + MacheteLinearKernel"])
     assert said == "MarlinNvFp4LinearKernel keeps inputs in 16 bits, and so does the reference"
 

@@ -133,6 +133,8 @@ def explained(kernels: Iterable[str]) -> list[str]:
             said.append(f"{name} keeps inputs in 16 bits, and so does the reference")
         if rule.fp8_products:
             said.append(f"{name} rounds scales and weights to FP8, and so does the reference")
+        if rule.truncates_zero_points:
+            said.append(f"{name} truncates static zero points, and so does the reference")
     return said
 
 

@@ -49,7 +49,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated")
     parser.add_argument("--checkpoint", action="append", metavar="ID", help="may be repeated")
     parser.add_argument("--only", metavar="TEXT", help="items whose name has this in it")
-    parser.add_argument("--minutes", type=float, help="begin nothing after so many, and end then")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin nothing after so many, and end then"
+    )
     parser.add_argument("--list", action="store_true", help="print what would be measured")
     parser.add_argument(
         "--without-a-gpu", action="store_true", help="measure on the CPU, to try the command"
@@ -109,8 +111,7 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
         work(part, journals[part], chosen[part], known, out)
         return 0
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
-    minutes = arguments.minutes
-    deadline = math.inf if minutes is None else time.time() + minutes * 60
+    deadline = time.time() + arguments.minutes * 60
     # A machine that is lent for minutes ends what runs on it: the figures so far are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:

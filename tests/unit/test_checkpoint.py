@@ -118,7 +118,7 @@ def test_what_a_processor_cannot_do_excuses_no_gpu(monkeypatch: pytest.MonkeyPat
     assert checkpoint.known_failure_of("drift-float32", of_gpu) is everywhere
 
 
-def test_a_known_failure_may_depend_on_the_kernel(tmp_path: Path) -> None:
+def test_a_known_failure_may_depend_on_the_kernel() -> None:
     known = KnownFailure("audit-loaded", "truncates", "docs", when="cutlass-int8")
     assert known.applies(["FlashAttentionImpl", "CutlassInt8ScaledMMLinearKernel"])
     assert not known.applies(["CutlassFP8ScaledMMLinearKernel"])

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantgate.formats.builds import E4M3_HIGHEST, fp8_rule, int8_rule, symmetric_rule
+from quantgate.formats.builds import fp8_rule, int8_rule, symmetric_rule
+from quantgate.formats.numbers import E4M3_HIGHEST, to_e4m3
 
 if TYPE_CHECKING:
     import torch
@@ -95,13 +96,6 @@ def fp8_per_group(x: torch.Tensor, group_size: int = 128) -> torch.Tensor:
 def _e4m3(x: torch.Tensor) -> torch.Tensor:
     """Round to E4M3, saturating, and back."""
     return to_e4m3(x).float()
-
-
-def to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Return E4M3 codes: rounded to nearest, saturating."""
-    import torch
-
-    return x.clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn)
 
 
 def nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

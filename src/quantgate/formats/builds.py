@@ -15,6 +15,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+from quantgate.formats.numbers import to_e4m3
+
 if TYPE_CHECKING:
     import torch
 
@@ -117,7 +119,6 @@ INT8_RULES: Mapping[str, Int8Rule] = {
     "product rounded first": _rounded_first,  # CUDA: an H200 with vLLM 0.26.0 agrees in every code
 }
 UNKNOWN = "unknown"
-E4M3_HIGHEST = 448.0
 
 
 @functools.cache
@@ -243,8 +244,7 @@ def fp8_rule_name() -> str:
     x = _inputs_near_ties()
     codes, scale = scaled_fp8_quant(x, use_per_token_if_dynamic=True)
     for name, rule in FP8_RULES.items():
-        own = rule(x.float(), scale).clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn)
-        if torch.equal(own.float(), codes.float()):
+        if torch.equal(to_e4m3(rule(x.float(), scale)).float(), codes.float()):
             return name
     return UNKNOWN
 

@@ -210,13 +210,15 @@ RULES: dict[str, KernelRule] = {
         CPUFP8W8A8ScaledMMLinearKernel="scaled_mm/cpu.py",
     ),
     **{
-        name: KernelRule("fp8", "format", source, sums_in_fp8_cores=True)
-        for name, source in {
-            "CutlassFP8ScaledMMLinearKernel": "scaled_mm/cutlass.py",
-            "PerTensorTorchFP8ScaledMMLinearKernel": "scaled_mm/pytorch.py",
-            "ChannelWiseTorchFP8ScaledMMLinearKernel": "scaled_mm/pytorch.py",
-            "RowWiseTorchFP8ScaledMMLinearKernel": "scaled_mm/pytorch.py",
-        }.items()
+        name: rule._replace(sums_in_fp8_cores=True)
+        for name, rule in _rules(
+            "fp8",
+            "format",
+            CutlassFP8ScaledMMLinearKernel="scaled_mm/cutlass.py",
+            PerTensorTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
+            ChannelWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
+            RowWiseTorchFP8ScaledMMLinearKernel="scaled_mm/pytorch.py",
+        ).items()
     },
     # `layer.input_scale = None`, and Marlin's product of 16-bit inputs.
     **_rules(

@@ -17,6 +17,7 @@ from quantgate.formats import activations
 from quantgate.formats.builds import fp8_rule, int8_rule, symmetric_rule
 from quantgate.formats.groups import Group, fused_with
 from quantgate.formats.kernels import FORMATS_RULES, LinearRules, family_of
+from quantgate.formats.numbers import to_e4m3
 from quantgate.formats.weights import Tensors
 from quantgate.subject.scheme import is_mx
 
@@ -87,9 +88,9 @@ def _fp8_products(
 
     scale = tensors["weight_scale"].float()
     channel = activations.fp8_scale_per_token(scale)
-    eighth = activations.to_e4m3(fp8_rule()(scale, channel)).float() / 8
+    eighth = to_e4m3(fp8_rule()(scale, channel)).float() / 8
     rounded = {**tensors, "weight_scale": eighth.to(torch.float8_e4m3fn).float()}
-    return activations.to_e4m3(dequantize(rounded, group)).float() * (channel * 8)
+    return to_e4m3(dequantize(rounded, group)).float() * (channel * 8)
 
 
 def _requantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

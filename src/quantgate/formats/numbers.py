@@ -1,4 +1,4 @@
-"""Decode the number formats of codes and scales to float32.
+"""Decode the number formats of codes and scales to float32, and round to E4M3.
 
 Sources: OCP Microscaling Formats (MX) specification 1.0 for E2M1, E8M0 and MX's use of E4M3; the
 compressed-tensors format documentation for the packing of integers.
@@ -13,10 +13,18 @@ if TYPE_CHECKING:
 
 # E2M1: sign, two exponent bits (bias 1), one mantissa bit; exponent 0 is subnormal.
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E4M3_HIGHEST = 448.0
 # E8M0 is float32's exponent, with the same bias of 127.
 E8M0_NAN = 255
 MANTISSA_BITS = 23
 E8M0_OF_0 = 1 << (MANTISSA_BITS - 1)
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Return E4M3 codes: rounded to nearest, saturating."""
+    import torch
+
+    return x.clamp(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn)
 
 
 def unpack_integers(packed: torch.Tensor, bits: int, size: int, dim: int = 1) -> torch.Tensor:

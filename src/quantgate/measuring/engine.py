@@ -34,6 +34,7 @@ from quantgate.patches.scoremode.hooks import (
 from quantgate.patches.wanted import ADDITIONAL_CONFIG_KEY, NATIVE
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.files import read_config
+from quantgate.subject.processor import has_step_pooling
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -246,10 +247,9 @@ def lacking() -> list[str]:
     """Return the measured features that the installed vLLM lacks, each with the consequence."""
     set_environment()
     from vllm import SamplingParams
-    from vllm.model_executor.layers.pooler import special
 
     found = []
-    if hasattr(special, "AllPool"):
+    if not has_step_pooling():
         found.append(
             "STEP pooling of classifiers that it converts: every row comes back, and `steps` fails"
         )

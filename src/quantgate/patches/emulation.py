@@ -115,7 +115,7 @@ def process_weights_after_loading(
 def scaled_fp8_quant(stock: Any, input: Any, scale: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Implement static FP8 quantization, an empty stub in vLLM's CPU builds."""
     if scale is not None and (portable_wanted() or static_fp8_is_missing()):
-        from quantgate.formats.activations import to_e4m3
+        from quantgate.formats.numbers import to_e4m3
 
         scaled = input.float() * scale.float().reciprocal()
         return to_e4m3(scaled), scale

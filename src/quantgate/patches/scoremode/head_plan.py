@@ -86,12 +86,12 @@ def plan_for(rows: int, hidden_size: int, vocab: int) -> Plan:
     band of 8 tiles, 1,024 rows, fits; each band reads the weights again, 8 times in all. Bands are
     of one size, because a smaller last one would leave a part of the chip idle.
     """
-    row_tiles, column_tiles = _pieces(rows, ROW_TILE), _pieces(vocab, COLUMN_TILE)
+    row_tiles, column_tiles = max(1, _pieces(rows, ROW_TILE)), _pieces(vocab, COLUMN_TILE)
     tiles = MOST_COLUMN_TILES
     while tiles > 1 and row_tiles * _pieces(column_tiles, tiles) < PROGRAMS:
         tiles //= 2
     bands = _pieces(row_tiles, max(1, BAND_BYTES // (2 * ROW_TILE * hidden_size)))
-    return Plan(tiles * COLUMN_TILE, max(1, _pieces(row_tiles, max(1, bands))))
+    return Plan(tiles * COLUMN_TILE, _pieces(row_tiles, bands))
 
 
 def _pieces(whole: int, size: int) -> int:

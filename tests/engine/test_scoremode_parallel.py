@@ -13,7 +13,8 @@ from quantgate.measuring.capture import Capture
 from quantgate.measuring.replay import replay
 from quantgate.subject.probe import Probe
 
-pytestmark = pytest.mark.long
+# The gate itself judges an engine of two ranks, in `make gate`.
+pytestmark = [pytest.mark.long, pytest.mark.slow(reason="two workers that each import vLLM")]
 
 SCRIPT = """
 import sys

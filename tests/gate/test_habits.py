@@ -41,39 +41,55 @@ def outcomes(run_gate: RunGate) -> dict[str, str]:
     return {check["name"]: check["verdict"] for check in checkpoint["checks"]}
 
 
-def test_stop_at_a_failure_and_run_the_last_ones_again(
-    run_gate: RunGate, small_probe: Probe
-) -> None:
-    """A golden is moved, which only drift sees; then it is put back."""
-    path: Path = run_gate.project / "golden" / "tiny-llama-w4a16" / "drift-float32.cpu.json"
-    approved = path.read_text()
-    golden = from_json(approved, small_probe, path)
+APPROVED = "golden/tiny-llama-w4a16/drift-float32.cpu.json"
+
+
+@pytest.fixture
+def approved(run_gate: RunGate, small_probe: Probe) -> str:
+    """A golden's text, which has been replaced by one that only drift fails."""
+    path: Path = run_gate.project / APPROVED
+    text = path.read_text()
+    golden = from_json(text, small_probe, path)
     moved = replace(golden.measurement, values=golden.measurement.values - 0.25)
     path.write_text(to_json(replace(golden, measurement=moved), small_probe))
-    report = ("--gate-report", "report")
+    return text
 
-    listed = run_gate("suites", "-k", FEW, "--co", "-q", *report)
+
+REPORT = ("--gate-report", "report")
+
+
+def test_stop_at_a_failure_and_run_the_last_ones_again(run_gate: RunGate, approved: str) -> None:
+    listed = run_gate("suites", "-k", FEW, "--co", "-q", *REPORT)
     assert listed.returncode == 0
     assert "test_drift[tiny-llama-w4a16-cpu-float32]" in listed.stdout
     assert not (run_gate.project / "report").exists()  # nothing was judged
 
-    whole = run_gate("suites", "-k", FEW, "--junitxml", "own.xml", *report)
+    whole = run_gate("suites", "-k", FEW, "--junitxml", "own.xml", *REPORT)
     assert whole.returncode == 1
     assert outcomes(run_gate) == {"replay-float32": "pass", "drift-float32": "fail"}
     (suite,) = ElementTree.parse(run_gate.project / "own.xml").getroot()
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
 
-    first = run_gate("suites", "-k", FEW, "-x", "--ff", *report)
+    first = run_gate("suites", "-k", FEW, "-x", "--ff", *REPORT)
     assert first.returncode == 1
     assert outcomes(run_gate) == {"drift-float32": "fail", "replay-float32": "not-run"}
     assert "the run ended before its test" in (run_gate.project / "report/gate.md").read_text()
 
-    again = run_gate("suites", "-k", FEW, "--lf", *report)
+    again = run_gate("suites", "-k", FEW, "--lf", *REPORT)
     assert again.returncode == 1
     assert outcomes(run_gate) == {"drift-float32": "fail"}
 
-    path.write_text(approved)
-    mended = run_gate("suites", "-k", FEW, "--lf", "-n", "2", *report)
+    (run_gate.project / APPROVED).write_text(approved)
+    mended = run_gate("suites", "-k", FEW, "--lf", *REPORT)
+    assert mended.returncode == 0, mended.stdout
+    assert outcomes(run_gate) == {"drift-float32": "pass"}
+
+
+@pytest.mark.slow(reason="two workers that each import vLLM")
+def test_two_workers_run_the_last_ones_again(run_gate: RunGate, approved: str) -> None:
+    assert run_gate("suites", "-k", FEW, "-n", "2", *REPORT).returncode == 1
+    (run_gate.project / APPROVED).write_text(approved)
+    mended = run_gate("suites", "-k", FEW, "--lf", "-n", "2", *REPORT)
     assert mended.returncode == 0, mended.stdout
     assert outcomes(run_gate) == {"drift-float32": "pass"}
 

@@ -260,6 +260,7 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(
     assert found["score"] == pytest.approx(found["prefill"] + 2 * hidden * 1000 * prompts * tokens)
 
 
+@pytest.mark.slow(reason="builds a wheel, and an environment without an index")
 def test_an_offline_machine_runs_what_was_packed_for_it(root: Path, tmp_path: Path) -> None:
     """A machine with this one's packages but quantgate, wrapt and syrupy, and without a network."""
     listed = subprocess.run(

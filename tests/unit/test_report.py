@@ -72,7 +72,16 @@ def test_junit_shows_what_did_not_happen_as_an_error() -> None:
 def test_the_table_shows_every_check_and_takes_no_markup_from_a_checkpoint() -> None:
     rows = [*RESULTS, result("inconclusive", HOSTILE, "[bold]z")]
     text = table(rows, width=160, color=False)
-    for word in ("5.0e-01", "FAIL", "NOT-RUN", "INCONCLUSIVE", "[bold]z", "verdict: FAIL"):
+    for word in (
+        "quality 0.5 of 1",
+        "+0.5 nat",
+        "1 of 2",
+        "FAIL",
+        "NOT-RUN",
+        "INCONCLUSIVE",
+        "[bold]z",
+        "verdict: FAIL",
+    ):
         assert word in text
     assert "emulated, no evidence about a real kernel: K in x, y, [bold]z" in text
 
@@ -86,6 +95,27 @@ def test_several_checkpoints_have_one_row_each_and_what_is_no_pass_is_detailed()
     assert "allowed" not in text
     assert "allowed" in table([*rows, result("fail", "quality", "y")], width=160, color=False)
     assert "allowed" in table(rows[:2], width=160, color=False)
+
+
+def test_no_figure_is_cut_off_in_a_narrow_terminal() -> None:
+    rows = [*RESULTS, replace(result("pass", checkpoint="a" * 90), scheme="b" * 60)]
+    for shown in (rows, rows[:1]):
+        assert "…" not in table(shown, width=60, color=False)
+
+
+def test_the_check_nearest_to_its_limit_is_named() -> None:
+    """By the share of the allowance, on either side of 0 where that is what is allowed."""
+    near = Deviation("shift", -0.009, 0.01, two_sided=True)
+    far = replace(near, measured=-0.9, two_sided=False)
+    rows = [
+        CheckResult(name, "W4A16", check, Verdict("pass", "", (found,)))
+        for name in "xy"
+        for check, found in (("drift", near), ("quality", Deviation("Δ", 0.5, 1.0)), ("seen", far))
+    ]
+    assert table(rows, width=60, color=False).count("drift -0.009 of ±0.01") == 2
+    failed = Verdict("fail", "", (replace(near, measured=1.0),), known_failure="reported")
+    text = table([*rows, CheckResult("y", "W4A16", "head", failed)], width=60, color=False)
+    assert text.count("drift -0.009 of ±0.01") == 2
 
 
 def test_a_known_failure_is_shown_and_does_not_count() -> None:

@@ -51,8 +51,16 @@ class Deviation:
     @property
     def exceeded(self) -> bool:
         """Whether the number is beyond its limit; NaN always is."""
-        value = abs(self.measured) if self.two_sided else self.measured
-        return not value <= self.allowed
+        return not self._value <= self.allowed
+
+    @property
+    def used(self) -> float:
+        """The share of its allowance that it takes; 0 where it may be nothing else than 0."""
+        return max(self._value, 0.0) / self.allowed if self.allowed else 0.0
+
+    @property
+    def _value(self) -> float:
+        return abs(self.measured) if self.two_sided else self.measured
 
     def __str__(self) -> str:
         relation = "within ±" if self.two_sided else "<= "

@@ -30,16 +30,13 @@ STYLE: dict[Outcome, str] = {
     "inconclusive": "yellow",
     "not-run": "bold yellow",
 }
-
-
-# The width of the widest table. A narrower terminal wraps its lines, so nothing is lost.
-TABLE_WIDTH = 176
+_ANY_WIDTH = 10_000
 
 
 def summary(run: Run, *, width: int, color: bool) -> str:
     """Return the table of a run, and below it what was left out and what else is to be said."""
     results = list(run.results)
-    found = table(results, width=max(width, TABLE_WIDTH), color=color) if results else ""
+    found = table(results, width=width, color=color) if results else ""
     return found + "".join(f"{line}\n" for line in _below(run))
 
 
@@ -61,18 +58,19 @@ def _below(run: Run) -> Iterator[str]:
 def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     """Return the results and the overall verdict.
 
-    A single checkpoint gets a row per check. Several checkpoints get one row each, in one table per
-    task, followed by the checks that did not pass.
+    A single checkpoint gets a row per check. Several checkpoints get one row each, followed by the
+    checks that did not pass. A terminal narrower than a table wraps its lines, so nothing is lost.
     """
+    ids = list(dict.fromkeys(result.checkpoint for result in results))
+    detailed = [r for r in results if len(ids) == 1 or r.verdict.outcome != "pass"]
+    overview = [_overview(results)] if len(ids) > 1 else []
+    tables = [*overview, *([_checks(detailed)] if detailed else [])]
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=color, highlight=False)
-    ids = list(dict.fromkeys(result.checkpoint for result in results))
-    if len(ids) > 1:
-        for task in dict.fromkeys(result.task for result in results):
-            console.print(_overview([result for result in results if result.task == task]))
-    detailed = [r for r in results if len(ids) == 1 or r.verdict.outcome != "pass"]
-    if detailed:
-        console.print(*([""] if len(ids) > 1 else []), _checks(detailed), sep="\n")
+    console.width = max(width, *(_width(console, rows) for rows in tables))
+    for index, rows in enumerate(tables):
+        console.print(*([""] if index else []), rows, sep="\n")
+    console.width = width
     for kernel, checkpoints in _emulated(results).items():
         line = f"\nemulated, no evidence about a real kernel: {kernel} in {', '.join(checkpoints)}"
         console.print(Text(line), end="")
@@ -89,29 +87,50 @@ def table(results: list[CheckResult], *, width: int, color: bool) -> str:
     return stream.getvalue()
 
 
+def _width(console: Console, rows: Table) -> int:
+    return console.measure(rows, options=console.options.update(width=_ANY_WIDTH)).maximum
+
+
 def _overview(results: list[CheckResult]) -> Table:
-    ids = list(dict.fromkeys(result.checkpoint for result in results))
-    checks = list(dict.fromkeys(result.check for result in results))
-    rows = _table("checkpoint", "scheme", "verdict")
-    for check in checks:
-        rows.add_column(check.replace("-", "\n", 1), justify="right", no_wrap=True)
+    rows = _table("checkpoint", "scheme", "verdict", "passed", "nearest to its limit")
+    rows.add_column("cost in quality", justify="right", no_wrap=True)
     rows.add_column("kernels", no_wrap=True)
-    for name in ids:
-        own = {result.check: result for result in results if result.checkpoint == name}
-        outcome = overall(list(own.values()))
-        figures = [_figure(own[check]) if check in own else Text("") for check in checks]
-        kernels = " + ".join(sorted({kind for r in own.values() if (kind := _kernels(r.verdict))}))
-        scheme = Text(next(iter(own.values())).scheme)
-        verdict = Text(outcome.upper(), style=STYLE[outcome])
-        rows.add_row(Text(name), scheme, verdict, *figures, Text(kernels))
+    for name in dict.fromkeys(result.checkpoint for result in results):
+        own = [result for result in results if result.checkpoint == name]
+        outcome = overall(own)
+        passed = sum(result.verdict.outcome == "pass" for result in own)
+        rows.add_row(
+            Text(name),
+            Text(own[0].scheme),
+            Text(outcome.upper(), style=STYLE[outcome]),
+            f"{passed} of {len(own)}",
+            _nearest(own),
+            _cost(own),
+            " + ".join(sorted({kind for r in own if (kind := _kernels(r.verdict))})),
+        )
     return rows
 
 
-def _figure(result: CheckResult) -> Text:
-    verdict = result.verdict
-    if verdict.outcome != "pass":
-        return Text(_outcome(verdict), style=STYLE[verdict.outcome])
-    return Text(f"{verdict.deviations[0].measured:.1e}" if verdict.deviations else "")
+def _nearest(results: Iterable[CheckResult]) -> str:
+    """Return which check's headline uses most of its allowance, and the two numbers."""
+    judged = [
+        (r.check, r.verdict.deviations[0])
+        for r in results
+        if r.verdict.deviations and not r.verdict.known_failure
+    ]
+    check, found = max(judged, key=lambda pair: pair[1].used, default=("", None))
+    if found is None or not found.used:
+        return ""
+    sign = "±" if found.two_sided else ""
+    return f"{check} {found.measured:.3g} of {sign}{found.allowed:.3g}"
+
+
+def _cost(results: Iterable[CheckResult]) -> str:
+    for result in results:
+        if result.check == "quality" and result.verdict.deviations:
+            cost = result.verdict.deviations[0]
+            return f"{cost.measured:+.2g} {cost.unit}".rstrip()
+    return ""
 
 
 def _outcome(verdict: Verdict) -> str:

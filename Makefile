@@ -13,20 +13,22 @@ REPORT ?= report
 WORKERS ?= 2
 TIER ?= standard
 VLLM ?=
+# Without hypothesis, which the suites do not use: its import at the end takes seconds.
+JUDGE := $(VENV)/bin/pytest suites -p no:hypothesispytest -n $(WORKERS) --gate-report $(REPORT)
 GPU_VENV := .venv-gpu$(VLLM)
 GPU_FIGURES ?= build/gpu$(VLLM)
 
 .PHONY: gate gate-all real architectures test-fast test test-slow gpu env checkpoints lint
 
 gate: checkpoints
-	$(VENV)/bin/pytest suites -n $(WORKERS) --quick --gate-report $(REPORT)
+	$(JUDGE) --quick
 
 gate-all: checkpoints
-	$(VENV)/bin/pytest suites -n $(WORKERS) --gate-report $(REPORT)
+	$(JUDGE)
 
 real: env
 	$(VENV)/bin/python tools/make_real.py
-	$(VENV)/bin/pytest suites --collection real --tier $(TIER) -n $(WORKERS) --gate-report $(REPORT)
+	$(JUDGE) --collection real --tier $(TIER)
 
 architectures: env
 	$(VENV)/bin/python tools/architectures.py

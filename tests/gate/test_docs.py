@@ -141,8 +141,8 @@ def test_the_gate_in_one_line_is_pytests(root: Path) -> None:
     """Its status too: bad input is 4, and so is a directory that is not there."""
     command = [sys.executable, "-m", "quantgate", "gate"]
     for arguments, message in (
-        (["tiny-lama"], "--checkpoint tiny-lama: neither a directory nor an id"),
-        (["tiny-llama-w4a16", "--base", "x/y"], "names its base in its own file"),
+        (["tiny-lama"], "tiny-lama: neither a directory, nor a hub id"),
+        (["tiny-llama-w4a16", "--base", "x/y"], "says what tiny-llama-w4a16's base is"),
         (["tiny-llama-w4a16", "--project", "/nowhere"], "/nowhere: no such directory"),
     ):
         result = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True)

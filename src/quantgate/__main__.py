@@ -134,6 +134,14 @@ def _add_gate(commands: Commands) -> None:
         help="judge every N-th checkpoint, sorted by id, from the I-th on, into "
         "REPORT/shard-I-of-N, for `quantgate merge`; or 'slurm' in a job array",
     )
+    gate.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT",
+        help="judge each checkpoint as a task of this Ray, with its GPUs, into one report; "
+        "without HOST:PORT the Ray that runs on this machine, 'local' to start one",
+    )
     _add_report(gate)
 
 
@@ -220,15 +228,22 @@ def _gate(given: argparse.Namespace) -> int:
     """Judge checkpoints with every check, print a table and write the report."""
     from quantgate.commands import gate
 
+    if given.ray is not None and given.shard is not None:
+        raise BadInput("--ray makes a shard of each checkpoint; leave out --shard.")
     more = [
         word
         for option in ("tier", "probe", "shard")
         if (value := getattr(given, option)) is not None
         for word in (f"--{option}", value)
     ]
-    return gate.run(
+    asked = gate.Asked(
         given.project, given.checkpoints, given.base, given.report, [*more, *given.pytest]
     )
+    if given.ray is not None:
+        from quantgate.commands import on_ray
+
+        return on_ray.run(asked, given.ray)
+    return gate.run(asked)
 
 
 def _kld(given: argparse.Namespace) -> int:
@@ -263,17 +278,9 @@ def _merge(given: argparse.Namespace) -> int:
 
     The checkpoints of a missing shard are reported as not run.
     """
-    from quantgate.reporting.merge import merge
-    from quantgate.reporting.terminal import summary
-    from quantgate.reporting.write import FILES, write_reports
+    from quantgate.commands import merge
 
-    if given.report.resolve() in {directory.resolve() for directory in given.directories}:
-        raise BadInput(f"--report {given.report}: a shard's results are there; give another one.")
-    run = merge(given.directories, given.project)
-    write_reports(run, given.report)
-    print(summary(run, width=0, color=sys.stdout.isatty()), end="")
-    print(f"report: {', '.join(str(given.report / name) for name in FILES)}")
-    return 0 if run.released else 1
+    return merge.run(given.directories, given.project, given.report)
 
 
 def _init(given: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ def gate_json(run: Run) -> str:
         "duration_s": round(run.duration_s, 3),
         "shard": asdict(run.shard) if run.shard else None,
         "environment": dict(run.environment),
-        "engines": sorted(map(_engine, run.engines), key=itemgetter("checkpoint")),
+        "engines": sorted(map(_engine, run.engines), key=itemgetter("checkpoint", "dtype")),
         "checkpoints": [
             _checkpoint(
                 [result for result in results if result.checkpoint == name], run.tiers.get(name)

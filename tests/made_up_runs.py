@@ -7,7 +7,10 @@ from quantgate.measuring.engine import EngineLife
 from quantgate.reporting.run import Run
 from quantgate.reporting.shard import Shard
 from quantgate.subject.passage import Passage
+from quantgate.subject.probe import ScoredProbe
 from quantgate.subject.tier import RunTier
+
+PROBE = ScoredProbe("tiny", "f" * 64, "0123456789ab" + "0" * 52, 30, 32, 3840)
 
 
 def result(checkpoint: str) -> CheckResult:
@@ -25,7 +28,9 @@ def result(checkpoint: str) -> CheckResult:
         evidence=("a line",),
         profile=Profile(((0, 0.5, 1.0),), (worst,), (1, 2)),
     )
-    return CheckResult(checkpoint, "W4A16", "quality", verdict, 1.25, base="org/base")
+    return CheckResult(
+        checkpoint, "W4A16", "quality", verdict, 1.25, base="org/base", probes=(PROBE,)
+    )
 
 
 def run_of(

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from made_up_runs import run_of
+from made_up_runs import PROBE, run_of
 
 from quantgate.__main__ import main, parse
 from quantgate.commands.ray_task import GateKilled, Judged, judge
@@ -20,6 +20,7 @@ from quantgate.reporting.run import Run
 from quantgate.reporting.shard import Shard
 
 IDS = ("a", "b", "c")
+OTHER = replace(PROBE, file_sha256="9" * 64)
 
 
 class Lost(Exception):
@@ -90,7 +91,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeRay]:
     def install(answer: Callable[[Run], Judged] = returned, *nodes: dict[str, Any]) -> FakeRay:
-        ray = FakeRay(answer, *([list(nodes)] if nodes else []))
+        ray = FakeRay(answer)
+        ray.there = list(nodes) or ray.there
         monkeypatch.setitem(sys.modules, "ray", ray)
         return ray
 
@@ -173,6 +175,10 @@ def lost(run: Run) -> Judged:
             "its gate on far ended without results: ERROR: it is broken",
         ),
         (lambda run: Judged(b"{", "", "far"), "not the results of a shard"),
+        (
+            lambda run: returned(replace(run, results=[replace(run.results[0], probes=(OTHER,))])),
+            "far has scored a probe 'tiny' whose file has the sha256 999999999999…, and another",
+        ),
         (
             lambda run: returned(replace(run, shard=Shard(2, 3, ("a", "x", "z")))),
             "far has selected a, x, z, and this machine a, b, c: they have different checkpoint",

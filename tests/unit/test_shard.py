@@ -7,16 +7,18 @@ import os
 import re
 import shlex
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from made_up_runs import run_of
+from made_up_runs import PROBE, run_of
 
 from quantgate.__main__ import main, parse
 from quantgate.errors import BadInput
 from quantgate.measuring.engine import EngineLife
+from quantgate.reporting.gate_json import gate_json
 from quantgate.reporting.merge import RESULTS, merge, read_results, results_json
 from quantgate.reporting.run import Run
 from quantgate.reporting.shard import Shard, parse_shard
@@ -173,6 +175,30 @@ def test_what_is_no_part_of_the_selection_is_refused(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "merged"),
+    [
+        ({"sha256": "9" * 64, "tokens": 7}, True),  # of another tier
+        ({"name": "tiny-retokenized", "sha256": "9" * 64}, True),
+        ({"name": "steps", "file_sha256": "9" * 64}, True),
+        ({"file_sha256": "9" * 64}, False),
+        ({"name": "tiny-retokenized", "file_sha256": "9" * 64}, False),
+    ],
+)
+def test_different_probes_of_one_name_are_not_merged(
+    shards: list[Path], tmp_path: Path, change: dict[str, Any], merged: bool
+) -> None:
+    run, probe = run_of(Shard(2, 3, IDS)), replace(PROBE, **change)
+    write(tmp_path, replace(run, results=[replace(r, probes=(probe,)) for r in run.results]))
+    if merged:
+        report = json.loads(gate_json(merge(shards, tmp_path)))
+        scored = [one["probes"] for one in report["checkpoints"]]
+        assert scored == [[asdict(one)] for one in (PROBE, probe, PROBE, PROBE, probe)]
+        return
+    with pytest.raises(BadInput, match=r"has scored a probe 'tiny' whose file has the sha256 "):
+        merge(shards, tmp_path)
 
 
 def test_the_same_results_twice_are_merged_once(shards: list[Path], tmp_path: Path) -> None:

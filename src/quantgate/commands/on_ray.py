@@ -22,7 +22,7 @@ from quantgate.judging.invariance import other_parallel_size
 from quantgate.judging.results import overall
 from quantgate.judging.verdict import not_run
 from quantgate.measuring.engine_failure import first_line
-from quantgate.reporting.merge import RESULTS, joined, read_results, unjudged
+from quantgate.reporting.merge import RESULTS, joined, read_results, require_one_probe, unjudged
 from quantgate.reporting.run import Run
 from quantgate.reporting.shard import Shard
 from quantgate.reporting.write import write_reports
@@ -146,7 +146,7 @@ class _Launch:
         while tasks:
             (done, *_), _ = self.ray.wait(list(tasks), num_returns=1)
             shard = tasks.pop(done)
-            runs[shard.number] = found = self._result(done, shard, started)
+            runs[shard.number] = found = self._result(done, shard, started, runs)
             write_reports(joined(list(runs.values())), self.asked.report)
             verdict = overall(list(found.results))
             print(f"{len(ids) - len(tasks)} of {len(ids)}: {shard.own[0]}: {verdict}", flush=True)
@@ -178,7 +178,7 @@ class _Launch:
         settings = {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)}
         return task.remote(self.asked.words(shard.name), str(Path.cwd()), settings)
 
-    def _result(self, done: Any, shard: Shard, started: str) -> Run:
+    def _result(self, done: Any, shard: Shard, started: str, runs: Mapping[int, Run]) -> Run:
         """Return the run that a task has returned; what stands for it if there is none."""
         try:
             judged: Judged = self.ray.get(done)
@@ -190,19 +190,24 @@ class _Launch:
         if judged.results is None:
             why = f"its gate on {judged.node} ended without results: {_last_line(judged.said)}"
             return self._unjudged(shard, why, started, f"read {log}, which is all that it printed")
-        path = self._folder(shard) / RESULTS
-        write_atomically(path, judged.results.decode())
         try:
-            found = read_results(path)
+            return self._read(judged.results, shard, judged.node, runs)
         except BadInput as error:
             return self._unjudged(shard, str(error), started)
+
+    def _read(self, results: bytes, shard: Shard, node: str, runs: Mapping[int, Run]) -> Run:
+        """Keep a task's results, and read them; `BadInput` if they do not go with the others'."""
+        path = self._folder(shard) / RESULTS
+        write_atomically(path, results)
+        found = read_results(path)
         theirs = found.shard.checkpoints if found.shard else ()
         if theirs != shard.checkpoints:
-            why = (
-                f"{judged.node} has selected {', '.join(theirs)}, and this machine "
-                f"{', '.join(shard.checkpoints)}: they have different checkpoint files"
+            raise BadInput(
+                f"{node} has selected {', '.join(theirs)}, and this machine "
+                f"{', '.join(shard.checkpoints)}: they have different checkpoint files."
             )
-            return self._unjudged(shard, why, started)
+        for other in runs.values():
+            require_one_probe(node, found, "another node", other)
         return found
 
     def _unjudged(self, shard: Shard, why: str, started: str, step: str = AGAIN) -> Run:

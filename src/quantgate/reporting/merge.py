@@ -14,7 +14,7 @@ import msgspec
 from quantgate import __version__
 from quantgate.errors import BadInput
 from quantgate.judging.checks import place_of
-from quantgate.judging.results import CheckResult
+from quantgate.judging.results import CheckResult, probes_of
 from quantgate.judging.verdict import Verdict, not_run
 from quantgate.reporting.run import Run
 from quantgate.reporting.shard import Shard
@@ -113,6 +113,7 @@ def _by_number(paths: Sequence[Path]) -> dict[int, Run]:
             raise BadInput(f"{path}: a whole run, not a shard; there is nothing to merge it with.")
         for other_path, other in found.values():
             _require_one_selection(path, run.shard, other_path, other.shard)
+            require_one_probe(str(path), run, str(other_path), other)
         before = found.setdefault(run.shard.number, (path, run))
         if before[0] is not path and results_json(before[1]) != results_json(run):
             raise BadInput(
@@ -138,6 +139,22 @@ def _require_one_selection(path: Path, one: Shard, other_path: Path, other: Shar
             raise BadInput(
                 f"{path} {ours}, but {other_path} {theirs}; only shards of one selection, run with "
                 "the same options, can be merged."
+            )
+
+
+def require_one_probe(where: str, one: Run, other_where: str, other: Run) -> None:
+    """Raise `BadInput` if two runs have scored different probes of one name.
+
+    Different tokenizers and tiers score different tokens of one probe, so its file is compared.
+    """
+    files = {probe.stored_name: probe.file_sha256 for probe in probes_of(other.results)}
+    for probe in probes_of(one.results):
+        theirs = files.get(probe.stored_name, probe.file_sha256)
+        if theirs != probe.file_sha256:
+            raise BadInput(
+                f"{where} has scored a probe '{probe.stored_name}' whose file has the sha256 "
+                f"{probe.file_sha256[:12]}…, and {other_where} one of {theirs[:12]}…; judge one of "
+                "them again with the other's probe."
             )
 
 

@@ -60,7 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     audit.add_argument("--json", action="store_true", help="print findings as JSON")
     audit.add_argument("--sarif", type=Path, metavar="FILE", help="also write findings as SARIF")
     audit.add_argument("--rules", action="store_true", help="list the rules")
-    audit.add_argument("--explain", metavar="RULE", help="tell what there is to know of a rule")
+    audit.add_argument(
+        "--explain", metavar="RULE", help="tell what a rule finds, and why it matters"
+    )
     audit.set_defaults(run=_audit)
     _add_measures(commands)
     _add_command(commands, "doctor", _doctor, "print what this machine can certify")
@@ -119,7 +121,11 @@ def _add_gate(commands: Commands) -> None:
         help="a directory, a hub id, or the name of a file in fixtures/checkpoints "
         "(default: every file there)",
     )
-    gate.add_argument("--base", metavar="PATH_OR_ID", help="the unquantized model it was made from")
+    gate.add_argument(
+        "--base",
+        metavar="PATH_OR_ID",
+        help="the unquantized model that a checkpoint given by directory or hub id was made from",
+    )
     gate.add_argument(
         "--tier",
         choices=TIERS,
@@ -163,7 +169,11 @@ def _add_measures(commands: Commands) -> None:
     score = _add_command(commands, "score", _score, "log-probability and rank of each token")
     score_command.add_arguments(score)
     for command in (kld, ppl, score):
-        command.add_argument("model", metavar="PATH_OR_ID", help="a directory or a hub id")
+        command.add_argument(
+            "model",
+            metavar="PATH_OR_ID",
+            help="a directory, a hub id, or the name of a file in fixtures/checkpoints",
+        )
 
 
 def _add_approve(commands: Commands) -> None:
@@ -198,7 +208,11 @@ def _add_merge(commands: Commands) -> None:
         commands, "merge", _merge, "make one report of what `gate --shard I/N` has written"
     )
     merge.add_argument(
-        "directories", nargs="+", type=Path, metavar="DIR", help="a shard's: report/shard-I-of-N"
+        "directories",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="what a shard has written, such as report/shard-1-of-3",
     )
     _add_report(merge)
 
@@ -206,7 +220,12 @@ def _add_merge(commands: Commands) -> None:
 def _add_init(commands: Commands) -> None:
     init = _add_command(commands, "init", _init, "make a repository for checkpoints to gate")
     init.add_argument(
-        "directory", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this one"
+        "directory",
+        nargs="?",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="where to write (default: here); it is made if need be",
     )
 
 
@@ -219,9 +238,13 @@ def _add_card(commands: Commands) -> None:
         "--checkpoint", metavar="ID", help="which one, if the report is of several checkpoints"
     )
     card.add_argument(
-        "--base", metavar="ORG/MODEL", help="the base's id on the hub, if the report has its path"
+        "--base",
+        metavar="ORG/MODEL",
+        help="the base's id on the hub, where the report names a directory",
     )
-    card.add_argument("--name", help="the model's name in the metadata (default: its id)")
+    card.add_argument(
+        "--name", help="the model's name in the metadata (default: the checkpoint's id)"
+    )
 
 
 def _gate(given: argparse.Namespace) -> int:
@@ -247,7 +270,10 @@ def _gate(given: argparse.Namespace) -> int:
 
 
 def _kld(given: argparse.Namespace) -> int:
-    """Compare a model's next-token distributions with its base's; needs no gate and no probe."""
+    """Compare a model's next-token distributions with those of its base, on any text.
+
+    Prints llama.cpp's statistics of the KL divergence. Needs no checkpoint file and no golden.
+    """
     return kld_command.run(given)
 
 
@@ -257,7 +283,7 @@ def _ppl(given: argparse.Namespace) -> int:
 
 
 def _score(given: argparse.Namespace) -> int:
-    """Print the log-probability and the rank of each token of a text, as JSON lines."""
+    """Print the log-probability and the rank of each token of a text, a JSON object a line."""
     return score_command.run(given)
 
 

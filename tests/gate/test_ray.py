@@ -177,17 +177,23 @@ def alive(pid: int) -> bool:
 
 
 def test_eight_checkpoints_with_every_check(project: Path, root: Path, nodes: Nodes) -> None:
-    """As one run judges them: but for times, the report is the same to the last digit."""
+    """As one run judges them: but for times, the report is the same to the last digit.
+
+    On a small probe a check may be inconclusive; then it is so in both.
+    """
     project_of(project, root, *EIGHT)
     (project / "suites" / "test_seen.py").unlink()
     address, _, _ = nodes()
     whole = quantgate(project, "gate", "--report", "whole", "--", *EVERY_CHECK)
-    assert whole.returncode == 0, whole.stdout
     # The nodes share a cache of their own, which begins as empty as the other run's.
     words = ("--ray", address, "--", "--gate-cache", "cache-of-nodes", *EVERY_CHECK)
     spread = quantgate(project, "gate", *words)
-    assert spread.returncode == 0, spread.stdout
     ours, theirs = (report(project / name) for name in ("report", "whole"))
     assert [one["id"] for one in ours["checkpoints"]] == sorted(EIGHT)
+    assert {one["verdict"] for one in ours["checkpoints"]} <= {"pass", "inconclusive"}, (
+        spread.stdout
+    )
+    assert spread.returncode == whole.returncode == (ours["verdict"] != "pass")
+    assert all(one["probes"] for one in ours["checkpoints"])
     assert ours["engines"]
     assert but_for_times(ours) == but_for_times(theirs)

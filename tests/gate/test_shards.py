@@ -148,14 +148,16 @@ def test_eight_checkpoints_with_every_check(project: Path, root: Path) -> None:
     (project / "suites" / "test_seen.py").unlink()
     few = "-k 'not tensor and not compiled'"
     # The shards share a cache, which begins as empty as the other run's.
-    *judged, merged = quantgate(
+    whole, *_, merged = quantgate(
         project,
         f"gate --report whole -- {few}",
         *(f"gate --shard {n}/3 -- --gate-cache cache-of-shards {few}" for n in (1, 2, 3)),
         "merge report/shard-1-of-3 report/shard-2-of-3 report/shard-3-of-3 --report merged",
     )
-    assert [one.status for one in (*judged, merged)] == [0] * 5, merged.said
     ours, theirs = (report(project / name) for name in ("merged", "whole"))
     assert [one["id"] for one in ours["checkpoints"]] == sorted(EIGHT)
+    # On a small probe a check may be inconclusive; then it is so in both.
+    assert {one["verdict"] for one in ours["checkpoints"]} <= {"pass", "inconclusive"}, merged.said
+    assert merged.status == whole.status == (ours["verdict"] != "pass")
     assert ours["engines"]
     assert but_for_times(ours) == but_for_times(theirs)

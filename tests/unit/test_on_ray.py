@@ -198,9 +198,13 @@ def test_what_has_no_results_is_not_run(
 
 
 def test_none_has_results(project: Path, use: Use) -> None:
+    earlier = project / "report" / "shard-2-of-3" / RESULTS
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     use(lost)
     assert main(["gate", "--ray"]) == 1
     assert verdicts() == dict.fromkeys(IDS, "not-run")
+    assert not earlier.exists()  # `merge` would take it for this run's
 
 
 def test_a_lost_node_is_said(project: Path, use: Use, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,15 +187,17 @@ def test_what_is_no_part_of_the_selection_is_refused(
         ({"name": "tiny-retokenized", "file_sha256": "9" * 64}, False),
     ],
 )
+@pytest.mark.parametrize("number", [1, 2])
 def test_different_probes_of_one_name_are_not_merged(
-    shards: list[Path], tmp_path: Path, change: dict[str, Any], merged: bool
+    shards: list[Path], tmp_path: Path, change: dict[str, Any], merged: bool, number: int
 ) -> None:
-    run, probe = run_of(Shard(2, 3, IDS)), replace(PROBE, **change)
+    shard, probe = Shard(number, 3, IDS), replace(PROBE, **change)
+    run = run_of(shard)
     write(tmp_path, replace(run, results=[replace(r, probes=(probe,)) for r in run.results]))
     if merged:
         report = json.loads(gate_json(merge(shards, tmp_path)))
         scored = [one["probes"] for one in report["checkpoints"]]
-        assert scored == [[asdict(one)] for one in (PROBE, probe, PROBE, PROBE, probe)]
+        assert scored == [[asdict(probe if name in shard.own else PROBE)] for name in IDS]
         return
     with pytest.raises(BadInput, match=r"has scored a probe 'tiny' whose file has the sha256 "):
         merge(shards, tmp_path)

@@ -38,6 +38,7 @@ def lacking(root: Path) -> dict[str, str]:
     """Return what tests are skipped for want of, and how to have it."""
     needs = {
         "chromium": (shutil.which("chromium"), "apt-get install chromium"),
+        "Ray (slow tests only)": (find_spec("ray"), "pip install -e '.[ray]'"),
         "lm-evaluation-harness": (find_spec("lm_eval"), "make env, or pip install -e '.[lm-eval]'"),
         "checkpoints by llm-compressor": (
             (root / LLMCOMPRESSOR).is_dir(),
@@ -84,6 +85,16 @@ class RunGate:
         """The gate.json of the last run that was given `--gate-report report`."""
         found: dict[str, Any] = json.loads((self.project / "report" / "gate.json").read_text())
         return found
+
+
+TIMES = frozenset({"started", "duration_s", "start_s", "served_s"})
+
+
+def but_for_times(value: Any) -> Any:
+    """Return a gate.json without its times: when it began, and what it and its engines took."""
+    if isinstance(value, dict):
+        return {name: but_for_times(one) for name, one in value.items() if name not in TIMES}
+    return list(map(but_for_times, value)) if isinstance(value, list) else value
 
 
 SEEN = """

@@ -60,7 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     audit.add_argument("--json", action="store_true", help="print findings as JSON")
     audit.add_argument("--sarif", type=Path, metavar="FILE", help="also write findings as SARIF")
     audit.add_argument("--rules", action="store_true", help="list the rules")
-    audit.add_argument("--explain", metavar="RULE", help="tell what there is to know of a rule")
+    audit.add_argument(
+        "--explain", metavar="RULE", help="tell what a rule finds, and why it matters"
+    )
     audit.set_defaults(run=_audit)
     _add_measures(commands)
     _add_command(commands, "doctor", _doctor, "print what this machine can certify")
@@ -119,7 +121,11 @@ def _add_gate(commands: Commands) -> None:
         help="a directory, a hub id, or the name of a file in fixtures/checkpoints "
         "(default: every file there)",
     )
-    gate.add_argument("--base", metavar="PATH_OR_ID", help="the unquantized model it was made from")
+    gate.add_argument(
+        "--base",
+        metavar="PATH_OR_ID",
+        help="the unquantized model that a checkpoint given by directory or hub id was made from",
+    )
     gate.add_argument(
         "--tier",
         choices=TIERS,
@@ -133,6 +139,14 @@ def _add_gate(commands: Commands) -> None:
         metavar="I/N",
         help="judge every N-th checkpoint, sorted by id, from the I-th on, into "
         "REPORT/shard-I-of-N, for `quantgate merge`; or 'slurm' in a job array",
+    )
+    gate.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT",
+        help="judge each checkpoint as a task of this Ray, with its GPUs, into one report; "
+        "without HOST:PORT the Ray that runs on this machine, 'local' to start one",
     )
     _add_report(gate)
 
@@ -155,7 +169,11 @@ def _add_measures(commands: Commands) -> None:
     score = _add_command(commands, "score", _score, "log-probability and rank of each token")
     score_command.add_arguments(score)
     for command in (kld, ppl, score):
-        command.add_argument("model", metavar="PATH_OR_ID", help="a directory or a hub id")
+        command.add_argument(
+            "model",
+            metavar="PATH_OR_ID",
+            help="a directory, a hub id, or the name of a file in fixtures/checkpoints",
+        )
 
 
 def _add_approve(commands: Commands) -> None:
@@ -190,7 +208,11 @@ def _add_merge(commands: Commands) -> None:
         commands, "merge", _merge, "make one report of what `gate --shard I/N` has written"
     )
     merge.add_argument(
-        "directories", nargs="+", type=Path, metavar="DIR", help="a shard's: report/shard-I-of-N"
+        "directories",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="what a shard has written, such as report/shard-1-of-3",
     )
     _add_report(merge)
 
@@ -198,7 +220,12 @@ def _add_merge(commands: Commands) -> None:
 def _add_init(commands: Commands) -> None:
     init = _add_command(commands, "init", _init, "make a repository for checkpoints to gate")
     init.add_argument(
-        "directory", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this one"
+        "directory",
+        nargs="?",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="where to write (default: here); it is made if need be",
     )
 
 
@@ -211,28 +238,42 @@ def _add_card(commands: Commands) -> None:
         "--checkpoint", metavar="ID", help="which one, if the report is of several checkpoints"
     )
     card.add_argument(
-        "--base", metavar="ORG/MODEL", help="the base's id on the hub, if the report has its path"
+        "--base",
+        metavar="ORG/MODEL",
+        help="the base's id on the hub, where the report names a directory",
     )
-    card.add_argument("--name", help="the model's name in the metadata (default: its id)")
+    card.add_argument(
+        "--name", help="the model's name in the metadata (default: the checkpoint's id)"
+    )
 
 
 def _gate(given: argparse.Namespace) -> int:
     """Judge checkpoints with every check, print a table and write the report."""
     from quantgate.commands import gate
 
+    if given.ray is not None and given.shard is not None:
+        raise BadInput("--ray makes a shard of each checkpoint; leave out --shard.")
     more = [
         word
         for option in ("tier", "probe", "shard")
         if (value := getattr(given, option)) is not None
         for word in (f"--{option}", value)
     ]
-    return gate.run(
+    asked = gate.Asked(
         given.project, given.checkpoints, given.base, given.report, [*more, *given.pytest]
     )
+    if given.ray is not None:
+        from quantgate.commands import on_ray
+
+        return on_ray.run(asked, given.ray)
+    return gate.run(asked)
 
 
 def _kld(given: argparse.Namespace) -> int:
-    """Compare a model's next-token distributions with its base's; needs no gate and no probe."""
+    """Compare a model's next-token distributions with those of its base, on any text.
+
+    Prints llama.cpp's statistics of the KL divergence. Needs no checkpoint file and no golden.
+    """
     return kld_command.run(given)
 
 
@@ -242,7 +283,7 @@ def _ppl(given: argparse.Namespace) -> int:
 
 
 def _score(given: argparse.Namespace) -> int:
-    """Print the log-probability and the rank of each token of a text, as JSON lines."""
+    """Print the log-probability and the rank of each token of a text, a JSON object a line."""
     return score_command.run(given)
 
 
@@ -263,17 +304,9 @@ def _merge(given: argparse.Namespace) -> int:
 
     The checkpoints of a missing shard are reported as not run.
     """
-    from quantgate.reporting.merge import merge
-    from quantgate.reporting.terminal import summary
-    from quantgate.reporting.write import FILES, write_reports
+    from quantgate.commands import merge
 
-    if given.report.resolve() in {directory.resolve() for directory in given.directories}:
-        raise BadInput(f"--report {given.report}: a shard's results are there; give another one.")
-    run = merge(given.directories, given.project)
-    write_reports(run, given.report)
-    print(summary(run, width=0, color=sys.stdout.isatty()), end="")
-    print(f"report: {', '.join(str(given.report / name) for name in FILES)}")
-    return 0 if run.released else 1
+    return merge.run(given.directories, given.project, given.report)
 
 
 def _init(given: argparse.Namespace) -> int:

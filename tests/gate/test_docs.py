@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -141,8 +142,8 @@ def test_the_gate_in_one_line_is_pytests(root: Path) -> None:
     """Its status too: bad input is 4, and so is a directory that is not there."""
     command = [sys.executable, "-m", "quantgate", "gate"]
     for arguments, message in (
-        (["tiny-lama"], "--checkpoint tiny-lama: neither a directory nor an id"),
-        (["tiny-llama-w4a16", "--base", "x/y"], "names its base in its own file"),
+        (["tiny-lama"], "tiny-lama: neither a directory, nor a hub id"),
+        (["tiny-llama-w4a16", "--base", "x/y"], "says what tiny-llama-w4a16's base is"),
         (["tiny-llama-w4a16", "--project", "/nowhere"], "/nowhere: no such directory"),
     ):
         result = subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True)
@@ -187,7 +188,7 @@ def test_the_perplexity_commands_are_accepted(
         assert (root / arguments.model).is_dir()
 
 
-@pytest.mark.slow(reason="starts an engine for each of five commands")
+@pytest.mark.slow(reason="starts an engine for each of six commands")
 def test_the_commands_on_any_text_run(root: Path, tmp_path: Path) -> None:
     """Every command of docs/kld.md, in its order; eagerly, because compiling takes minutes."""
     for name in ("build", "fixtures"):
@@ -197,7 +198,7 @@ def test_the_commands_on_any_text_run(root: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text(text)
     document = (root / "docs" / "kld.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    quantgate (.*)$", document, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["kld", "ppl", "score", "kld", "kld"]
+    assert [command.split()[0] for command in commands] == ["kld", "ppl", "score", *["kld"] * 3]
     for command in commands:
         words = [*shlex.split(command), "--enforce-eager"]
         result = run_python("-m", "quantgate", *words, cwd=tmp_path)
@@ -205,3 +206,24 @@ def test_the_commands_on_any_text_run(root: Path, tmp_path: Path) -> None:
         answer = {"kld": "Mean KLD", "ppl": "perplexity ", "score": '"rank": '}[words[0]]
         assert answer in result.stdout, command
     assert (tmp_path / "base-states" / "states.json").is_file()
+    assert json.loads((tmp_path / "figures.json").read_text())["text"]["source"] == "probe 'tiny'"
+
+
+@pytest.mark.slow(reason="an engine that vLLM compiles, as for any checkpoint without a file")
+def test_the_commands_for_a_model_card_run(root: Path, quantized: Path, tmp_path: Path) -> None:
+    """With a base that is in the hub's cache, and of all checks the one that a card needs."""
+    document = (root / "docs" / "model-card.md").read_text(encoding="utf-8")
+    gate, card = re.findall(r"^    quantgate (.*)$", document, re.MULTILINE)
+    (tmp_path / "Tiny-Llama-W4A16").symlink_to(quantized)
+    cached = tmp_path / "hub" / "models--org--Tiny-Llama"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(root / "fixtures" / "tiny" / "llama", cached / "snapshots" / ("0" * 40))
+    hub = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    for command in (f"{gate} -- -k quality", card):
+        words = ["-m", "quantgate", *shlex.split(command)]
+        result = run_python(*words, cwd=tmp_path, env={**ENGINE_ENVIRONMENT, **hub})
+        assert result.returncode == 0, (command, result.stdout[-2000:], result.stderr[-2000:])
+    text = (tmp_path / "report" / "card.md").read_text(encoding="utf-8")
+    assert 'base_model: "org/Tiny-Llama"' in text
+    assert (tmp_path / "report" / "badge.svg").is_file()

@@ -103,12 +103,12 @@ def test_a_selection_that_matches_nothing(run_gate: RunGate) -> None:
 
 
 def test_a_base_without_a_checkpoint(run_gate: RunGate) -> None:
-    assert "--base goes with --checkpoint PATH" in refusal(run_gate, "--base", "./x")
+    assert "--base goes with a checkpoint given by path" in refusal(run_gate, "--base", "./x")
 
 
 def test_a_base_for_a_checkpoint_that_names_its_own(run_gate: RunGate) -> None:
     message = refusal(run_gate, "--checkpoint", "tiny-llama-w4a16", "--base", "./x")
-    assert "tiny-llama-w4a16 names its base in its own file" in message
+    assert "tiny-llama-w4a16.toml says what tiny-llama-w4a16's base is" in message
 
 
 def test_two_checkpoints_of_one_name(run_gate: RunGate, quantized_copy: Path) -> None:
@@ -116,7 +116,7 @@ def test_two_checkpoints_of_one_name(run_gate: RunGate, quantized_copy: Path) ->
     other.parent.mkdir()
     other.symlink_to(quantized_copy)
     message = refusal(run_gate, "--checkpoint", quantized_copy, "--checkpoint", other)
-    assert "two of them would get the id 'copy'" in message
+    assert "two of the checkpoints would get the id 'copy'" in message
 
 
 def test_no_checkpoint_at_all(run_gate: RunGate) -> None:

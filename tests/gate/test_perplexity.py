@@ -57,7 +57,8 @@ def test_the_tool_says_what_it_scored(root: Path, text: str, tmp_path: Path) -> 
         (["--text", "a b", "--stride", "2048"], "--stride must be in 1 … 2047"),
         (["--text", "a b", "--context-length", "1"], "--context-length must be at least 2, got 1"),
         (["--text-file", "nowhere.txt"], "--text-file nowhere.txt: no such file"),
-        (["--text", "a", "--model", "no/where"], "--model no/where: no tokenizer to be had"),
+        (["--text", "a", "--model", "no-where"], "no-where: neither a directory, nor a hub id"),
+        (["--text", "a", "--model", "no/where"], "no/where: no tokenizer to be had"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(

@@ -31,4 +31,4 @@ def test_a_choice_of_nothing_is_an_error(run_gate: RunGate) -> None:
     assert "--quick: none of the 1 files in " in ran.stderr
     ran = run_gate("suites", "--quick", "--checkpoint", "tiny-llama-w4a16")
     assert ran.returncode == 4
-    assert "--quick cannot be combined with --checkpoint" in ran.stderr
+    assert "--quick cannot be combined with named checkpoints" in ran.stderr

@@ -11,7 +11,7 @@ from preloaded import run_python
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "tiny-lama"], "error: --checkpoint tiny-lama: neither a directory"),
+        (["--checkpoint", "tiny-lama"], "error: tiny-lama: neither a directory"),
         (["--checkpoint", "tiny-ner-bert-w8a8"], "its task is 'token_classify'"),
         (["--checkpoint", "build/tiny-llama-w4a16"], "no base is named; give --base"),
         (["--checkpoint", "tiny-llama-w4a16", "--text-file", "no.txt"], "No such file"),

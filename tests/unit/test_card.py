@@ -19,6 +19,7 @@ from quantgate.reporting import card
 from quantgate.reporting.badge import badge
 from quantgate.reporting.gate_json import gate_json
 from quantgate.reporting.run import Run
+from quantgate.subject.probe import ScoredProbe
 from quantgate.subject.task import Task
 
 HOSTILE = "x\"'<script>|`](http://e)\n---\nlicense: mit\x00"
@@ -76,6 +77,21 @@ def test_the_hubs_library_reads_its_metadata(tmp_path: Path) -> None:
     assert found["kl_divergence"].metric_args == {"standard_error": 5.31e-5}
     again = ModelCard(str(ModelCard.load(tmp_path / "card.md")))
     assert vars(again.data) == vars(data)  # what it writes is what it has read
+
+
+def test_its_metadata_names_the_probe(tmp_path: Path) -> None:
+    probes = [ScoredProbe("tiny", "f" * 64, "a" * 64, 30, 32, 3840),
+              ScoredProbe("tiny-quality", "f" * 64, "b" * 64, 42, 42, 9622)]  # fmt: skip
+    assert written(tmp_path, generative(probes=tuple(probes))) == 0
+    for result in ModelCard.load(tmp_path / "card.md").data.eval_results:
+        assert result.dataset_name == "quantgate's probe tiny-quality"
+        assert result.dataset_args == {"n": 9622, "sha256": "b" * 64}
+    content = json.loads((tmp_path / "gate.json").read_text())
+    del content["checkpoints"][0]["probes"]  # an earlier version's
+    (tmp_path / "gate.json").write_text(json.dumps(content))
+    assert main(["card", str(tmp_path)]) == 0
+    (first, *_) = ModelCard.load(tmp_path / "card.md").data.eval_results
+    assert first.dataset_args == {"n": 9622}
 
 
 @pytest.mark.parametrize("value", [1e-05, 2e-07, 1.5e300, 3.0, 0.25, None, "1e5", "no", "ä: #\x7f"])

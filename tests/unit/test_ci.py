@@ -17,7 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from quantgate.__main__ import parse
+from quantgate.__main__ import main, parse
 
 EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
 # What GitHub puts before a step's script.
@@ -309,3 +309,16 @@ def test_the_dockerfile_copies_what_the_wheel_is_built_from(root: Path) -> None:
         )
     seen = (root / ".dockerignore").read_text().splitlines()
     assert {line.removeprefix("!") for line in seen if line.startswith("!")} == set(sources)
+
+
+def test_the_documented_init_makes_a_repository(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (root / "docs" / "ci.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    quantgate (init .*)$", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)) == 0
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert "models/.github/workflows/quantgate.yml" in made
+    assert any(name.startswith("models/fixtures/checkpoints/") for name in made)
+    assert (tmp_path / "models" / "golden").is_dir()

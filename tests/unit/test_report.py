@@ -10,9 +10,12 @@ from quantgate.judging.results import CheckResult, upheld
 from quantgate.judging.verdict import Deviation, Outcome, Verdict, not_run
 from quantgate.measuring.engine import EngineLife
 from quantgate.reporting.gate_json import gate_json
+from quantgate.reporting.html import index_html
 from quantgate.reporting.junit import junit_xml
+from quantgate.reporting.markdown import gate_md
 from quantgate.reporting.run import Run
-from quantgate.reporting.terminal import table
+from quantgate.reporting.terminal import summary, table
+from quantgate.subject.probe import ScoredProbe
 
 HOSTILE = "<b>[red]&\x00\x1b[31m\"'"
 
@@ -55,6 +58,27 @@ def test_gate_json_keeps_its_contract() -> None:
         "figures": {}, "kernels": {}, "emulated": ["K"], "repaired": [], "findings": [],
     }  # fmt: skip
     assert x["checks"][1]["measured"] == "nan"
+
+
+PROBE = ScoredProbe("<tiny>", "f" * 64, "0123456789ab" + "0" * 52, 30, 32, 3840)
+
+
+def test_reports_name_what_was_scored() -> None:
+    scored = [replace(one, probes=(PROBE,)) for one in RESULTS[:2]]
+    run = Run([*scored, RESULTS[2]], "now", 1.0, {})
+    x, y = json.loads(gate_json(run))["checkpoints"]
+    assert x["probes"] == [
+        {
+            "name": "<tiny>", "file_sha256": PROBE.file_sha256, "sha256": PROBE.sha256,
+            "documents": 30, "windows": 32, "tokens": 3840,
+        }
+    ]  # fmt: skip
+    assert y["probes"] == []
+    said = "scored: <tiny> (3,840 tokens, sha256 0123456789ab)"
+    assert said in summary(run, width=0, color=False)
+    assert "scored: &lt;tiny&gt; \\(3,840 tokens" in gate_md(run)
+    assert "scored: &lt;tiny&gt; (3,840 tokens" in index_html(run)
+    assert "scored:" not in summary(Run(RESULTS, "now", 1.0, {}), width=0, color=False)
 
 
 def test_junit_shows_what_did_not_happen_as_an_error() -> None:

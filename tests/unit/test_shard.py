@@ -7,61 +7,24 @@ import os
 import re
 import shlex
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from made_up_runs import PROBE, run_of
 
 from quantgate.__main__ import main, parse
-from quantgate.audit.finding import Finding
 from quantgate.errors import BadInput
-from quantgate.judging.results import CheckResult
-from quantgate.judging.verdict import Deviation, Profile, Verdict, WorstToken
 from quantgate.measuring.engine import EngineLife
+from quantgate.reporting.gate_json import gate_json
 from quantgate.reporting.merge import RESULTS, merge, read_results, results_json
 from quantgate.reporting.run import Run
 from quantgate.reporting.shard import Shard, parse_shard
 from quantgate.reporting.write import write_reports
-from quantgate.subject.passage import Passage
-from quantgate.subject.tier import RunTier
 
 IDS = ("a", "b", "c", "d", "e")
-
-
-def result(checkpoint: str) -> CheckResult:
-    worst = WorstToken("doc[3]", Passage("x", "y", "z"), "", -1.5, float("-inf"))
-    finding = Finding("scale", "error", "m.weight", "nan", "finite", "model.safetensors")
-    verdict = Verdict(
-        "pass",
-        "fine",
-        (Deviation("max |Δ|", 0.1 + 0.2, 1e-5, floor=float("nan"), statistic="max_abs"),),
-        {"mean KLD": float("inf")},
-        n=7,
-        dtype="bfloat16",
-        kernels={"qkv_proj": "Kernel"},
-        findings=(finding,),
-        evidence=("a line",),
-        profile=Profile(((0, 0.5, 1.0),), (worst,), (1, 2)),
-    )
-    return CheckResult(checkpoint, "W4A16", "quality", verdict, 1.25, base="org/base")
-
-
-def run_of(
-    shard: Shard, started: str = "2026-11-27T10:00:00+00:00", duration_s: float = 60.0
-) -> Run:
-    return Run(
-        [result(name) for name in shard.own],
-        started,
-        duration_s,
-        {"vllm": "0.32.0", "machine": "x86_64"},
-        left_out=[("a drift on cpu", "it has no golden")],
-        notes=["a note"],
-        engines=[EngineLife(f"/models/{name}", "bfloat16", 1.5, 2.5) for name in shard.own],
-        histories={name: [{"date": "2026-11-01", "mean NLL": 1.5}] for name in shard.own},
-        tiers={name: RunTier("standard", "standard") for name in shard.own},
-        shard=shard,
-    )
 
 
 @pytest.fixture
@@ -212,6 +175,32 @@ def test_what_is_no_part_of_the_selection_is_refused(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "merged"),
+    [
+        ({"sha256": "9" * 64, "tokens": 7}, True),  # of another tier
+        ({"name": "tiny-retokenized", "sha256": "9" * 64}, True),
+        ({"name": "steps", "file_sha256": "9" * 64}, True),
+        ({"file_sha256": "9" * 64}, False),
+        ({"name": "tiny-retokenized", "file_sha256": "9" * 64}, False),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_different_probes_of_one_name_are_not_merged(
+    shards: list[Path], tmp_path: Path, change: dict[str, Any], merged: bool, number: int
+) -> None:
+    shard, probe = Shard(number, 3, IDS), replace(PROBE, **change)
+    run = run_of(shard)
+    write(tmp_path, replace(run, results=[replace(r, probes=(probe,)) for r in run.results]))
+    if merged:
+        report = json.loads(gate_json(merge(shards, tmp_path)))
+        scored = [one["probes"] for one in report["checkpoints"]]
+        assert scored == [[asdict(probe if name in shard.own else PROBE)] for name in IDS]
+        return
+    with pytest.raises(BadInput, match=r"has scored a probe 'tiny' whose file has the sha256 "):
+        merge(shards, tmp_path)
 
 
 def test_the_same_results_twice_are_merged_once(shards: list[Path], tmp_path: Path) -> None:

@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantgate.commands import companions
 from quantgate.errors import BadInput
+from quantgate.subject.checkpoint_file import CHECKPOINT_FILES
 from quantgate.subject.shipped import shipped
 
 SETTINGS = Path(__file__).with_name("gate.ini")
 
 
-def run(
-    project: Path,
-    checkpoints: Sequence[str],
-    base: str | None,
-    report: Path,
-    more: Sequence[str] = (),
-) -> int:
-    """Judge checkpoints, or all that have a file in the project; return pytest's exit status.
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of `quantgate gate`."""
 
-    `more` are pytest's own arguments.
-    """
+    project: Path
+    checkpoints: Sequence[str]
+    """Paths, hub ids or ids; none for all that have a file in the project."""
+    base: str | None
+    report: Path
+    more: Sequence[str] = ()
+    """pytest's own arguments."""
+
+    def require_something(self) -> None:
+        """Raise `BadInput` if there is no project, or nothing to judge."""
+        if not self.project.is_dir():
+            raise BadInput(f"--project {self.project}: no such directory.")
+        files = self.project / CHECKPOINT_FILES
+        if not self.checkpoints and not any(files.rglob("*.toml")):
+            raise BadInput(
+                f"{files}: no checkpoint file there, so there is nothing to judge; name a "
+                "checkpoint (`quantgate gate PATH --base BASE`), or begin with `quantgate init`."
+            )
+
+    def words(self, shard: str) -> list[str]:
+        """Return the arguments of `quantgate` that judge one shard of this."""
+        base = ["--base", self.base] if self.base is not None else []
+        project = str(self.project.absolute())
+        given = ["gate", *self.checkpoints, *base, "--project", project, "--shard", shard]
+        return [*given, "--", *self.more]
+
+
+def run(asked: Asked) -> int:
+    """Judge what is asked; return pytest's exit status."""
     import pytest
 
-    if not project.is_dir():
-        raise BadInput(f"--project {project}: no such directory.")
-    if not checkpoints and not any((project / "fixtures" / "checkpoints").rglob("*.toml")):
-        raise BadInput(
-            f"{project / 'fixtures' / 'checkpoints'}: no checkpoint file there, so there is "
-            "nothing to judge; name a checkpoint (`quantgate gate PATH --base BASE`), or begin "
-            "with `quantgate init`."
-        )
+    asked.require_something()
     companions.require()
-    options = [word for name in checkpoints for word in ("--checkpoint", name)]
-    options += ["--base", base] if base is not None else []
-    options += ["--gate-report", str(report.absolute())]
-    return pytest.main([*suites_of(project), *options, *more])
+    options = [word for name in asked.checkpoints for word in ("--checkpoint", name)]
+    options += ["--base", asked.base] if asked.base is not None else []
+    options += ["--gate-report", str(asked.report.absolute())]
+    return pytest.main([*suites_of(asked.project), *options, *asked.more])
 
 
 def suites_of(project: Path) -> list[str]:

@@ -105,16 +105,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--base", metavar="PATH_OR_ID", help="the unquantized model")
     base.add_argument(
-        "--against", type=Path, metavar="DIR", help="a base that --save-base has saved"
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="compare with what --save-base has kept, and do not run the base again",
     )
     parser.add_argument(
-        "--save-base", type=Path, metavar="DIR", help="keep the base's states, for --against"
+        "--save-base",
+        type=Path,
+        metavar="DIR",
+        help="keep what the base computes, to compare other quantizations --against it",
     )
     texts.add_arguments(parser, protocol="llama.cpp")
     models.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE.svg", help="draw KLD by position and confidence"
+        "--picture", type=Path, metavar="FILE.svg", help="draw the KLD by position and confidence"
     )
 
 

@@ -17,11 +17,13 @@ from quantgate.errors import BadInput
 from quantgate.measuring.engine_failure import first_line
 from quantgate.measuring.precision import SERVING, resolve_dtype
 from quantgate.measuring.states import EngineName, Model
-from quantgate.subject.checkpoint import Checkpoint
+from quantgate.subject.checkpoint import Checkpoint, EngineSettings
 from quantgate.subject.checkpoint_file import find_checkpoint, read_checkpoint_files
 from quantgate.subject.files import refuse_another_task
 from quantgate.subject.passage import tokenizer_of
 from quantgate.subject.task import GENERATE
+
+RANKS = "vLLM's ranks, a GPU each (default: what the checkpoint's file says, and 1 without one)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("vllm", "hf"),
         default="vllm",
-        help="vLLM with the kernels that serve the model, or HF modules",
+        help="vLLM with the kernels that serve the model (default), or HF modules over the weights",
     )
-    parser.add_argument("--dtype", default=SERVING, help="of activations; the serving dtype")
-    parser.add_argument("--tensor-parallel-size", type=int)
+    parser.add_argument(
+        "--dtype", default=SERVING, help="of activations (default: the one that it is served in)"
+    )
+    parser.add_argument("--tensor-parallel-size", type=int, metavar="RANKS", help=RANKS)
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile a model")
 
 
@@ -41,12 +45,17 @@ def model_of(arguments: argparse.Namespace, base: str | None) -> Model:
     """Return the model that the command line names, with its base if that is given."""
     known = read_checkpoint_files(arguments.project)
     checkpoint = find_checkpoint(arguments.model, known, arguments.project, base)
+    checkpoint = dataclasses.replace(checkpoint, engine=settings_of(checkpoint, arguments))
+    return run_of(checkpoint, arguments.dtype, arguments.engine)
+
+
+def settings_of(checkpoint: Checkpoint, arguments: argparse.Namespace) -> EngineSettings:
+    """Return the engine settings of a checkpoint's file, with those of the command line."""
     settings = checkpoint.engine
     more: dict[str, Any] = {"enforce_eager": settings.enforce_eager or arguments.enforce_eager}
     if arguments.tensor_parallel_size is not None:
         more["tensor_parallel_size"] = arguments.tensor_parallel_size
-    checkpoint = dataclasses.replace(checkpoint, engine=dataclasses.replace(settings, **more))
-    return run_of(checkpoint, arguments.dtype, arguments.engine)
+    return dataclasses.replace(settings, **more)
 
 
 def run_of(checkpoint: Checkpoint, dtype: str, engine: EngineName) -> Model:

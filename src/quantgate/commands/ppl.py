@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from quantgate.atomic import write_atomically
-from quantgate.commands import texts
+from quantgate.commands import models, texts
 from quantgate.commands.perplexity import Perplexity, Tally, result_of, score_all
 from quantgate.errors import BadInput
 from quantgate.measuring.engine import running_engine
@@ -24,27 +24,41 @@ from quantgate.measuring.engine_failure import first_line
 from quantgate.measuring.environment import library_versions
 from quantgate.measuring.session import kernel_fingerprint
 from quantgate.subject.checkpoint import EngineSettings
+from quantgate.subject.checkpoint_file import find_checkpoint, read_checkpoint_files
 from quantgate.subject.passage import tokenizer_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options but the model."""
     texts.add_arguments(parser, protocol="sliding")
-    parser.add_argument("--quantization", help="vLLM's; read from the checkpoint when left out")
-    parser.add_argument("--dtype", default="auto", help="of activations and KV cache")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument(
+        "--quantization", metavar="NAME", help="vLLM's name of it (default: from config.json)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="of activations and KV cache (default: the model's own)"
+    )
+    parser.add_argument("--tensor-parallel-size", type=int, metavar="RANKS", help=models.RANKS)
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--json", type=Path, help="write the result here as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and, if asked for, write the result."""
     project = getattr(arguments, "project", Path.cwd())
-    report = measure(arguments, texts.text_of(arguments, project))
+    model, settings = _served(arguments, project)
+    report = measure(model, settings, arguments, texts.text_of(arguments, project))
     show(report)
     if arguments.json:
         write_atomically(arguments.json, json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def _served(arguments: argparse.Namespace, project: Path) -> tuple[str, EngineSettings]:
+    """Return the model, and the settings of its file if it is given by a file's name."""
+    known = read_checkpoint_files(project)
+    checkpoint = find_checkpoint(arguments.model, known, project, None)
+    model = str(checkpoint.directory) if arguments.model in known else arguments.model
+    return model, models.settings_of(checkpoint, arguments)
 
 
 def tokenizer_for(model: str) -> Any:
@@ -53,8 +67,7 @@ def tokenizer_for(model: str) -> Any:
         return tokenizer_of(Path(model))
     except Exception as error:
         raise BadInput(
-            f"--model {model}: no tokenizer to be had ({type(error).__name__}: "
-            f"{first_line(error)})."
+            f"{model}: no tokenizer to be had ({type(error).__name__}: {first_line(error)})."
         ) from error
 
 
@@ -78,20 +91,17 @@ def shown_progress() -> Iterator[Callable[[Tally], None]]:
         yield update
 
 
-def measure(arguments: argparse.Namespace, text: texts.Text) -> dict[str, Any]:
+def measure(
+    model: str, settings: EngineSettings, arguments: argparse.Namespace, text: texts.Text
+) -> dict[str, Any]:
     """Load the model, score the text, and return the report."""
-    tokenizer = tokenizer_for(arguments.model)
-    settings = EngineSettings(
-        max_model_len=text.protocol.context,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        enforce_eager=arguments.enforce_eager,
-    )
+    tokenizer = tokenizer_for(model)
     tally = Tally()
-    windows = text.windows(tokenizer, Path(arguments.model), tally)
+    windows = text.windows(tokenizer, Path(model), tally)
     with (
         running_engine(
-            arguments.model,
-            settings=settings,
+            Path(model),
+            settings=dataclasses.replace(settings, max_model_len=text.protocol.context),
             dtype=arguments.dtype,
             quantization=arguments.quantization,
         ) as llm,
@@ -103,7 +113,7 @@ def measure(arguments: argparse.Namespace, text: texts.Text) -> dict[str, Any]:
         score_all(llm, windows, tally, progress=progress)
         seconds = time.perf_counter() - started
     return {
-        "model": arguments.model,
+        "model": model,
         "text": text.source,
         "protocol": {"name": text.protocol.name, "scored": text.protocol.description},
         "dtype": dtype,

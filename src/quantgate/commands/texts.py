@@ -56,27 +56,46 @@ class Text:
 def add_arguments(parser: argparse.ArgumentParser, *, protocol: str) -> None:
     """Add the options that say what is scored; `protocol` is the default one."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", help="the text itself")
-    source.add_argument("--text-file", type=Path, help="a UTF-8 text file, however long")
+    source.add_argument("--text", help="score this text")
+    source.add_argument("--text-file", type=Path, metavar="FILE", help="score a UTF-8 file")
     source.add_argument(
         "--dataset",
-        help="a data set on the hub, in the cache, or a local folder; if no text is given, "
-        f"{WIKITEXT} with {WIKITEXT_CONFIG}",
+        metavar="NAME",
+        help="score a data set: on the hub, in its cache, or a local folder (default, if no text "
+        f"is given: {WIKITEXT}, {WIKITEXT_CONFIG})",
     )
-    source.add_argument("--probe", help="a probe of this project, or a probe file: its windows")
-    parser.add_argument("--dataset-config", help=f"such as {WIKITEXT_CONFIG}")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default=protocol)
+    source.add_argument(
+        "--probe", metavar="NAME_OR_FILE", help="score the windows of a probe of the gate"
+    )
     parser.add_argument(
-        "--context-length", type=int, help="tokens of a window (2048; 512 for llama.cpp)"
+        "--dataset-config", metavar="NAME", help=f"of the data set, such as {WIKITEXT_CONFIG}"
+    )
+    parser.add_argument("--split", default="test", help="of the data set (default: test)")
+    parser.add_argument(
+        "--text-column", default="text", metavar="NAME", help="of the data set (default: text)"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=protocol,
+        help="how the text is cut into windows and what is scored of each, as in published "
+        f"figures (default: {protocol})",
+    )
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        metavar="TOKENS",
+        help="of a window (default: 2048; 512 for llama.cpp)",
     )
     parser.add_argument(
         "--stride",
         type=int,
-        help="for sliding: tokens a window moves by (a quarter of the context)",
+        metavar="TOKENS",
+        help="for sliding: how far a window moves (default: a quarter of the context)",
     )
-    parser.add_argument("--rows", type=int, help="for exl3: the rows to score, 0 for all (100)")
+    parser.add_argument(
+        "--rows", type=int, help="for exl3: how many to score, 0 for all (default: 100)"
+    )
 
 
 def is_given(arguments: argparse.Namespace) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import msgspec
 
 from quantgate.judging.stats import ALPHA, holm
 from quantgate.judging.verdict import Outcome, Verdict, worst
+from quantgate.subject.probe import ScoredProbe
 from quantgate.subject.task import GENERATE, Task
 
 
@@ -26,6 +28,8 @@ class CheckResult:
     task: Task = GENERATE
     base: str | None = None
     """The unquantized model that it was compared with, as its file or `--base` names it."""
+    probes: tuple[ScoredProbe, ...] = ()
+    """What its checkpoint had been scored on when the check ended."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, to send from an xdist worker to its controller."""
@@ -63,6 +67,12 @@ def upheld(results: list[CheckResult]) -> list[CheckResult]:
             )
             found[index] = dataclasses.replace(results[index], verdict=verdict)
     return found
+
+
+def probes_of(results: Iterable[CheckResult]) -> list[ScoredProbe]:
+    """Return each probe that was scored for some of the results, by name."""
+    found = {probe for result in results for probe in result.probes}
+    return sorted(found, key=lambda probe: (probe.name, probe.sha256))
 
 
 def overall(results: list[CheckResult]) -> Outcome:

@@ -16,7 +16,7 @@ from quantgate.measuring.reference_device import CPU, choose_device, free_memory
 from quantgate.measuring.scratch import scratch_directory
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.files import context_length
-from quantgate.subject.probe import Probe, probe_for
+from quantgate.subject.probe import Probe, ScoredProbe, probe_for
 from quantgate.subject.task import GENERATE
 from quantgate.subject.tier import Tier
 from quantgate.subject.windows import for_tier, long_contexts
@@ -38,6 +38,8 @@ class Lab:
     """The probes that a `Case`'s `reruns` will be asked for: an engine that can serve them does so
     before it ends."""
     _probes: dict[tuple[str, bool], Probe] = field(default_factory=dict)
+    _scored: dict[tuple[str, str], ScoredProbe] = field(default_factory=dict)
+    """By checkpoint, and by what it is scored for."""
     _heads: dict[Path, Head] = field(default_factory=dict)
     """The most recently used ones, the latest at the end."""
     _scratch: Path | None = None
@@ -56,7 +58,13 @@ class Lab:
         """
         tier = self.tier_of(checkpoint)
         larger = quality and (tier != "quick" or checkpoint.task != GENERATE)
-        return for_tier(self._whole(checkpoint, larger), tier)
+        probe = for_tier(self._whole(checkpoint, larger), tier)
+        return self._noted(checkpoint, "quality" if larger else "everything", probe)
+
+    def scored_of(self, checkpoint: Checkpoint) -> tuple[ScoredProbe, ...]:
+        """Return what a checkpoint has been scored on so far, each probe once."""
+        own = (probe for (name, _), probe in self._scored.items() if name == _name_of(checkpoint))
+        return tuple(dict.fromkeys(own))
 
     def tier_of(self, checkpoint: Checkpoint) -> Tier:
         """Return how much is asked of a checkpoint."""
@@ -64,11 +72,18 @@ class Lab:
 
     def long_contexts_of(self, checkpoint: Checkpoint) -> Probe | None:
         """Return the probe's long contexts that fit the model, in the checkpoint's token ids."""
-        return long_contexts(self._whole(checkpoint, False), context_length(checkpoint.directory))
+        most = context_length(checkpoint.directory)
+        long = long_contexts(self._whole(checkpoint, False), most)
+        return None if long is None else self._noted(checkpoint, "long contexts", long)
+
+    def _noted(self, checkpoint: Checkpoint, purpose: str, probe: Probe) -> Probe:
+        key = (_name_of(checkpoint), purpose)
+        if key not in self._scored:
+            self._scored[key] = ScoredProbe.of(probe)
+        return probe
 
     def _whole(self, checkpoint: Checkpoint, quality: bool) -> Probe:
-        name = checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id
-        key = (name, quality)
+        key = (_name_of(checkpoint), quality)
         if key not in self._probes:
             probe = self.probes(checkpoint, quality)
             self._probes[key], note = probe_for(probe, checkpoint.directory)
@@ -106,3 +121,8 @@ class Lab:
         if self._scratch is None:
             self._scratch = scratch_directory(self)
         return Path(tempfile.mkdtemp(dir=self._scratch))
+
+
+def _name_of(checkpoint: Checkpoint) -> str:
+    """Return the id of a checkpoint; a base has that of the checkpoint compared with it."""
+    return checkpoint.id.removesuffix("-base") if checkpoint.is_base else checkpoint.id

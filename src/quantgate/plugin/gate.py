@@ -74,7 +74,8 @@ class Gate:
                 detail=f"it passes, but is listed as a known failure: {known.reason}",
                 next_step=f"remove [[known_failure]] '{known.check}' from its file",
             )
-        self.run.results[self.item.nodeid] = replace(result, verdict=verdict)
+        scored = self.lab.scored_of(checkpoint)
+        self.run.results[self.item.nodeid] = replace(result, verdict=verdict, probes=scored)
         message = verdict.message(f"{result.checkpoint} {result.check}")
         if verdict.known_failure:
             pytest.xfail(f"known failure: {verdict.known_failure}\n{message}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +23,13 @@ from quantgate.plugin.scheduling import check_of
 from quantgate.reporting.shard import Shard, parse_shard
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import (
-    CHECKPOINT_FILES,
-    find_checkpoint,
     read_all_checkpoint_files,
-    read_checkpoint_files,
     verify,
     with_own_task,
 )
 from quantgate.subject.files import actual_scheme, context_length
 from quantgate.subject.probe import stored_probe
+from quantgate.subject.selected import Selection, selected
 from quantgate.subject.task import GENERATE
 from quantgate.subject.tier import RunTier, Tier, covers
 from quantgate.subject.windows import LONG_CONTEXT, long_contexts
@@ -121,43 +118,14 @@ def _read_checkpoints(config: pytest.Config, run: GateRun) -> list[Checkpoint]:
 
 
 def _wanted(config: pytest.Config, known: Mapping[str, Checkpoint], root: Path) -> list[Checkpoint]:
-    """Return the checkpoints named by the options, or all with a file; never an empty list."""
-    names, base = config.getoption("checkpoint"), config.getoption("base")
-    quick = config.getoption("quick")
-    if base is not None and not names:
-        raise BadInput("--base goes with --checkpoint PATH; checkpoint files name their own base.")
-    if quick and names:
-        raise BadInput(
-            "--quick cannot be combined with --checkpoint: checkpoint files say which are quick."
-        )
-    if names:
-        found = [find_checkpoint(name, known, root, base) for name in dict.fromkeys(names)]
-        _require_distinct(found)
-        return found
-    collection = config.getoption("collection")
-    folder = root / CHECKPOINT_FILES / collection
-    there = read_checkpoint_files(root, collection)
-    if not there:
-        raise BadInput(
-            f"{folder}: no checkpoint file there, so there is nothing to judge; add one or give "
-            "--checkpoint PATH."
-        )
-    found = [checkpoint for checkpoint in there.values() if checkpoint.quick or not quick]
-    if not found:
-        raise BadInput(
-            f"--quick: none of the {len(there)} files in {folder} says quick = true; add it to "
-            "one, or leave out --quick."
-        )
-    return found
-
-
-def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
-    counts = Counter(checkpoint.id for checkpoint in checkpoints)
-    if repeated := [name for name, count in counts.items() if count > 1]:
-        raise BadInput(
-            f"--checkpoint: two of them would get the id '{repeated[0]}'; give each directory its "
-            "own name, or gate them one by one."
-        )
+    """Return the checkpoints that the options select; never an empty list."""
+    selection = Selection(
+        names=config.getoption("checkpoint") or (),
+        base=config.getoption("base"),
+        quick=config.getoption("quick"),
+        collection=config.getoption("collection"),
+    )
+    return selected(selection, known, root)
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -167,6 +167,11 @@ def card(
 def _metadata(judged: Mapping[str, Any], rows: list[Row], base: str, name: str) -> dict[str, Any]:
     tokens = next((check["n"] for check in judged["checks"] if check["name"] == "quality"), None)
     dataset = {"type": "quantgate-probe", "name": "quantgate's probe", "args": {"n": tokens}}
+    # An earlier version's gate.json does not name them.
+    for probe in judged.get("probes", ()):
+        if probe["tokens"] == tokens:
+            dataset["name"] = f"quantgate's probe {probe['name']}"
+            dataset["args"] = {"n": tokens, "sha256": probe["sha256"]}
     result = {
         "task": {"type": HUB_TASKS[judged["task"]]},
         "dataset": dataset,

@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantgate.judging.results import CheckResult, overall
+from quantgate.judging.results import CheckResult, overall, probes_of
 from quantgate.judging.verdict import Verdict, worst
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def gate_json(run: Run) -> str:
         "duration_s": round(run.duration_s, 3),
         "shard": asdict(run.shard) if run.shard else None,
         "environment": dict(run.environment),
-        "engines": sorted(map(_engine, run.engines), key=itemgetter("checkpoint")),
+        "engines": sorted(map(_engine, run.engines), key=itemgetter("checkpoint", "dtype")),
         "checkpoints": [
             _checkpoint(
                 [result for result in results if result.checkpoint == name], run.tiers.get(name)
@@ -62,6 +62,7 @@ def _checkpoint(results: list[CheckResult], tier: RunTier | None) -> dict[str, A
         "tier": tier.asked if tier else None,
         "required_tier": tier.required if tier else None,
         "released": tier.suffices and outcome == "pass" if tier else None,
+        "probes": [asdict(probe) for probe in probes_of(results)],
         "emulated": sorted({name for result in results for name in result.verdict.emulated}),
         "checks": [
             {"name": result.check, **check_of_verdict(result.verdict)} for result in results

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import KLD_DECADES, Profile, worst
-from quantgate.reporting.run import tiers_line
+from quantgate.reporting.run import probes_line, tiers_line
 
 if TYPE_CHECKING:
     from quantgate.reporting.run import Run
@@ -36,6 +36,7 @@ def index_html(run: Run) -> str:
         run=run,
         verdict=overall(results),
         tiers=tiers_line(run.tiers) if run.tiers else "",
+        scored=probes_line(results),
         groups=[_group(results, task, run) for task in dict.fromkeys(r.task for r in results)],
         checkpoints=[
             _checkpoint([r for r in results if r.checkpoint == name], run)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import SEVERITY, worst
-from quantgate.reporting.run import tiers_line
+from quantgate.reporting.run import probes_line, tiers_line
 
 if TYPE_CHECKING:
     from quantgate.reporting.run import Run
@@ -28,6 +28,7 @@ def gate_md(run: Run) -> str:
         "",
         *([escaped(str(run.shard)), ""] if run.shard else []),
         *([escaped(tiers_line(run.tiers)), ""] if run.tiers else []),
+        *([escaped(scored), ""] if (scored := probes_line(results)) else []),
         "| checkpoint | scheme | verdict | checks | not passed |",
         "|---|---|---|---|---|",
     ]

@@ -14,8 +14,8 @@ import msgspec
 from quantgate import __version__
 from quantgate.errors import BadInput
 from quantgate.judging.checks import place_of
-from quantgate.judging.results import CheckResult
-from quantgate.judging.verdict import not_run
+from quantgate.judging.results import CheckResult, probes_of
+from quantgate.judging.verdict import Verdict, not_run
 from quantgate.reporting.run import Run
 from quantgate.reporting.shard import Shard
 from quantgate.subject.checkpoint_file import read_all_checkpoint_files
@@ -81,9 +81,14 @@ def merge(directories: Iterable[Path], project: Path) -> Run:
             f"{', '.join(shard.own) or 'none'}"
             for shard in missing
         ),
-        *(note for run in runs for note in run.notes),
     ]
-    results = [*(r for run in runs for r in run.results), *_not_run(missing, project)]
+    unrun = [_missing_run(shard, project, runs[0].started) for shard in missing]
+    return joined([*runs, *unrun], notes)
+
+
+def joined(runs: Sequence[Run], notes: Iterable[str] = ()) -> Run:
+    """Return one run of all the shards of a selection; `notes` are said first."""
+    results = [result for run in runs for result in run.results]
     started, duration_s = _span(runs)
     return Run(
         sorted(results, key=lambda result: (result.checkpoint, place_of(result.check))),
@@ -91,7 +96,7 @@ def merge(directories: Iterable[Path], project: Path) -> Run:
         duration_s=duration_s,
         environment=_joined([run.environment for run in runs]),
         left_out=[left for run in runs for left in run.left_out],
-        notes=list(dict.fromkeys(notes)),
+        notes=list(dict.fromkeys([*notes, *(note for run in runs for note in run.notes)])),
         engines=[life for run in runs for life in run.engines],
         histories={name: history for run in runs for name, history in run.histories.items()},
         place_of=place_of,
@@ -108,6 +113,7 @@ def _by_number(paths: Sequence[Path]) -> dict[int, Run]:
             raise BadInput(f"{path}: a whole run, not a shard; there is nothing to merge it with.")
         for other_path, other in found.values():
             _require_one_selection(path, run.shard, other_path, other.shard)
+            require_one_probe(str(path), run, str(other_path), other)
         before = found.setdefault(run.shard.number, (path, run))
         if before[0] is not path and results_json(before[1]) != results_json(run):
             raise BadInput(
@@ -136,6 +142,22 @@ def _require_one_selection(path: Path, one: Shard, other_path: Path, other: Shar
             )
 
 
+def require_one_probe(where: str, one: Run, other_where: str, other: Run) -> None:
+    """Raise `BadInput` if two runs have scored different probes of one name.
+
+    Different tokenizers and tiers score different tokens of one probe, so its file is compared.
+    """
+    files = {probe.stored_name: probe.file_sha256 for probe in probes_of(other.results)}
+    for probe in probes_of(one.results):
+        theirs = files.get(probe.stored_name, probe.file_sha256)
+        if theirs != probe.file_sha256:
+            raise BadInput(
+                f"{where} has scored a probe '{probe.stored_name}' whose file has the sha256 "
+                f"{probe.file_sha256[:12]}…, and {other_where} one of {theirs[:12]}…; judge one of "
+                "them again with the other's probe."
+            )
+
+
 def _said(asked: Mapping[str, str]) -> str:
     options = " ".join(f"{name} {value}" for name, value in asked.items())
     return f"with {options}" if options else "without options"
@@ -149,27 +171,35 @@ def _missing(runs: Sequence[Run]) -> list[Shard]:
     return [dataclasses.replace(first, number=n) for n in every if n not in there]
 
 
-def _not_run(missing: Iterable[Shard], project: Path) -> list[CheckResult]:
+def _missing_run(shard: Shard, project: Path, started: str) -> Run:
+    verdict = not_run(
+        f"there are no results of shard {shard.name}, which was to judge it",
+        f"run `quantgate gate` with --shard {shard.name} again, then `quantgate merge`",
+    )
+    return unjudged(shard, verdict, project, started)
+
+
+def unjudged(shard: Shard, verdict: Verdict, project: Path, started: str) -> Run:
+    """Return what stands for the run of a shard that has no results: each checkpoint is not run.
+
+    `verdict` says why. Schemes and tasks come from the checkpoints' files in `project`, if they
+    have any there.
+    """
     known = read_all_checkpoint_files(project)
     results = []
-    for shard in missing:
-        verdict = not_run(
-            f"there are no results of shard {shard.name}, which was to judge it",
-            f"run `quantgate gate` with --shard {shard.name} again, then `quantgate merge`",
-        )
-        for name in shard.own:
-            file = known.get(name)
-            results.append(
-                CheckResult(
-                    name,
-                    (file.scheme if file else None) or "unknown",
-                    EVERY_CHECK,
-                    verdict,
-                    task=file.task if file else GENERATE,
-                    base=file.base if file else None,
-                )
+    for name in shard.own:
+        file = known.get(name)
+        results.append(
+            CheckResult(
+                name,
+                (file.scheme if file else None) or "unknown",
+                EVERY_CHECK,
+                verdict,
+                task=file.task if file else GENERATE,
+                base=file.base if file else None,
             )
-    return results
+        )
+    return Run(results, started, 0.0, {}, shard=shard)
 
 
 def _span(runs: Sequence[Run]) -> tuple[str, float]:

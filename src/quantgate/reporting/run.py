@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantgate.judging.results import CheckResult, overall
+from quantgate.judging.results import CheckResult, overall, probes_of
 from quantgate.measuring.engine import EngineLife
 from quantgate.reporting.shard import Shard
 from quantgate.subject.tier import TIERS, RunTier, Tier
@@ -19,6 +19,13 @@ ADDED: Mapping[Tier, str] = {
     "noise floors measured anew and long contexts",
     "full": "",
 }
+
+
+def probes_line(results: Sequence[CheckResult]) -> str:
+    """Return in one line what was scored; "" if nothing was."""
+    said = (f"{p.name} ({p.tokens:,} tokens, sha256 {p.sha256[:12]})" for p in probes_of(results))
+    line = ", ".join(said)
+    return line and f"scored: {line}"
 
 
 def tiers_line(tiers: Mapping[str, RunTier]) -> str:

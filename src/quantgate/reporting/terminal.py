@@ -17,7 +17,7 @@ from quantgate.formats.kernels import explained
 from quantgate.judging.golden import UNCHANGED
 from quantgate.judging.results import CheckResult, overall
 from quantgate.judging.verdict import REPAIRED
-from quantgate.reporting.run import tiers_line
+from quantgate.reporting.run import probes_line, tiers_line
 
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Outcome, Verdict
@@ -45,6 +45,8 @@ def _below(run: Run) -> Iterator[str]:
         yield f"{run.shard}; `quantgate merge` makes one report of all shards"
     if run.tiers:
         yield tiers_line(run.tiers)
+    if scored := probes_line(run.results):
+        yield printable(scored)
     for reason, count in Counter(reason for _, reason in run.left_out).items():
         first = next(subject for subject, why in run.left_out if why == reason)
         others = f" and {count - 1} more" if count > 1 else ""

@@ -146,19 +146,23 @@ def read_all_checkpoint_files(root: Path) -> dict[str, Checkpoint]:
 def find_checkpoint(
     name: str, known: Mapping[str, Checkpoint], root: Path, base: str | None
 ) -> Checkpoint:
-    """Return the checkpoint for `--checkpoint NAME`: an id, a directory or a hub id."""
+    """Return the checkpoint of a name: an id in `known`, a directory or a hub id.
+
+    `base` is that of one without a file; `root` is the project. Raises `BadInput`.
+    """
     if name in known:
         if base is not None:
             raise BadInput(
-                f"--base goes with --checkpoint PATH; {name} names its base in its own file."
+                "--base goes with a checkpoint given by path or hub id, and "
+                f"{known[name].file} says what {name}'s base is; leave it out."
             )
         return known[name]
     is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
     if not is_path and not HUB_ID.fullmatch(name):
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
         raise BadInput(
-            f"--checkpoint {name}: neither a directory nor an id in "
-            f"{root / CHECKPOINT_FILES}"
+            f"{name}: neither a directory, nor a hub id (ORGANIZATION/MODEL), nor the name of a "
+            f"file in {root / CHECKPOINT_FILES}"
             + (f" (nearest: {', '.join(nearest)})." if nearest else " (which has none).")
         )
     source = str(Path(name).expanduser().absolute()) if is_path else name

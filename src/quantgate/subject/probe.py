@@ -61,6 +61,9 @@ class Probe:
     """The label names."""
     tokenizer: Path | None = field(default=None, compare=False)
     """The checkpoint whose tokenizer decodes its ids, for messages."""
+    file_sha256: str = field(default="", compare=False)
+    """sha256 of the file that it was read from, or is a part or another tokenization of; "" if
+    none."""
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -101,15 +104,44 @@ class Probe:
         return np.repeat(np.array(labels), [window.scored for window in self.windows])
 
 
+@dataclass(frozen=True)
+class ScoredProbe:
+    """What identifies a probe that was scored, for reports."""
+
+    name: str
+    file_sha256: str
+    """Of the file that it comes from: the same for every tokenizer and tier."""
+    sha256: str
+    """`Probe.sha256` of what was scored: token ids, and where they are from."""
+    documents: int
+    windows: int
+    tokens: int
+    """Scored ones."""
+
+    @classmethod
+    def of(cls, probe: Probe) -> ScoredProbe:
+        """Return what identifies a probe."""
+        documents = len({window.document for window in probe.windows})
+        sizes = (documents, len(probe.windows), probe.scored)
+        return cls(probe.name, probe.file_sha256, probe.sha256, *sizes)
+
+    @property
+    def stored_name(self) -> str:
+        """The name in its file, whatever tokenizer gave the ids."""
+        return self.name.removesuffix(RETOKENIZED)
+
+
+RETOKENIZED = "-retokenized"
+
+
 def read_probe(path: Path) -> Probe:
     """Read a probe file: a JSON header line, then one JSON object per window.
 
     A window may have text alone, and gets its ids from each checkpoint's tokenizer.
     """
     try:
-        header, *lines = [
-            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
-        ]
+        content = path.read_bytes()
+        header, *lines = [json.loads(line) for line in content.decode("utf-8").splitlines()]
         task: Task = header.get("task", GENERATE)
         first = 1 if task == GENERATE else 0
         windows = tuple(
@@ -130,6 +162,7 @@ def read_probe(path: Path) -> Probe:
             windows,
             task,
             tuple(header.get("labels", ())),
+            file_sha256=hashlib.sha256(content).hexdigest(),
         )
     except FileNotFoundError:
         raise BadInput(f"{path}: no such probe.") from None
@@ -187,8 +220,14 @@ def probe_for(probe: Probe, directory: Path) -> tuple[Probe, str | None]:
         f"probe '{probe.name}' tokenized with {directory.name}'s own tokenizer: "
         f"{sum(w.scored for w in windows)} scored tokens"
     )
-    name = f"{probe.name}-retokenized"
-    return Probe(name, len(tokenizer), windows, probe.task, probe.labels, directory), note
+    found = dataclasses.replace(
+        probe,
+        name=probe.name + RETOKENIZED,
+        vocab_size=len(tokenizer),
+        windows=windows,
+        tokenizer=directory,
+    )
+    return found, note
 
 
 # A template may write the day into a conversation; a probe must be the same every day.

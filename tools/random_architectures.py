@@ -51,8 +51,8 @@ ROTARY_FAULT = (
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 NO_KV = ("num_key_value_heads",)
 ENCODER: dict[str, Any] = {"num_labels": 7, "type_vocab_size": 2}
-# vLLM has no CPU kernels for quantized experts, so they stay unquantized, as routers do.
-EXPERTS_KEPT = (r"re:.*\.(gate|router|shared_expert_gate)$", r"re:.*\.experts\..*")
+# What recipes for mixtures of experts keep.
+ROUTERS = (r"re:.*\.(gate|router|shared_expert_gate)$",)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama3": Architecture(
@@ -160,13 +160,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": Architecture(
         "MixtralConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-        ignore=EXPERTS_KEPT,
+        ignore=ROUTERS,
         notes="experts",
     ),
     "qwen3-moe": Architecture(
         "Qwen3MoeConfig",
         {"head_dim": 64, "num_experts": 4, "norm_topk_prob": True, **EXPERTS},
-        ignore=EXPERTS_KEPT,
+        ignore=ROUTERS,
         notes="experts, query and key norms",
     ),
     "deepseek-v2": Architecture(
@@ -186,7 +186,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "topk_group": 1,
             **EXPERTS,
         },
-        ignore=EXPERTS_KEPT,
+        ignore=ROUTERS,
         notes="MLA, shared experts, first layer dense",
         known_fault=ROTARY_FAULT,
     ),
@@ -209,7 +209,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "scoring_func": "sigmoid",
             **EXPERTS,
         },
-        ignore=EXPERTS_KEPT,
+        ignore=ROUTERS,
         notes="MLA, shared experts, grouped routing with its bias",
         known_fault=ROTARY_FAULT,
     ),
@@ -232,7 +232,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "truncate": False,
             },
         },
-        ignore=EXPERTS_KEPT,
+        ignore=ROUTERS,
         notes="attention sinks, alternating windows, experts with biases",
     ),
     "qwen3-next": Architecture(
@@ -249,7 +249,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mlp_only_layers": [0, 1],
             **EXPERTS,
         },
-        ignore=(*EXPERTS_KEPT, r"re:.*\.in_proj_ba$"),
+        ignore=(*ROUTERS, r"re:.*\.in_proj_ba$"),
         notes="gated delta net in three of four layers, gated attention",
     ),
     "lfm2": Architecture(

@@ -53,6 +53,7 @@ NO_KV = ("num_key_value_heads",)
 ENCODER: dict[str, Any] = {"num_labels": 7, "type_vocab_size": 2}
 # What recipes for mixtures of experts keep.
 ROUTERS = (r"re:.*\.(gate|router|shared_expert_gate)$",)
+EXPERTS_KEPT = (*ROUTERS, r"re:.*\.experts\..*")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama3": Architecture(
@@ -186,7 +187,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "topk_group": 1,
             **EXPERTS,
         },
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="MLA, shared experts, first layer dense",
         known_fault=ROTARY_FAULT,
     ),
@@ -209,7 +210,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "scoring_func": "sigmoid",
             **EXPERTS,
         },
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="MLA, shared experts, grouped routing with its bias",
         known_fault=ROTARY_FAULT,
     ),
@@ -232,7 +233,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "truncate": False,
             },
         },
-        ignore=ROUTERS,
+        ignore=EXPERTS_KEPT,
         notes="attention sinks, alternating windows, experts with biases",
     ),
     "qwen3-next": Architecture(
@@ -249,7 +250,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mlp_only_layers": [0, 1],
             **EXPERTS,
         },
-        ignore=(*ROUTERS, r"re:.*\.in_proj_ba$"),
+        ignore=(*EXPERTS_KEPT, r"re:.*\.in_proj_ba$"),
         notes="gated delta net in three of four layers, gated attention",
     ),
     "lfm2": Architecture(

@@ -37,6 +37,8 @@ class ExpertsCall:
     """The experts of each token [tokens, k]."""
     weights: torch.Tensor
     """[tokens, k]."""
+    count: int
+    """How many experts the layer has."""
     compute: Compute
     """Returns the experts' output [tokens, H] for other x, ids and weights."""
     shards: Callable[[int, int], list[str]]

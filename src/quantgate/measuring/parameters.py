@@ -140,16 +140,17 @@ class Parameters:
         for part, stack in module.named_parameters(recurse=False):
             _set(module, part, stack.to(self.exact) if stack.ndim == 3 else stack)
         own, name = self.names[module], self.stored_name(module)
-        stacks = list(stacks_of(module))
+        stacks = stacks_of(module)
+        parts, count = list(stacks), len(next(iter(stacks.values())))
 
         def shards(place: int, expert: int) -> list[str]:
-            return self.stored_as.shards(f"{own}.{stacks[place]}", expert)
+            return self.stored_as.shards(f"{own}.{parts[place]}", expert)
 
         def call(x: Any, ids: Any, weights: Any, compute: Compute) -> torch.Tensor:
             self.note_experts(name, ids)
             if self.watch_experts is None:
                 return compute(x, ids, weights, None)
-            return self.watch_experts(ExpertsCall(name, x, ids, weights, compute, shards))
+            return self.watch_experts(ExpertsCall(name, x, ids, weights, count, compute, shards))
 
         compute_experts(module, self._inputs, call)
 
@@ -215,7 +216,9 @@ class Parameters:
         if (group := self._group(module, stored)) is None:
             return stored.read(name)
         linear = read_linear(stored, module, group, self._dequantize, self._rules)
-        if linear.quantize_input is not None and not group["input_activations"].get("dynamic"):
+        inputs = group.get("input_activations") or {}
+        # NVFP4's is "local": its groups' scales are dynamic, and the global one is static.
+        if linear.quantize_input is not None and inputs.get("dynamic") is not True:
             raise BadInput(
                 f"{stored.directory}: the inputs of '{module}' have static scales, which vLLM "
                 "takes from all experts together; the reference has no rule for that."

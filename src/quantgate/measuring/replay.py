@@ -64,6 +64,10 @@ class Choice:
     """How many tokens have other experts."""
     weights: float
     """The error of the weights, largest first, relative to their rms."""
+    ids: NDArray[np.int32]
+    """The engine's [tokens, k]."""
+    experts: int
+    """How many experts the layer has."""
 
     @property
     def share(self) -> float:
@@ -83,6 +87,8 @@ class Replay:
     """The engine's values for the same tokens, shaped like `values`."""
     choices: tuple[Choice, ...] = ()
     """Of each layer with experts."""
+    windows: tuple[int, ...] = ()
+    """The windows of the probe that were replayed."""
 
 
 def replay(  # noqa: PLR0913  what is replayed, and the three ways to compute it
@@ -127,10 +133,8 @@ def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: An
         ),
         values,
         capture.values,
-        tuple(
-            Choice(name, choice.tokens, choice.differ, choice.weights.relative()[0])
-            for name, choice in found.choices.items()
-        ),
+        tuple(choice.found(name) for name, choice in found.choices.items()),
+        capture.windows,
     )
 
 
@@ -191,8 +195,8 @@ class _Observed:
     def _add(self, name: str, within: str, *values: torch.Tensor) -> None:
         """Add an own and a given input, an output and the engine's, to a module's errors."""
         self.modules[name] = self._capture.module_of(within)
-        *computed, served = values
-        self.errors.setdefault(name, _Errors()).add(*computed, served.to(computed[0].device))
+        own, given, output, served = values
+        self.errors.setdefault(name, _Errors()).add(own, given, output, served.to(own.device))
 
 
 def _require_same_tokens(name: str, own: torch.Tensor, seen: torch.Tensor) -> None:
@@ -222,14 +226,22 @@ def distance(found: Replay, exact: Replay) -> NDArray[np.float64]:
 class _Choices:
     """One layer's chosen experts over all windows."""
 
-    tokens: int = 0
+    ids: list[NDArray[np.int32]] = field(default_factory=list)
     differ: int = 0
     weights: _Errors = field(default_factory=lambda: _Errors())
+    experts: int = 0
+
+    def found(self, name: str) -> Choice:
+        """Return them as a result."""
+        ids = np.concatenate(self.ids)
+        error, _ = self.weights.relative()
+        return Choice(name, len(ids), self.differ, error, ids, self.experts)
 
     def add(self, call: ExpertsCall, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Add the ids and weights [tokens, k] that the engine chose for a call's tokens."""
         own = call.ids.sort(dim=1).values
-        self.tokens += len(ids)
+        self.experts = call.count
+        self.ids.append(ids.int().cpu().numpy())
         self.differ += int((own != ids.sort(dim=1).values).any(dim=1).sum())
         # Sorted, because which of two experts with nearly equal weights comes first is rounding.
         largest, served = (w.sort(dim=1).values.float() for w in (call.weights, weights))

@@ -108,7 +108,7 @@ class StreamedModel:
         self._outside = [m for m in self.model.modules() if id(m) not in inside]
         self._running: _Step
         """The windows now going through a layer."""
-        self.chosen: dict[str, dict[int, torch.Tensor]] = {}
+        self._chosen: dict[str, dict[int, torch.Tensor]] = {}
         """By layer of experts and window: the experts of each token [tokens, k]."""
         self.parameters.note_experts = self._note_experts
 
@@ -158,6 +158,15 @@ class StreamedModel:
                     empty(layer)
             with self._explained(len(self.layers) - 1):
                 return self._in_order(steps)
+
+    def chosen_experts(self) -> np.ndarray[Any, Any] | None:
+        """Return the experts int32 [layers, tokens, k] that `last_hidden` chose; None if dense."""
+        import torch
+
+        if not self._chosen:
+            return None
+        layers = [torch.cat([by[w] for w in sorted(by)]) for by in self._chosen.values()]
+        return torch.stack(layers).int().numpy()
 
     def fill_outside(self) -> None:
         """Read everything outside the layers: embeddings, norms and the head."""
@@ -234,7 +243,7 @@ class StreamedModel:
         """Keep the chosen experts of the running windows, which are of one length."""
         windows = self._running.windows
         chosen = ids.reshape(len(windows), -1, ids.shape[-1]).to("cpu")
-        self.chosen.setdefault(name, {}).update(zip(windows, chosen, strict=True))
+        self._chosen.setdefault(name, {}).update(zip(windows, chosen, strict=True))
 
     def _steps(self, windows: tuple[Window, ...], *, one_by_one: bool) -> list[_Step]:
         """Return the windows in the batches that go through the layers, grouped by length."""

@@ -92,7 +92,7 @@ class DequantizingExperts(FusedMoEMethodBase):  # type: ignore[misc]
         total = sum_of_experts(
             rows,
             Routing(topk_ids, torch.ones_like(topk_weights) if weigh_first else topk_weights),
-            Stacked(*(_stack(layer, stack) for stack in STACKS), layer.expert_map),
+            Stacked(_stack(layer, "w13"), _stack(layer, "w2"), layer.expert_map),
             Rule(self.quantize, functools.partial(_activated, layer.activation)),
             products,
         )
@@ -165,7 +165,7 @@ def sum_of_experts(
     places = routing.ids if experts.places is None else experts.places[routing.ids]
     values = rule.quantize(x)
     total = torch.zeros(x.shape, dtype=torch.float32)
-    for place in places.unique().tolist():
+    for place in torch.unique(places).tolist():
         if place < 0:
             continue
         at = tokens, slots = torch.where(places == place)
@@ -239,12 +239,13 @@ def _fp4(tensors: Tensors, scale: torch.Tensor) -> torch.Tensor:
     return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
 
 
-def _int8_inputs(stock: Any) -> Quantizer:
+def _int8_inputs(_: Any) -> Quantizer:
     from vllm._custom_ops import scaled_int8_quant
 
     def quantize(x: torch.Tensor) -> torch.Tensor:
-        codes, scale, _ = scaled_int8_quant(x.contiguous(), symmetric=stock.input_quant.symmetric)
-        return codes.float() * scale
+        codes, scale, _ = scaled_int8_quant(x.contiguous())
+        values: torch.Tensor = codes.float() * scale
+        return values
 
     return quantize
 
@@ -259,7 +260,8 @@ def _fp8_inputs(stock: Any) -> Quantizer:
     def quantize(x: torch.Tensor) -> torch.Tensor:
         codes, scale = quant_fp8.forward_native(x)
         spread = scale.repeat_interleave(-(-x.shape[1] // scale.shape[1]), dim=1)
-        return codes.float() * spread[:, : x.shape[1]]
+        values: torch.Tensor = codes.float() * spread[:, : x.shape[1]]
+        return values
 
     return quantize
 
@@ -290,6 +292,8 @@ def _why_not(stock: Any) -> str | None:
     inputs = getattr(stock, "input_quant", None)
     if inputs is not None and not inputs.dynamic:
         return "experts with static input scales"
+    if inputs is not None and not inputs.symmetric:
+        return "experts with asymmetric inputs"
     if not getattr(stock, "use_a16", True):
         return "experts with NVFP4 inputs"
     return None

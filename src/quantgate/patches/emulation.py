@@ -182,6 +182,7 @@ for _format, _name in {
         f"{COMPRESSED_TENSORS}.compressed_tensors_moe.compressed_tensors_moe_{_format}",
         _name,
         feature=EXPERTS,
+        optional=True,  # of integer weights, vLLM 0.26 chooses no backend
         cpu_only=True,
     )(_no_backend)
 

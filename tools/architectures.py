@@ -50,7 +50,7 @@ def main() -> int:
     """Judge the requested architectures; return 1 if any fails without a known reason."""
     parser = argparse.ArgumentParser(description="Judge small random models of architectures.")
     parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all, if none is given")
-    parser.add_argument("--formats", nargs="*", default=[UNQUANTIZED, *FORMATS])
+    parser.add_argument("--formats", nargs="*", help="default: all that the page shows")
     parser.add_argument("--update", action="store_true", help="replace these rows on the page")
     arguments = parser.parse_args()
     rows = []
@@ -58,7 +58,8 @@ def main() -> int:
         if name not in ARCHITECTURES:
             parser.error(f"no architecture '{name}'; there are {', '.join(ARCHITECTURES)}")
         with tempfile.TemporaryDirectory() as scratch:
-            rows += rows_of(name, tuple(arguments.formats), Path(scratch))
+            every = (UNQUANTIZED, *FORMATS, *ARCHITECTURES[name].more_formats)
+            rows += rows_of(name, tuple(arguments.formats or every), Path(scratch))
     if arguments.update or not arguments.names:
         page = updated(PAGE.read_text("utf-8"), rows) if arguments.update else table(rows)
         write_atomically(PAGE, page)

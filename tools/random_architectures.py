@@ -25,6 +25,8 @@ class Architecture:
     """The features that are switched on."""
     without: tuple[str, ...] = field(default=())
     """Options of `DECODER` that do not apply to it."""
+    more_formats: tuple[str, ...] = ()
+    """Formats that it is tried in besides those that all are."""
     known_fault: str = ""
     """Why it fails, if known."""
 
@@ -163,6 +165,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
         ignore=ROUTERS,
         notes="experts",
+        more_formats=("FP8_BLOCK", "NVFP4A16", "MXFP4A16"),
     ),
     "qwen3-moe": Architecture(
         "Qwen3MoeConfig",

@@ -114,7 +114,7 @@ def test_emulated_experts_are_a_plain_loop_over_tokens(
 
 
 # The stubs are vLLM's methods, as far as dequantizing reads them.
-STOCK = {
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A16": ("CompressedTensorsWNA16MoEMethod", {"num_bits": 4}),
     "W4A16_ASYM": ("CompressedTensorsWNA16MoEMethod", {"num_bits": 4}),
     "W8A16": ("CompressedTensorsWNA16MoEMethod", {"num_bits": 8}),

@@ -33,6 +33,8 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 STACKS = ("w13", "w2")
 BIAS = "bias"
+# How a refusal begins; `measuring/unsupported.py` turns it into a sentence.
+NOT_EMULATED = "no MoE backend on CPU"
 
 
 class DequantizingExperts(FusedMoEMethodBase):  # type: ignore[misc]
@@ -57,6 +59,8 @@ class DequantizingExperts(FusedMoEMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace what was loaded with `w13_weight` and `w2_weight`, float32 [experts, out, in]."""
+        if any(getattr(p, "is_transposed", False) for p in layer.parameters(recurse=False)):
+            raise NotImplementedError(f"{NOT_EMULATED}: experts loaded transposed are not emulated")
         for stack in STACKS:
             loaded = {
                 name.removeprefix(f"{stack}_"): parameter.data
@@ -281,7 +285,7 @@ def emulated(stock: Any) -> DequantizingExperts:
     Raises `NotImplementedError` for a format that is not emulated.
     """
     if (why := _why_not(stock)) is not None:
-        raise NotImplementedError(f"no MoE backend on CPU: {why} are not emulated")
+        raise NotImplementedError(f"{NOT_EMULATED}: {why} are not emulated")
     return DequantizingExperts(stock)
 
 

@@ -169,6 +169,11 @@ def get_quant_method(
 
 def _no_backend(stock: Any, *args: Any, **kwargs: Any) -> tuple[None, None]:
     """Let vLLM's methods for quantized experts be built on CPU: only their loading is used."""
+    if getattr(kwargs.get("quant_config"), "strategy", None) == "channel":
+        # vLLM's method for integer weights then asserts that its kernel is Marlin.
+        raise NotImplementedError(
+            "no MoE backend on CPU: integer experts with a scale per channel are not emulated"
+        )
     return None, None
 
 

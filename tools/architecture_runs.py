@@ -1,5 +1,6 @@
 """One architecture in one format: served, compared with the reference, and made to fail."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -34,7 +35,11 @@ VOCABULARY = 512
 RESERVED = 3  # BOS, EOS, padding
 OFF = 1.05
 SECOND_LAYER = 1
-QUANTIZES_INPUTS = frozenset({"W8A8", "FP8_DYNAMIC"})
+UNQUANTIZED = "unquantized"
+QUANTIZES_INPUTS = frozenset({"W8A8", "FP8_DYNAMIC", "FP8_BLOCK"})
+WEIGHT_ONLY = "W4A16"
+EXPERTS = "DequantizingExperts"
+EXPERT = re.compile(r"\.experts\.0\.(gate_proj|w1)$")
 
 
 def random_probe(task: Task = GENERATE) -> Probe:
@@ -117,10 +122,7 @@ class Run:
         return {
             "fidelity": _said(fidelity),
             "replay": _said(replayed),
-            # The fault is in the engine, independent of the format: once per architecture.
-            "fault": ""
-            if self.preset in QUANTIZES_INPUTS | {"W4A16"}
-            else self._fault(probe, found),
+            "fault": self._faults(probe, found, served.provenance.emulated),
             "kernels": f"emulated: {emulated}" if emulated else "vLLM's",
             "failed": "fail" in (fidelity.outcome, replayed.outcome),
             "note": ""
@@ -158,20 +160,53 @@ class Run:
             rounding=lambda: distance(found, self._replayed(probe, served, capture, "float64")),
         )
 
-    def _fault(self, probe: Probe, sound: Replay) -> str:
-        """Serve it again with a faulty linear in the second layer; return what replay reports."""
-        off = next(m.module for m in sound.modules if f".{SECOND_LAYER}." in m.module)
-        with one_linear_off(off):
+    def _faults(self, probe: Probe, sound: Replay, emulated: tuple[str, ...]) -> str:
+        """Serve it again with each fault that this row shows; return what replay reports.
+
+        Faults are in the engine, independent of the format: that of a linear is shown unquantized,
+        that of an expert's scale in the first format of emulated experts.
+        """
+        second = [m for m in sound.modules if f".{SECOND_LAYER}." in m.module]
+        if self.preset == UNQUANTIZED:
+            off = second[0].module
+            return self._fault(probe, off, {m.name for m in second if m.module == off}, linear_off)
+        if self.preset != WEIGHT_ONLY or EXPERTS not in emulated:
+            return ""
+        expert = next(m for m in second if EXPERT.search(m.name))
+        return self._fault(probe, expert.name, {expert.name}, lambda _: expert_off(expert.module))
+
+    def _fault(
+        self,
+        probe: Probe,
+        off: str,
+        expected: set[str],
+        fault: Callable[[str], AbstractContextManager[None]],
+    ) -> str:
+        with fault(off):
             served, capture = self._served(probe)
         found = self._replayed(probe, served, capture)
         failed = self._replay_verdict(probe, served, capture, found).outcome == "fail"
-        named = {module.module for module in found.modules if module.output > REPLAY_MODULE}
-        return f"caught: {off}" if failed and named == {off} else f"MISSED {off}: {sorted(named)}"
+        named = {module.name for module in found.modules if module.output > REPLAY_MODULE}
+        return (
+            f"caught: {off}" if failed and named == expected else f"MISSED {off}: {sorted(named)}"
+        )
 
 
-def one_linear_off(name: str) -> AbstractContextManager[None]:
+def linear_off(name: str) -> AbstractContextManager[None]:
     """Scale one linear's output by 1.05 in engines that start in this context."""
     return in_engines(lambda model: model.get_submodule(name).register_forward_hook(_times_off))
+
+
+def expert_off(name: str) -> AbstractContextManager[None]:
+    """Scale one output of the first expert's gate by 1.05, as if its scale were 5 % off.
+
+    `name` is the vLLM module of a layer's experts, which are emulated.
+    """
+
+    def change(model: Any) -> None:
+        model.get_submodule(name).w13_weight.data[0, 0] *= OFF
+
+    return in_engines(change)
 
 
 @contextmanager
@@ -231,12 +266,27 @@ def table(rows: list[Row]) -> str:
         "  reference's; the largest difference, or the mean where inputs are quantized.",
         "- **replay**: every linear on the engine's own inputs; the number nearest to its limit.",
         "- **a scale 5 % off**: the first linear of the second layer gives 1.05 times what it",
-        "  should, in the engine alone; caught if replay fails and names that module and no other.",
+        "  should, or one output of its first expert's gate does, in the engine alone; caught if",
+        "  replay fails and names that linear and no other.",
         "",
         "| architecture | features | format | fidelity | replay | a scale 5 % off | kernels |",
         "|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(_cells, rows), ""])
+
+
+def updated(page: str, rows: list[Row]) -> str:
+    """Return a page with the given rows in place of those of the same architecture and format.
+
+    A row that is not on the page yet comes after the last of its architecture.
+    """
+    lines = page.splitlines()
+    for row in rows:
+        own = [n for n, line in enumerate(lines) if line.startswith(f"| {row.name} |")]
+        same = [n for n in own if f"| {row.preset} |" in lines[n]]
+        place = same[0] if same else own[-1] + 1
+        lines[place : place + len(same)] = [_cells(row)]
+    return "\n".join([*lines, ""])
 
 
 def _cells(row: Row) -> str:

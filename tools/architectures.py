@@ -2,6 +2,7 @@
 
     python tools/architectures.py                     all of them, into docs/architectures.md
     python tools/architectures.py opt gemma2          some of them, to the terminal
+    python tools/architectures.py --update mixtral    some, in place of their rows on the page
 
 vLLM serves each in float32, and the result is compared with the reference, token by token and
 linear by linear. Then one linear, in the engine only, gets a scale that is 5 % off, which replay
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from architecture_runs import Row, Run, not_run, table
+from architecture_runs import UNQUANTIZED, Row, Run, not_run, table, updated
 from quantgate.atomic import write_atomically
 from quantgate.errors import BadInput
 from random_architectures import ARCHITECTURES
@@ -21,7 +22,6 @@ from random_models import FORMATS, make, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
-UNQUANTIZED = "unquantized"
 
 
 def rows_of(name: str, formats: tuple[str, ...], directory: Path) -> list[Row]:
@@ -50,16 +50,19 @@ def main() -> int:
     """Judge the requested architectures; return 1 if any fails without a known reason."""
     parser = argparse.ArgumentParser(description="Judge small random models of architectures.")
     parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all, if none is given")
-    parser.add_argument("--formats", nargs="*", default=[UNQUANTIZED, *FORMATS])
+    parser.add_argument("--formats", nargs="*", help="default: all that the page shows")
+    parser.add_argument("--update", action="store_true", help="replace these rows on the page")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.names or ARCHITECTURES:
         if name not in ARCHITECTURES:
             parser.error(f"no architecture '{name}'; there are {', '.join(ARCHITECTURES)}")
         with tempfile.TemporaryDirectory() as scratch:
-            rows += rows_of(name, tuple(arguments.formats), Path(scratch))
-    if not arguments.names:
-        write_atomically(PAGE, table(rows))
+            every = (UNQUANTIZED, *FORMATS, *ARCHITECTURES[name].more_formats)
+            rows += rows_of(name, tuple(arguments.formats or every), Path(scratch))
+    if arguments.update or not arguments.names:
+        page = updated(PAGE.read_text("utf-8"), rows) if arguments.update else table(rows)
+        write_atomically(PAGE, page)
         print(f"wrote {PAGE.relative_to(ROOT)}")
     unexpected = [r for r in rows if r.failed and not ARCHITECTURES[r.name].known_fault]
     return int(bool(unexpected))

@@ -44,6 +44,14 @@ ATTRIBUTES = {
         "_POSSIBLE_FP8_BLOCK_KERNELS _POSSIBLE_FP8_KERNELS _POSSIBLE_INT8_KERNELS "
         "_POSSIBLE_KERNELS _POSSIBLE_MXFP4_KERNELS _POSSIBLE_MXFP8_KERNELS _POSSIBLE_NVFP4_KERNELS"
     ),
+    "vllm.model_executor.layers.fused_moe FusedMoEMethodBase": (
+        "apply create_weights moe moe_kernel process_weights_after_loading"
+    ),
+    "vllm.model_executor.layers.fused_moe.routed_experts RoutedExperts": (
+        "activation apply_router_weight_on_input expert_map forward_modular local_num_experts "
+        "quant_method"
+    ),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner MoERunner": "routed_scaling_factor",
     "vllm.model_executor.layers.logits_processor LogitsProcessor": (
         "forward logits_as_input scale soft_cap"
     ),

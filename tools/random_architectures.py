@@ -25,6 +25,8 @@ class Architecture:
     """The features that are switched on."""
     without: tuple[str, ...] = field(default=())
     """Options of `DECODER` that do not apply to it."""
+    more_formats: tuple[str, ...] = ()
+    """Formats that it is tried in besides those that all are."""
     known_fault: str = ""
     """Why it fails, if known."""
 
@@ -51,8 +53,9 @@ ROTARY_FAULT = (
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 NO_KV = ("num_key_value_heads",)
 ENCODER: dict[str, Any] = {"num_labels": 7, "type_vocab_size": 2}
-# vLLM has no CPU kernels for quantized experts, so they stay unquantized, as routers do.
-EXPERTS_KEPT = (r"re:.*\.(gate|router|shared_expert_gate)$", r"re:.*\.experts\..*")
+# What recipes for mixtures of experts keep.
+ROUTERS = (r"re:.*\.(gate|router|shared_expert_gate)$",)
+EXPERTS_KEPT = (*ROUTERS, r"re:.*\.experts\..*")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama3": Architecture(
@@ -160,13 +163,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": Architecture(
         "MixtralConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-        ignore=EXPERTS_KEPT,
+        ignore=ROUTERS,
         notes="experts",
+        more_formats=("FP8_BLOCK", "NVFP4A16", "MXFP4A16"),
     ),
     "qwen3-moe": Architecture(
         "Qwen3MoeConfig",
         {"head_dim": 64, "num_experts": 4, "norm_topk_prob": True, **EXPERTS},
-        ignore=EXPERTS_KEPT,
+        ignore=ROUTERS,
         notes="experts, query and key norms",
     ),
     "deepseek-v2": Architecture(

@@ -16,7 +16,7 @@ from quantgate.measuring.checkpoint_names import CheckpointNames
 from quantgate.measuring.layer_by_layer import layers_of
 from quantgate.subject.task import GENERATE
 from random_architectures import DECODER, Architecture
-from tiny.quantizing import quantize_linear, scheme_of
+from tiny.quantizing import global_scales, quantize_linear, scheme_of
 from tiny.recipes import Group
 
 if TYPE_CHECKING:
@@ -105,8 +105,9 @@ def quantize(model: Any, base: Path, target: Path, preset: str, ignore: tuple[st
             f"{type(model).__name__} has no torch.nn.Linear in its layers, and compressed-tensors "
             "quantizes nothing else (GPT-2's are transformers' Conv1D)."
         )
+    overall = global_scales({name: tensors[f"{name}.weight"] for name in linears}, scheme)
     for name in linears:
-        parts = quantize_linear(tensors.pop(f"{name}.weight"), scheme)
+        parts = quantize_linear(tensors.pop(f"{name}.weight"), scheme, overall.get(name))
         tensors |= {f"{name}.{part}": value for part, value in parts.items()}
     quantization = QuantizationConfig(
         config_groups={"group_0": scheme},

@@ -20,7 +20,7 @@ from quantgate.measuring import empty_model, engine, reference
 from quantgate.measuring.engine_failure import EngineFailure
 from quantgate.measuring.whole_model import difference_from_whole
 from random_architectures import ARCHITECTURES
-from random_models import make, quantize
+from random_models import make
 
 PROBE = random_probe()
 
@@ -193,12 +193,3 @@ def test_an_architecture_that_vllm_lacks_is_named(made: Callable[[str], Path]) -
     said = refusal_of(made("deberta-v2"))
     assert "has no DebertaV2ForTokenClassification (model_type 'deberta-v2')" in said
     assert "Supported architectures" not in said
-
-
-def test_experts_that_no_kernel_serves_are_named(
-    made: Callable[[str], Path], tmp_path: Path
-) -> None:
-    model = make(ARCHITECTURES["qwen3-moe"], tmp_path / "base")
-    quantize(model, tmp_path / "base", tmp_path / "w4a16", "W4A16", (r"re:.*\.gate$",))
-    said = refusal_of(tmp_path / "w4a16")
-    assert "has no kernel on this platform for the W4A16 experts of Qwen3MoeForCausalLM" in said

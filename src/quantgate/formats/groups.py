@@ -12,6 +12,7 @@ Group = Mapping[str, Any]
 FUSED_PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
+    ("w1", "w3"),  # Mixtral's experts
     ("query", "key", "value"),  # BERT
 )
 

@@ -7,6 +7,7 @@ them. The engine reports the kernel of each linear, and the reference looks up t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -50,6 +51,8 @@ class LinearRules:
     """As `KernelRule.truncates_zero_points`, for static int8 inputs."""
 
 
+# vLLM's methods for experts whose inputs are quantized; each may choose among many kernels.
+EXPERTS_WITH_INPUTS = re.compile(r"CompressedTensorsW\dA8.*MoEMethod")
 # Platforms whose FP8 tensor cores add with few bits.
 FEW_BITS = frozenset({"sm89", "sm90"})
 # The rules of kernels that follow the format.
@@ -71,9 +74,16 @@ def family_of(group: Any) -> Family:
 def rules_of(kernels: Iterable[str]) -> LinearRules:
     """Return the rules of an engine's kernels; a string may name several, joined by " + ".
 
-    Raises `BadInput` for a linear kernel that has no rule here or whose rule is unknown. Other
-    names (attention, unquantized linears) are ignored.
+    Raises `BadInput` for a linear kernel that has no rule here or whose rule is unknown, and for
+    vLLM's own experts with quantized inputs. Other names (attention, unquantized linears) are
+    ignored.
     """
+    if experts := [name for name in _names(kernels) if EXPERTS_WITH_INPUTS.fullmatch(name)]:
+        raise BadInput(
+            f"{experts[0]}: the reference has no rule for how vLLM's own kernels for experts "
+            "quantize inputs, so it cannot judge them; gate the checkpoint on a CPU, where experts "
+            "are emulated."
+        )
     used = [name for name in _names(kernels) if name.endswith("Kernel")]
     for name in used:
         if name not in RULES:

@@ -5,11 +5,13 @@ Collects what a check needs from its case and passes it to the comparison.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from quantgate.formats.library_weights import largest_disagreement
 from quantgate.judging import compare, distributions, modules
 from quantgate.judging.attribution import Suspects, attribute
+from quantgate.judging.routing import routing_of
 from quantgate.measuring.measurement import mean_absolute_difference
 from quantgate.measuring.precision import FLOAT32
 from quantgate.measuring.replay import distance
@@ -33,6 +35,13 @@ def replay(case: Case) -> Verdict:
         found,
         case.probe,
         rounding=lambda: distance(found, case.replay_in("float64")),
+    )
+    base = case.base if found.choices else None  # a dense model's is not needed
+    routed = routing_of(found, case.probe, case.exact, None if base is None else base.exact)
+    verdict = dataclasses.replace(
+        verdict,
+        detail=verdict.detail + routed.sentence,
+        evidence=(*verdict.evidence, *routed.lines),
     )
     return attribute(verdict, _suspects(case))
 

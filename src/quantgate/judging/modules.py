@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from quantgate.formats.kernels import truncates_sums
 from quantgate.judging.budget import (
     FP32_MAX_RAW,
+    OTHER_EXPERTS,
     REPLAY_MEAN,
     REPLAY_MODULE,
     REPLAY_MODULE_16_BIT,
@@ -24,7 +25,7 @@ from quantgate.subject.task import GENERATE, quantity_of
 
 if TYPE_CHECKING:
     from quantgate.measuring.measurement import Measurement
-    from quantgate.measuring.replay import ModuleError, Replay
+    from quantgate.measuring.replay import Choice, ModuleError, Replay
     from quantgate.subject.probe import Probe
 
 WORST_MODULES = 5
@@ -54,6 +55,7 @@ def replayed(
             Deviation("largest module error", output.output, REPLAY_MODULE, "of its rms"),
             Deviation("largest input mismatch", entry.input, REPLAY_MODULE, "of its rms"),
             _values_deviation(delta, probe, rounding),
+            *_choice_deviations(replay.choices),
         ]
     else:
         limit = _limit_of(output, engine)
@@ -66,6 +68,7 @@ def replayed(
         f"of their rms at most ({output.name}), their inputs by {entry.input:.3g} ({entry.name}), "
         f"{quantity_of(probe.task)}s by {np.mean(delta):.3g}"
         f"{' nat' if probe.task == GENERATE else ''} on average"
+        f"{_chosen(replay.choices)}"
     )
     return verdict_on(
         engine,
@@ -91,6 +94,41 @@ def _values_deviation(
     return deviation_of(kind, found, limit, probe, noisy=False)
 
 
+def _choice_deviations(choices: Sequence[Choice]) -> list[Deviation]:
+    """Return the deviations of the experts that the engine chose; none of a dense model."""
+    if not choices:
+        return []
+    weights = max(choices, key=lambda choice: _nan_is_largest(choice.weights))
+    most = max(choices, key=lambda choice: choice.share)
+    return [
+        Deviation(
+            "largest error of experts' weights", weights.weights, REPLAY_MODULE, "of its rms"
+        ),
+        Deviation("tokens with other experts", most.share, OTHER_EXPERTS, "of a layer's"),
+    ]
+
+
+def _chosen(choices: Sequence[Choice]) -> str:
+    """Return how many tokens have other experts than the reference's, for a verdict's sentence."""
+    if not choices:
+        return ""
+    tokens = sum(choice.tokens for choice in choices)
+    return (
+        f"; {sum(choice.differ for choice in choices)} of {tokens} choices of experts differ from "
+        "the reference's"
+    )
+
+
+def _choice_lines(choices: Sequence[Choice]) -> list[str]:
+    """Return a line for each layer whose choice of experts is beyond its limits."""
+    return [
+        f"routing    {choice.name}: {choice.differ} of {choice.tokens} tokens have other experts, "
+        f"weights off by {choice.weights:.3g} of their rms"
+        for choice in choices
+        if not (choice.weights <= REPLAY_MODULE and choice.share <= OTHER_EXPERTS)
+    ]
+
+
 def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:
     """Return a line for each of the modules furthest beyond replay's limit.
 
@@ -105,6 +143,9 @@ def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:
 
     limits = {module.name: _limit_of(module, engine) for module in replay.modules}
     beyond = [module for module in replay.modules if size(module) > limits[module.name]]
+    choices = _choice_lines(replay.choices) if exact else []
+    if not beyond and choices:
+        return choices[:WORST_MODULES]
     if not beyond:
         return [
             f"module     no linear is off by more than {max(limits.values()):.3g} of its rms on "
@@ -112,7 +153,8 @@ def modules_beyond(engine: Measurement, replay: Replay) -> list[str]:
             "head: look there"
         ]
     beyond.sort(key=size, reverse=True)
-    return [_module_line(m, engine, limits[m.name]) for m in beyond[:WORST_MODULES]]
+    lines = [_module_line(m, engine, limits[m.name]) for m in beyond]
+    return [*lines, *choices][:WORST_MODULES]
 
 
 def _limit_of(module: ModuleError, engine: Measurement) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.measuring.captured_experts import (
+    PARTS,
+    PRODUCTS,
+    ROUTED,
+    SeenExperts,
+    experts_of,
+    joined,
+    watch_experts,
+)
 from quantgate.measuring.load_sources import packed_linears
 from quantgate.measuring.loaded import audit_of
 from quantgate.patches.pooling_api import REPAIRED_HEAD
@@ -85,7 +94,7 @@ def _is_kernel(held: object) -> bool:
 
 
 class _Watch:
-    """Forward hooks on a model's linears, and what they recorded."""
+    """Hooks on a model's linears and experts, and what they recorded."""
 
     def __init__(self, model: Any) -> None:
         from vllm.model_executor.layers.linear import LinearBase
@@ -95,30 +104,35 @@ class _Watch:
         model_type = getattr(getattr(model, "config", None), "model_type", "")
         self.layouts = {n: _layout(n, m, packed, model_type) for n, m in linears.items()}
         self.renamed = _renamed(model)
+        self.experts = list(experts_of(model))
         self.seen: dict[str, list[torch.Tensor]] = {}
         self.handles = [
             module.register_forward_hook(functools.partial(self._hook, name))
             for name, module in linears.items()
         ]
+        self._stop_experts = watch_experts(model, self._record)
+
+    def _record(self, name: str, values: torch.Tensor) -> None:
+        self.seen.setdefault(name, []).append(values.detach().cpu().clone())
 
     def _hook(self, name: str, _: Any, inputs: tuple[Any, ...], output: Any) -> None:
         result = output[0] if isinstance(output, tuple) else output
         for kind, tensor in (("input", inputs[0]), ("output", result)):
             # A copy: vLLM reuses its buffers and computes norms in place. Its Transformers backend
             # adds a batch dimension of one.
-            rows = tensor.detach().reshape(-1, tensor.shape[-1]).cpu().clone()
-            self.seen.setdefault(f"{name}.{kind}", []).append(rows)
+            self._record(f"{name}.{kind}", tensor.reshape(-1, tensor.shape[-1]))
 
     def save(self, path: Path) -> None:
         import torch
         from safetensors.torch import save_file
 
         whole = {name: torch.cat(parts) for name, parts in self.seen.items()}
-        more = {"layouts": json.dumps(self.layouts), "renamed": json.dumps(self.renamed)}
-        save_file(whole, path, more)
+        more = {"layouts": self.layouts, "renamed": self.renamed, "experts": self.experts}
+        save_file(whole, path, {name: json.dumps(value) for name, value in more.items()})
         self.seen.clear()
 
     def stop(self) -> None:
+        self._stop_experts()
         for handle in self.handles:
             handle.remove()
 
@@ -194,7 +208,7 @@ class Capture:
         """Return the input and output of the engine's linear `name` in a window."""
         import torch
 
-        module, runs, layout = self._places[self._inside(name)]
+        module, runs, layout = self._places[self._inside(name, self._places)]
         inputs = [_read(path, f"{module}.input") for path in self._ranks(window)]
         outputs = [_read(path, f"{module}.output") for path in self._ranks(window)]
         own = torch.cat(
@@ -211,20 +225,40 @@ class Capture:
         split_input = layout["ranks_split"] == "input"
         return Seen(torch.cat(inputs, dim=1) if split_input else inputs[0], own)
 
+    def experts(self, name: str, window: int) -> SeenExperts:
+        """Return what the experts `name` computed in a window."""
+        module = self._experts[self._inside(name, self._experts)]
+        return joined(
+            [
+                {
+                    part: _read(path, f"{module}.{part}")
+                    for part in (*PARTS, *PRODUCTS)
+                    if _has(path, f"{module}.{part}")
+                }
+                for path in self._ranks(window)
+            ]
+        )
+
+    def has_experts(self, name: str) -> bool:
+        """Whether the experts `name` were captured."""
+        return self._inside(name, self._experts) in self._experts
+
     def _ranks(self, window: int) -> list[Path]:
         files = self.directory.glob(f"{window}.*.safetensors")
         return sorted(files, key=lambda path: int(path.name.split(".")[1]))
 
     def __contains__(self, name: str) -> bool:
-        return self._inside(name) in self._places
+        return self._inside(name, self._places) in self._places
 
     def module_of(self, name: str) -> str:
-        """Return the vLLM module that holds the linear `name`."""
-        return self._places[self._inside(name)][0]
+        """Return the vLLM module that holds the linear, or the experts, `name`."""
+        if self.has_experts(name):
+            return self._experts[self._inside(name, self._experts)] + ROUTED
+        return self._places[self._inside(name, self._places)][0]
 
-    def _inside(self, name: str) -> str:
-        """Return a linear's name from its layer number on, using vLLM's names if necessary."""
-        if (own := _inside(name)) in self._places:
+    def _inside(self, name: str, known: Container[str]) -> str:
+        """Return a module's name from its layer number on, using vLLM's names if necessary."""
+        if (own := _inside(name)) in known:
             return own
         for part, new in self._metadata["renamed"].items():
             name = name.replace(part, new, 1)
@@ -237,6 +271,11 @@ class Capture:
         first = min(self.directory.glob("*.safetensors"))
         with safe_open(first, framework="pt") as stream:
             return {name: json.loads(text) for name, text in stream.metadata().items()}
+
+    @functools.cached_property
+    def _experts(self) -> dict[str, str]:
+        """By name: the vLLM module."""
+        return {_inside(module): module for module in self._metadata.get("experts", ())}
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[str, list[tuple[int, int, int]], dict[str, Any]]]:
@@ -293,6 +332,13 @@ def _read(path: Path, name: str) -> torch.Tensor:
     with safe_open(path, framework="pt") as stream:
         tensor: torch.Tensor = stream.get_tensor(name)
         return tensor
+
+
+def _has(path: Path, name: str) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stream:
+        return name in stream.keys()
 
 
 def take_capture(

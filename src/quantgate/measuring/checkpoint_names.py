@@ -68,6 +68,24 @@ class CheckpointNames:
         """Return the checkpoint's name of HF's module `name`; unchanged if it has no tensor."""
         return self._modules.get(name, name)
 
+    def stack(self, name: str) -> str:
+        """Return the checkpoint's name of the list of modules that HF's module `name` stacks."""
+        for target, origin in self._origins.items():
+            if origin.converter is not None and target.startswith(f"{name}."):
+                stack, place, *_ = origin.names[0].rsplit(".", 3)
+                return stack if place.isdigit() else self.module(name)
+        return self.module(name)
+
+    def shards(self, name: str, place: int) -> list[str]:
+        """Return the checkpoint's modules whose weights are stacked at a place of a parameter.
+
+        In the order in which they are joined; [] if the checkpoint has them stacked.
+        """
+        origin = self._origins.get(name)
+        patterns = getattr(origin and origin.converter, "source_patterns", ())
+        found = [origin.parts.get(pattern, []) for pattern in patterns] if origin else []
+        return [names[place].removesuffix(f".{WEIGHT}") for names in found if place < len(names)]
+
     def within(self, name: str) -> list[str]:
         """Return the checkpoint's modules whose tensors make up HF's module `name`."""
         found = [o for target, o in self._origins.items() if target.startswith(f"{name}.")]

@@ -56,6 +56,9 @@ class Measurement:
     an engine in the serving dtype."""
     activated: NDArray[np.float32] | None = None
     """What a pooling request with default parameters returns [n, D]; from an engine only."""
+    experts: NDArray[np.int32] | None = None
+    """The experts that each layer with experts chooses for each computed token [layers, tokens, k];
+    from a reference of a mixture of experts only."""
 
     @property
     def nonfinite(self) -> int:
@@ -87,6 +90,7 @@ def rows_of(measured: Measurement, rows: NDArray[np.int64]) -> Measurement:
         top1=measured.top1[rows],
         hidden=hidden,
         activated=None,
+        experts=None,
     )
 
 

@@ -10,6 +10,16 @@ from quantgate.formats.groups import Group, group_of
 from quantgate.formats.linear import Dequantizer, QuantizedLinear, Quantizer, read_linear
 from quantgate.formats.weights import dequantize_weight
 from quantgate.measuring.checkpoint_names import WEIGHT, CheckpointNames
+from quantgate.measuring.experts import (
+    Compute,
+    ExpertsCall,
+    WatchExperts,
+    compute_experts,
+    is_experts,
+    is_router,
+    stacks_of,
+    watch_router,
+)
 from quantgate.subject.files import read_config
 
 if TYPE_CHECKING:
@@ -62,11 +72,16 @@ class Parameters:
         self._tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         self._dequantize = dequantize
         self._rules = rules
+        self._inputs: Quantizer | None = None
+        """The quantizer of the inputs of the stacked weights that were read last."""
+        self.note_experts: Callable[[str, torch.Tensor], None] = lambda _, __: None
+        """Called with the name of a layer's experts and the chosen ones [tokens, k]."""
+        self.watch_experts: WatchExperts | None = None
 
     def fill(
         self, modules: Iterable[torch.nn.Module], stored: LoadedTensors, watch: Watch | None
     ) -> None:
-        """Give modules their parameters, and quantized linears their rules.
+        """Give modules their parameters, and quantized linears and experts their rules.
 
         Raises `BadInput` if a tensor is missing or does not fit the config.
         """
@@ -81,7 +96,8 @@ class Parameters:
 
     def stored_name(self, module: torch.nn.Module) -> str:
         """Return a module's name in the checkpoint."""
-        return self.stored_as.module(self.names[module])
+        name = self.names[module]
+        return self.stored_as.stack(name) if is_experts(module) else self.stored_as.module(name)
 
     def promote_head(self) -> None:
         """Convert the head's parameters to the dtype of exact products."""
@@ -94,11 +110,14 @@ class Parameters:
     ) -> None:
         """Fill a module whose parameters are stored unquantized, and its stored buffers."""
         name = self.names[module]
+        self._inputs = None
         for part, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 values = self._parameter(name, part, stored)
                 _require_shape(stored, f"{name}.{part}", values, parameter)
-                _set(module, part, values.to(self.dtype).reshape(parameter.shape))
+                # As in `_fill_linear`.
+                values = values if self._inputs is not None else values.to(self.dtype)
+                _set(module, part, values.reshape(parameter.shape))
         for part, buffer in module.named_buffers(recurse=False):
             if f"{name}.{part}" in self.stored_as:
                 module._buffers[part] = self._parameter(name, part, stored).to(buffer.dtype)
@@ -106,6 +125,34 @@ class Parameters:
             _set(module, WEIGHT, module.get_parameter(WEIGHT).to(self.exact))
             if watch is not None or self.dtype != self.exact:
                 _compute_by_rule(module, self.stored_name(module), watch, None)
+        elif is_experts(module):
+            self._fill_experts(module)
+        elif self._inputs is not None:
+            raise BadInput(
+                f"{stored.directory}: the inputs of '{name}' are quantized, and it is stacked of "
+                "several linears; the reference has no rule for that."
+            )
+        elif watch is not None and is_router(module):
+            watch_router(module, self.stored_name(module), watch)
+
+    def _fill_experts(self, module: torch.nn.Module) -> None:
+        """Give experts, whose parameters are filled, the rules of their products."""
+        for part, stack in module.named_parameters(recurse=False):
+            _set(module, part, stack.to(self.exact) if stack.ndim == 3 else stack)
+        own, name = self.names[module], self.stored_name(module)
+        stacks = stacks_of(module)
+        parts, count = list(stacks), len(next(iter(stacks.values())))
+
+        def shards(place: int, expert: int) -> list[str]:
+            return self.stored_as.shards(f"{own}.{parts[place]}", expert)
+
+        def call(x: Any, ids: Any, weights: Any, compute: Compute) -> torch.Tensor:
+            self.note_experts(name, ids)
+            if self.watch_experts is None:
+                return compute(x, ids, weights, None)
+            return self.watch_experts(ExpertsCall(name, x, ids, weights, count, compute, shards))
+
+        compute_experts(module, self._inputs, call)
 
     def _group_of(self, module: torch.nn.Module, name: str, stored: LoadedTensors) -> Group | None:
         group = self._group(name, stored) if is_linear(module) else None
@@ -169,11 +216,14 @@ class Parameters:
         if (group := self._group(module, stored)) is None:
             return stored.read(name)
         linear = read_linear(stored, module, group, self._dequantize, self._rules)
-        if linear.quantize_input is not None:
+        inputs = group.get("input_activations") or {}
+        # NVFP4's is "local": its groups' scales are dynamic, and the global one is static.
+        if linear.quantize_input is not None and inputs.get("dynamic") is not True:
             raise BadInput(
-                f"{stored.directory}: the inputs of '{module}' are quantized, and it is stacked "
-                "with other experts; the reference has no rule for that."
+                f"{stored.directory}: the inputs of '{module}' have static scales, which vLLM "
+                "takes from all experts together; the reference has no rule for that."
             )
+        self._inputs = linear.quantize_input
         return linear.weight
 
 

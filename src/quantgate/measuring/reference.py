@@ -6,6 +6,7 @@ Inputs are quantized as vLLM quantizes them, and scales fused as vLLM fuses them
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,8 @@ def _measured(model: StreamedModel, probe: Probe, dtype: str, announce: Announce
         "reference", device, platform_of(device), dtype, versions=library_versions()
     )
     if probe.task != GENERATE:
-        return pooled(model.outputs(probe.windows, hidden), provenance)
+        found = pooled(model.outputs(probe.windows, hidden), provenance)
+        return dataclasses.replace(found, experts=model.chosen_experts())
     logprob, top1 = model.scores(probe.windows, hidden)
     kept = None
     if dtype != "float64":
@@ -80,7 +82,7 @@ def _measured(model: StreamedModel, probe: Probe, dtype: str, announce: Announce
         with torch.inference_mode():
             states = torch.cat([rows[w.score_from - 1 :] for w, rows in scored])
             kept = states.float().cpu().numpy()
-    return Measurement(logprob, top1, provenance, kept)
+    return Measurement(logprob, top1, provenance, kept, experts=model.chosen_experts())
 
 
 def read_head(directory: Path, device: str = CPU) -> Head:

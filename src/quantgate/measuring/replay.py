@@ -1,5 +1,8 @@
 """Replay: feed every linear of the reference the engine's input, and compare the outputs.
 
+Experts get the engine's inputs, the experts that it chose for each token and their weights. Of
+emulated experts each product is compared; of others, the weighted sum.
+
 Where inputs are quantized, a difference of 1e-7 can flip a code, and flips cascade, so no
 free-running comparison of such a format can be tight. On the engine's own inputs every module must
 agree to within rounding, in every format; one that does not is reported with its kernel.
@@ -7,6 +10,7 @@ agree to within rounding, in every format; one that does not is reported with it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from quantgate.measuring.capture import Capture
+    from quantgate.measuring.captured_experts import SeenExperts
+    from quantgate.measuring.experts import ExpertsCall
     from quantgate.measuring.measurement import Announce
     from quantgate.measuring.parameters import Product
     from quantgate.subject.probe import Probe
@@ -48,6 +54,28 @@ class ModuleError:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The experts that one layer of the engine chose, beside the reference's on the same inputs."""
+
+    name: str
+    """The experts' name in the checkpoint."""
+    tokens: int
+    differ: int
+    """How many tokens have other experts."""
+    weights: float
+    """The error of the weights, largest first, relative to their rms."""
+    ids: NDArray[np.int32]
+    """The engine's [tokens, k]."""
+    experts: int
+    """How many experts the layer has."""
+
+    @property
+    def share(self) -> float:
+        """The share of tokens with other experts."""
+        return self.differ / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
 class Replay:
     """A few windows, replayed."""
 
@@ -57,6 +85,10 @@ class Replay:
     """The reference's values on the engine's inputs, for the scored tokens [m] or [m, D]."""
     served: NDArray[np.floating[Any]]
     """The engine's values for the same tokens, shaped like `values`."""
+    choices: tuple[Choice, ...] = ()
+    """Of each layer with experts."""
+    windows: tuple[int, ...] = ()
+    """The windows of the probe that were replayed."""
 
 
 def replay(  # noqa: PLR0913  what is replayed, and the three ways to compute it
@@ -86,25 +118,9 @@ def replay(  # noqa: PLR0913  what is replayed, and the three ways to compute it
 
 def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: Announce) -> Replay:
     windows = tuple(probe.windows[index] for index in capture.windows)
-    errors: dict[str, _Errors] = {}
-
-    def observe(window: int, name: str, own: torch.Tensor, product: Product) -> torch.Tensor:
-        if name not in capture:
-            return product(own)
-        seen = capture.seen(name, capture.windows[window])
-        if seen.input.shape != own.shape:
-            raise EngineFailure(
-                f"{name}: the engine's input is {list(seen.input.shape)}, the reference's "
-                f"{list(own.shape)}: they do not serve the same tokens or layers."
-            )
-        given = seen.input.to(own.device, own.dtype)
-        output = product(given)
-        served = seen.output.to(own.device)
-        errors.setdefault(name, _Errors()).add(own, given, output, served)
-        return output
-
-    hidden = model.last_hidden(windows, announce, observe)
-    _require_all(model.linears, errors)
+    found = _Observed(capture)
+    hidden = model.last_hidden(windows, announce, found.linear, found.experts)
+    _require_all([*model.linears, *model.experts], found.errors)
     values = (
         model.scores(windows, hidden)[0]
         if probe.task == GENERATE
@@ -112,12 +128,83 @@ def _replayed(model: StreamedModel, probe: Probe, capture: Capture, announce: An
     )
     return Replay(
         tuple(
-            ModuleError(name, capture.module_of(name), *found.relative(), found.depth)
-            for name, found in errors.items()
+            ModuleError(name, found.modules[name], *error.relative(), error.depth)
+            for name, error in found.errors.items()
         ),
         values,
         capture.values,
+        tuple(choice.found(name) for name, choice in found.choices.items()),
+        capture.windows,
     )
+
+
+class _Observed:
+    """What an engine's modules gave, held against the reference as it is computed."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self.errors: dict[str, _Errors] = {}
+        self.modules: dict[str, str] = {}
+        self.choices: dict[str, _Choices] = {}
+
+    def linear(self, window: int, name: str, own: torch.Tensor, product: Product) -> torch.Tensor:
+        if name not in self._capture:
+            return product(own)
+        seen = self._capture.seen(name, self._capture.windows[window])
+        _require_same_tokens(name, own, seen.input)
+        given = seen.input.to(own.device, own.dtype)
+        output = product(given)
+        self._add(name, name, own, given, output, seen.output)
+        return output
+
+    def experts(self, window: int, call: ExpertsCall) -> torch.Tensor:
+        if not self._capture.has_experts(call.name):
+            return call.compute(call.x, call.ids, call.weights, None)
+        seen = self._capture.experts(call.name, self._capture.windows[window])
+        _require_same_tokens(call.name, call.x, seen.x)
+        given = seen.x.to(call.x.device, call.x.dtype)
+        ids = seen.ids.to(call.ids.device, call.ids.dtype)
+        weights = seen.weights.to(call.weights.device, call.weights.dtype)
+        self.choices.setdefault(call.name, _Choices()).add(call, ids, weights)
+        each = functools.partial(self._product, call, seen) if seen.products else None
+        output = call.compute(given, ids, weights, each)
+        self._add(call.name, call.name, call.x, given, output, seen.output)
+        return output
+
+    def _product(
+        self,
+        call: ExpertsCall,
+        seen: SeenExperts,
+        place: int,
+        expert: int,
+        own: torch.Tensor,
+        product: Product,
+    ) -> torch.Tensor:
+        """Observe the first or second product of one expert."""
+        given, served = own, seen.of_expert(expert, "gate_up" if place == 0 else "down")
+        if place:
+            given = seen.of_expert(expert, "activated").to(own.device, own.dtype)
+        output = product(given)
+        linears = call.shards(place, expert)
+        if linears:
+            parts = output.chunk(len(linears), dim=1), served.chunk(len(linears), dim=1)
+            for linear, *part in zip(linears, *parts, strict=True):
+                self._add(linear, call.name, own, given, *part)
+        return output
+
+    def _add(self, name: str, within: str, *values: torch.Tensor) -> None:
+        """Add an own and a given input, an output and the engine's, to a module's errors."""
+        self.modules[name] = self._capture.module_of(within)
+        own, given, output, served = values
+        self.errors.setdefault(name, _Errors()).add(own, given, output, served.to(own.device))
+
+
+def _require_same_tokens(name: str, own: torch.Tensor, seen: torch.Tensor) -> None:
+    if seen.shape != own.shape:
+        raise EngineFailure(
+            f"{name}: the engine's input is {list(seen.shape)}, the reference's "
+            f"{list(own.shape)}: they do not serve the same tokens or layers."
+        )
 
 
 def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
@@ -125,7 +212,7 @@ def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
     missing = [name for name in linears if name not in replayed]
     if missing:
         raise EngineFailure(
-            f"{missing[0]} and {len(missing) - 1} other linears of {len(linears)} were not found "
+            f"{missing[0]} and {len(missing) - 1} other modules of {len(linears)} were not found "
             "in the engine: vLLM's module names do not match the checkpoint's."
         )
 
@@ -133,6 +220,32 @@ def _require_all(linears: Collection[str], replayed: Collection[str]) -> None:
 def distance(found: Replay, exact: Replay) -> NDArray[np.float64]:
     """Return |Δ| of two replays' values, each [m] or [m, D]."""
     return np.abs(found.values.astype(np.float64) - exact.values)
+
+
+@dataclass
+class _Choices:
+    """One layer's chosen experts over all windows."""
+
+    ids: list[NDArray[np.int32]] = field(default_factory=list)
+    differ: int = 0
+    weights: _Errors = field(default_factory=lambda: _Errors())
+    experts: int = 0
+
+    def found(self, name: str) -> Choice:
+        """Return them as a result."""
+        ids = np.concatenate(self.ids)
+        error, _ = self.weights.relative()
+        return Choice(name, len(ids), self.differ, error, ids, self.experts)
+
+    def add(self, call: ExpertsCall, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add the ids and weights [tokens, k] that the engine chose for a call's tokens."""
+        own = call.ids.sort(dim=1).values
+        self.experts = call.count
+        self.ids.append(ids.int().cpu().numpy())
+        self.differ += int((own != ids.sort(dim=1).values).any(dim=1).sum())
+        # Sorted, because which of two experts with nearly equal weights comes first is rounding.
+        largest, served = (w.sort(dim=1).values.float() for w in (call.weights, weights))
+        self.weights.add(largest, largest, largest, served)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from quantgate.measuring.empty_model import (
     require_understood,
     transformers_version,
 )
+from quantgate.measuring.experts import ExpertsCall, is_experts
 from quantgate.measuring.layer_by_layer import Pass
 from quantgate.measuring.parameters import (
     DequantizerName,
@@ -65,6 +66,7 @@ SHAPES = re.compile(r"\b(shapes?|sizes?|dimensions?)\b")
 
 # As `parameters.Watch`, with the window before the name: its place among those that run.
 Observer = Callable[[int, str, "torch.Tensor", Product], "torch.Tensor"]
+ExpertsObserver = Callable[[int, ExpertsCall], "torch.Tensor"]
 
 
 class StreamedModel:
@@ -106,6 +108,9 @@ class StreamedModel:
         self._outside = [m for m in self.model.modules() if id(m) not in inside]
         self._running: _Step
         """The windows now going through a layer."""
+        self._chosen: dict[str, dict[int, torch.Tensor]] = {}
+        """By layer of experts and window: the experts of each token [tokens, k]."""
+        self.parameters.note_experts = self._note_experts
 
     @property
     def linears(self) -> list[str]:
@@ -113,11 +118,18 @@ class StreamedModel:
         linears = (module for module in self.layers.modules() if is_linear(module))
         return [self.parameters.stored_name(module) for module in linears]
 
+    @property
+    def experts(self) -> list[str]:
+        """The names of the experts in its layers."""
+        experts = (module for module in self.layers.modules() if is_experts(module))
+        return [self.parameters.stored_name(module) for module in experts]
+
     def last_hidden(
         self,
         windows: tuple[Window, ...],
         announce: Announce,
         observe: Observer | None = None,
+        observe_experts: ExpertsObserver | None = None,
     ) -> list[torch.Tensor]:
         """Return the head's input for each window, [tokens, H].
 
@@ -126,6 +138,10 @@ class StreamedModel:
         """
         told = time.monotonic()
         watch = None if observe is None else self._watch(observe)
+        if observe_experts is not None:
+            self.parameters.watch_experts = lambda call: observe_experts(
+                self._running.windows[0], call
+            )
         with exactly(self.device):
             self.fill_outside()
             steps = self._steps(windows, one_by_one=observe is not None)
@@ -142,6 +158,15 @@ class StreamedModel:
                     empty(layer)
             with self._explained(len(self.layers) - 1):
                 return self._in_order(steps)
+
+    def chosen_experts(self) -> np.ndarray[Any, Any] | None:
+        """Return the experts int32 [layers, tokens, k] that `last_hidden` chose; None if dense."""
+        import torch
+
+        if not self._chosen:
+            return None
+        layers = [torch.cat([by[w] for w in sorted(by)]) for by in self._chosen.values()]
+        return torch.stack(layers).int().numpy()
 
     def fill_outside(self) -> None:
         """Read everything outside the layers: embeddings, norms and the head."""
@@ -213,6 +238,12 @@ class StreamedModel:
 
     def _watch(self, observe: Observer) -> Watch:
         return lambda name, rows, product: observe(self._running.windows[0], name, rows, product)
+
+    def _note_experts(self, name: str, ids: torch.Tensor) -> None:
+        """Keep the chosen experts of the running windows, which are of one length."""
+        windows = self._running.windows
+        chosen = ids.reshape(len(windows), -1, ids.shape[-1]).to("cpu")
+        self._chosen.setdefault(name, {}).update(zip(windows, chosen, strict=True))
 
     def _steps(self, windows: tuple[Window, ...], *, one_by_one: bool) -> list[_Step]:
         """Return the windows in the batches that go through the layers, grouped by length."""

@@ -5,6 +5,7 @@ Examined once a load has failed: an exception from deep inside vLLM says what br
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ def why_not_loaded(directory: Path, said: str) -> str | None:
         )
     scheme = actual_scheme(directory)
     if scheme != UNQUANTIZED and any(words in said.lower() for words in NO_EXPERTS):
+        emulation = re.search(r"no MoE backend on CPU: (.*) are not emulated", said)
+        also = f", and quantgate does not emulate {emulation[1]}" if emulation else ""
         return (
             f"{directory}: vLLM {vllm_version()} has no kernel on this platform for the {scheme} "
-            f"experts of {architecture}; gate it where vLLM serves them, on a GPU."
+            f"experts of {architecture}{also}; gate it where vLLM serves them, on a GPU."
         )
     try:
         return _contradiction(directory, config)

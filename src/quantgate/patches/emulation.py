@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from quantgate.patches.scoremode.hooks import EMULATION, hook
+from quantgate.patches.scoremode.hooks import EMULATION, EXPERTS, hook
 from quantgate.patches.wanted import (
     ADDITIONAL_CONFIG_KEY,
     EMULATED_KV_SCALES,
@@ -144,6 +144,52 @@ def process_unquantized_linear(
     layer.cpu_linear = functools.partial(_float32_linear, float32)
     setattr(layer, EMULATED_LINEAR, True)
     return answer
+
+
+@hook(
+    f"{COMPRESSED_TENSORS}.compressed_tensors",
+    "CompressedTensorsConfig.get_quant_method",
+    feature=EXPERTS,
+    cpu_only=True,
+)
+def get_quant_method(
+    stock: Any, config: Any, layer: Any, prefix: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Emulate quantized experts on CPU, under either kind of kernels.
+
+    vLLM's own kernels for them need AVX-512 or AMX, and their rules for inputs are their own.
+    """
+    method = stock(layer, prefix, *args, **kwargs)
+    if type(method).__name__.startswith("CompressedTensors") and hasattr(method, "moe"):
+        from quantgate.patches.emulated_experts import emulated
+
+        return emulated(method)
+    return method
+
+
+def _no_backend(stock: Any, *args: Any, **kwargs: Any) -> tuple[None, None]:
+    """Let vLLM's methods for quantized experts be built on CPU: only their loading is used."""
+    if getattr(kwargs.get("quant_config"), "strategy", None) == "channel":
+        # vLLM's method for integer weights then asserts that its kernel is Marlin.
+        raise NotImplementedError(
+            "no MoE backend on CPU: integer experts with a scale per channel are not emulated"
+        )
+    return None, None
+
+
+for _format, _name in {
+    "wna16": "select_wna16_moe_backend",
+    "w8a8_int8": "select_int8_moe_backend",
+    "w8a8_fp8": "select_fp8_moe_backend",
+    "w4a4_nvfp4": "select_nvfp4_moe_backend",
+}.items():
+    hook(
+        f"{COMPRESSED_TENSORS}.compressed_tensors_moe.compressed_tensors_moe_{_format}",
+        _name,
+        feature=EXPERTS,
+        optional=True,  # of integer weights, vLLM 0.26 chooses no backend
+        cpu_only=True,
+    )(_no_backend)
 
 
 def _is_16_bit(weight: Any) -> bool:

@@ -28,6 +28,7 @@ SCORE_MODE = "score mode"
 HTTP = "score mode over HTTP"
 POOLING = "quantgate's pooling API"
 EMULATION = "kernel emulation"
+EXPERTS = "emulation of experts"
 LOADING = "the load audit"
 
 Replacement = TypeVar("Replacement", bound=Callable[..., Any])

@@ -165,7 +165,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
         ignore=ROUTERS,
         notes="experts",
-        more_formats=("FP8_BLOCK", "NVFP4A16", "MXFP4A16"),
+        more_formats=("NVFP4A16", "MXFP4A16"),
     ),
     "qwen3-moe": Architecture(
         "Qwen3MoeConfig",

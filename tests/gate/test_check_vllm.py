@@ -125,7 +125,7 @@ def wheel(tmp_path: Path) -> Path:
     about = "vllm-9.9.9.dist-info"
     files = {
         "vllm/__init__.py": "from .logprobs import *\n",
-        # Fits by the one name it has, and by an optional hook's method, which may be missing.
+        # Fits by the one name it has, and by two optional hooks' methods, which may be missing.
         "vllm/logprobs.py": "class Logprob:\n    logprob = 0\n",
         f"{about}/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 9.9.9\n",
         f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -149,7 +149,7 @@ def test_a_wheel_that_pip_finds_is_read(
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     assert check.main([version]) == 1
     said = capsys.readouterr().out
-    assert said.startswith(f"vLLM 9.9.9: 2 of {len(check.touched())} fit\n")
+    assert said.startswith(f"vLLM 9.9.9: 3 of {len(check.touched())} fit\n")
     assert "vllm.v1.core.kv_cache_manager.KVCacheManager.get_computed_blocks(request" in said
     assert "vllm.logprobs.Logprob" not in said
 

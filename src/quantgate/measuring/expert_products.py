@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from quantgate.measuring.experts import Each, stacks_of
-
 if TYPE_CHECKING:
     from quantgate.formats.linear import Quantizer
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+# Called for each product of an expert with its place among the two, the expert's number, the input
+# [rows, in] and the product as a function of an input; returns the output [rows, out].
+Each = Callable[[int, int, torch.Tensor, Product], torch.Tensor]
 
 MULTIPLY = (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
@@ -19,12 +23,15 @@ class Products(TorchFunctionMode):
     """Within this, products with a module's own parameters are computed by rule, and watched."""
 
     def __init__(
-        self, module: torch.nn.Module, quantize: Quantizer | None, each: Each | None
+        self,
+        stacks: Mapping[str, torch.Tensor],
+        quantize: Quantizer | None,
+        each: Each | None,
     ) -> None:
         super().__init__()
         self._own = {
             stack.untyped_storage().data_ptr(): (place, stack)
-            for place, stack in enumerate(stacks_of(module).values())
+            for place, stack in enumerate(stacks.values())
         }
         self._quantize, self._each = quantize, each
 

@@ -16,13 +16,10 @@ if TYPE_CHECKING:
     import torch
 
     from quantgate.formats.linear import Quantizer
+    from quantgate.measuring.expert_products import Each, Product
 
-Product = Callable[["torch.Tensor"], "torch.Tensor"]
-# Called for each product of an expert with its place among the two, the expert's number, the input
-# [rows, in] and the product as a function of an input; returns the output [rows, out].
-Each = Callable[[int, int, "torch.Tensor", Product], "torch.Tensor"]
 # Returns experts' output [tokens, H] for x [tokens, H], ids and weights, both [tokens, k].
-Compute = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", Each | None], "torch.Tensor"]
+Compute = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", "Each | None"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def compute_experts(
     def compute(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, each: Each | None
     ) -> torch.Tensor:
-        with Products(module, quantize, each):
+        with Products(stacks_of(module), quantize, each):
             found: torch.Tensor = type(module).forward(module, x, ids, weights)
         return found
 
@@ -109,7 +106,9 @@ def watch_router(
     from quantgate.measuring.expert_products import Products
 
     def forward(*arguments: Any, **named: Any) -> Any:
-        with Products(module, None, lambda _, __, rows, product: watch(name, rows, product)):
+        with Products(
+            stacks_of(module), None, lambda _, __, rows, product: watch(name, rows, product)
+        ):
             return type(module).forward(module, *arguments, **named)
 
     module.forward = forward

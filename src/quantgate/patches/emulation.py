@@ -187,7 +187,7 @@ for _format, _name in {
         f"{COMPRESSED_TENSORS}.compressed_tensors_moe.compressed_tensors_moe_{_format}",
         _name,
         feature=EXPERTS,
-        optional=True,  # of integer weights, vLLM 0.26 chooses no backend
+        optional=_format == "wna16",  # vLLM 0.26 chooses no backend for these
         cpu_only=True,
     )(_no_backend)
 

@@ -91,6 +91,16 @@ def moved(tmp_path: Path) -> RawCheckpoint:
     return checkpoint
 
 
+def test_rotated_weights_are_not_compared_and_a_warning_says_so(moved: RawCheckpoint) -> None:
+    """None of them is the base's, nor is a norm or the embedding."""
+    moved.exchange(GATE, UP)
+    moved.quantization(transform_config={"config_groups": {"R1": {"type": "hadamard"}}})
+    moved.write()
+    assert errors(moved.directory) == []
+    warnings = {f.rule for f in audit(moved.directory, BASE, deep=True) if f.severity == "warning"}
+    assert warnings >= {"format-unknown", "weights-not-compared"}
+
+
 def test_smoothing_that_is_undone_is_no_fault(moved: RawCheckpoint) -> None:
     moved.write()
     assert errors(moved.directory) == []

@@ -82,6 +82,7 @@ DAMAGES_BESIDE_BASE = (
         "chat-template-differs", "chat_template", written("chat_template.jinja", "{{ messages }}")
     ),
     Damage("missing-beside-base", "model.norm.weight", drop("model.norm.weight")),
+    Damage("beyond-base", f"{Q_PROJ}.bias", copied("model.norm.weight", f"{Q_PROJ}.bias")),
     Damage("shape-beside-base", NORM, put(NORM, lambda t: Tensor(t.dtype, (128,), t.raw[:256]))),
     Damage(
         "weights-exchanged",

@@ -18,6 +18,7 @@ from quantgate.audit.rules import audit
 BASE = ROOT / "fixtures" / "tiny" / "llama"
 LAYER = "model.layers.1."
 NORM = f"{LAYER}post_attention_layernorm.weight"
+V_PROJ, O_PROJ = (f"{LAYER}self_attn.{own}_proj" for own in ("v", "o"))
 GATE, UP, DOWN = (f"{LAYER}mlp.{own}_proj" for own in ("gate", "up", "down"))
 # By the name of their recipe in tools/make_llmcompressor.py.
 MADE = ("fp8-dynamic", "nvfp4", "w4a16", "w4a16-awq", "w4a16-gptq", "w8a8", "w8a8-smoothquant-gptq")
@@ -46,6 +47,33 @@ def smoothed(checkpoint: RawCheckpoint) -> None:
     quantized(checkpoint, DOWN, base_weight(DOWN) * inner)
 
 
+def in_int4(checkpoint: RawCheckpoint, module: str, weight: Floats) -> None:
+    """Put a weight, rounded to int4 in groups of 128, in place of a module's."""
+    count, columns = weight.shape
+    groups = weight.reshape(count, -1, 128)
+    scale = np.abs(groups).max(axis=2) / np.float32(7.5)
+    stored = checkpoint.tensors[f"{module}.weight_scale"].with_values(scale)
+    codes = np.clip(np.rint(groups / stored.floats.reshape(count, -1, 1)), -8, 7) + 8
+    nibbles = codes.astype(np.uint8).reshape(count, columns)
+    packed = np.ascontiguousarray(nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).ravel()
+    checkpoint.tensors[f"{module}.weight_scale"] = stored
+    checkpoint.tensors[f"{module}.weight_packed"] = Tensor("I32", (count, columns // 8), packed)
+
+
+def awq_of_attention(checkpoint: RawCheckpoint) -> None:
+    """Scale what an attention takes, and its values, of which each head serves two of queries."""
+    chance, base = np.random.default_rng(1), base_tensors()
+    inputs, values = (chance.lognormal(0, 0.4, n).astype(np.float32) for n in (256, 128))
+    norm = f"{LAYER}input_layernorm.weight"
+    checkpoint.tensors[norm] = base[norm].with_values(np.divide(base[norm].floats, inputs))
+    for own in ("q", "k"):
+        module = f"{LAYER}self_attn.{own}_proj"
+        in_int4(checkpoint, module, base_weight(module) * inputs)
+    in_int4(checkpoint, V_PROJ, np.divide(base_weight(V_PROJ) * inputs, values[:, None]))
+    per_query = np.repeat(values.reshape(2, 1, 64), 2, axis=1).reshape(-1)
+    in_int4(checkpoint, O_PROJ, base_weight(O_PROJ) * per_query)
+
+
 def base_weight(module: str) -> Floats:
     tensor = base_tensors()[f"{module}.weight"]
     return tensor.floats.reshape(tensor.shape)
@@ -63,9 +91,30 @@ def moved(tmp_path: Path) -> RawCheckpoint:
     return checkpoint
 
 
+def test_rotated_weights_are_not_compared_and_a_warning_says_so(moved: RawCheckpoint) -> None:
+    """None of them is the base's, nor is a norm or the embedding."""
+    moved.exchange(GATE, UP)
+    moved.quantization(transform_config={"config_groups": {"R1": {"type": "hadamard"}}})
+    moved.write()
+    assert errors(moved.directory) == []
+    warnings = {f.rule for f in audit(moved.directory, BASE, deep=True) if f.severity == "warning"}
+    assert warnings >= {"format-unknown", "weights-not-compared"}
+
+
 def test_smoothing_that_is_undone_is_no_fault(moved: RawCheckpoint) -> None:
     moved.write()
     assert errors(moved.directory) == []
+
+
+def test_values_that_are_undone_for_each_head_of_queries_are_no_fault(tmp_path: Path) -> None:
+    checkpoint = RawCheckpoint(ROOT / "build" / "tiny-llama-w4a16", tmp_path / "moved")
+    awq_of_attention(checkpoint)
+    checkpoint.write()
+    assert errors(checkpoint.directory) == []
+    scale = f"{O_PROJ}.weight_scale"
+    checkpoint.tensors[scale] = checkpoint.tensors[scale].times(1.05)
+    checkpoint.write()
+    assert scale in [finding.name for finding in errors(checkpoint.directory)]
 
 
 def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[RawCheckpoint], object]:
@@ -77,11 +126,19 @@ def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[RawCheckpoin
     [
         (f"{GATE}.weight", put(NORM, lambda _: base_tensors()[NORM])),
         (NORM, put(NORM, lambda t: t.times(1.01))),
+        (NORM, put(NORM, lambda t: t.with_value(7, 1.2 * float(t.floats[7])))),
         (f"{DOWN}.weight", lambda c: quantized(c, UP, base_weight(UP))),
         (GATE, lambda c: c.exchange(GATE, UP)),
         (f"{DOWN}.weight_scale", put(f"{DOWN}.weight_scale", lambda t: t.times(1.02))),
     ],
-    ids=["norm lost", "norm x 1.01", "rows not divided", "exchanged", "scale x 1.02"],
+    ids=[
+        "norm lost",
+        "norm x 1.01",
+        "a channel of the norm",
+        "rows not divided",
+        "exchanged",
+        "scale x 1.02",
+    ],
 )
 def test_smoothing_that_is_not_undone_is_named(
     named: str, damage: Callable[[RawCheckpoint], object], moved: RawCheckpoint

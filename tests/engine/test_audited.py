@@ -129,11 +129,9 @@ def test_no_change_that_the_audit_finds_is_offered_for_approval(
 
 
 def test_other_weights_may_be_approved(copied: Checkpoint) -> None:
+    """Those that are a quantization of the base's weights as much as the approved ones were."""
     approved = digests(copied.directory)
-    path = copied.directory / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.down_proj.weight_scale"] *= 1.02
-    save_file(tensors, path, {"format": "pt"})
+    scale_of_down_proj(copied, 1.002)
     said = change_since(copied, approved, APPROVE)
     assert (said.detail, said.next_step) == ("changed: model.safetensors", APPROVE)
     unrecorded = change_since(copied, {}, APPROVE)
@@ -154,3 +152,20 @@ def test_a_generation_config_that_repeats_the_config_is_no_part_of_the_identity(
     assert identity(copied.directory) == before
     (copied.directory / "generation_config.json").write_text("[")
     assert identity(copied.directory) != before
+
+
+def test_weights_that_are_not_the_bases_are_not_offered_for_approval(copied: Checkpoint) -> None:
+    approved = digests(copied.directory)
+    scale_of_down_proj(copied, 1.02)
+    said = change_since(copied, approved, APPROVE)
+    assert said.detail.startswith(
+        "changed: model.safetensors; the audit says of it: model.layers.1"
+    )
+    assert "regen_golden" not in said.next_step
+
+
+def scale_of_down_proj(checkpoint: Checkpoint, factor: float) -> None:
+    path = checkpoint.directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight_scale"] *= factor
+    save_file(tensors, path, {"format": "pt"})

@@ -210,6 +210,14 @@ def test_a_fault_in_the_engine_is_named(
     assert_fails(verdict, "ENGINE", *places)
 
 
+@pytest.mark.parametrize("name", sorted(read_checkpoint_files(ROOT, "real")))
+def test_a_real_checkpoint_gives_no_false_error(name: str) -> None:
+    real = read_checkpoint_files(ROOT, "real")[name]
+    for judge in (audited.files, audited.weights):
+        verdict = judge(real)
+        assert verdict.outcome == "pass", verdict.message(name)
+
+
 def test_the_readmes_example_prints_what_it_shows(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     part = text.partition("A real one, step by step")[2].partition("| exit status |")[0]

@@ -9,7 +9,7 @@ comes before it:
   linears after it. If it is found, the weights are compared with the base's times those factors; if
   not, the norm was changed without compensation.
 - If the rows of `up_proj` or `v_proj` are scaled, the inverse is sought in the columns of
-  `down_proj` or `o_proj`.
+  `down_proj` or `o_proj`, which heads of queries that share a head of values have several times.
 
 GPTQ moves codes to compensate for the errors of others, so its weights are 2 to 6 dB further from
 the base's than rounding leaves them. It has no preferred direction, so the size of rows stays the
@@ -18,6 +18,7 @@ same, and real faults are further off than that: see `weights.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ SAMPLED_ROWS = 256
 SMALL = 1 << 22
 # Correlation, in logarithms, of row factors with the column factors that undo them.
 UNDOES = 0.8
+# bfloat16 rounds a scale by 0.002 at most.
+RATIO = 0.005
 # dB: an unquantized weight is the base's, or the base's rounded to a different dtype.
 WHOLE = 90.0
 # Cosine with another weight: unrelated ones have 0.0, smoothed ones still 0.7.
@@ -109,15 +112,23 @@ class Pair:
                 columns=columns,
             )
         amax = self._largest() if args.strategy == "tensor" else 0.0
-        return likeness(
+        nearest = Nearest(self.group, self.parts, self.base.columns, amax)
+        compare = functools.partial(
+            likeness,
             self.weight,
             self.base,
-            Nearest(self.group, self.parts, self.base.columns, amax),
             height=args.block[0] if args.block else 1,
             group_size=_unit(args),
             rows=rows,
             columns=columns,
         )
+        found = compare(nearest)
+        if abs(found.factor - 1) <= RATIO:
+            return found
+        # The largest weights of int4 lie between two codes, and quantizers differ in which they
+        # take: where the scale was stored before it was used, its rounding decides.
+        other = compare(dataclasses.replace(nearest, scales_as_stored=True))
+        return min(found, other, key=lambda one: abs(one.factor - 1))
 
     def _largest(self) -> float:
         step = max(1, (1 << 21) // self.base.columns)
@@ -141,21 +152,21 @@ def comparisons(inventory: Inventory) -> dict[str, Compared]:
         inventory.progress(name, place, len(names))
         compared[name] = _compare(inventory, name)
     for name in names:
-        partner = _partner(name)
+        partner = partner_of(name)
         if partner in compared and any(_stands_out(compared[n]) for n in (name, partner)):
             compared |= _together(inventory, compared[name], compared[partner])
     return compared
 
 
 def _pairs(inventory: Inventory) -> Iterator[str]:
-    for name in inventory.modules:
+    for name in inventory.modules if not inventory.is_rotated else ():
         if _pair(inventory, name) is not None:
             yield name
 
 
 def _pair(inventory: Inventory, name: str) -> Pair | None:
     """Return a linear with its base, if both exist, fit, and differ in their bytes."""
-    base = inventory.base.tensors.get(f"{name}.weight") if inventory.base else None
+    base = base_weight(inventory, name)
     parts = inventory.modules[name]
     if base is None or len(base.shape) != 2 or not base.count or not is_float(base.dtype):
         return None
@@ -171,6 +182,15 @@ def _pair(inventory: Inventory, name: str) -> Pair | None:
     if layout is None or base.shape != (layout.rows, layout.columns) or not _fits(layout, parts):
         return None
     return Pair(quantized_weight(parts, group, layout), whole_weight(base), group, layout, parts)
+
+
+def base_weight(inventory: Inventory, name: str) -> Entry | None:
+    """Return the weight that the base has for a linear: a head may be its embedding."""
+    tensors = inventory.base.tensors if inventory.base else {}
+    weight = tensors.get(f"{name}.weight")
+    if weight is None and name.rpartition(".")[2] == "lm_head":
+        return next((e for n, e in tensors.items() if n.endswith("embed_tokens.weight")), None)
+    return weight
 
 
 def _fits(layout: Layout, parts: dict[str, Entry]) -> bool:
@@ -220,21 +240,48 @@ def _spread(found: Likeness, is_one_factor: bool) -> float:
 
 def _together(inventory: Inventory, first: Compared, second: Compared) -> dict[str, Compared]:
     """Compare two linears, where the columns of one may undo the row scales of the other."""
-    rows, columns = first.likeness.row_ratios, second.likeness.column_ratios
-    if len(rows) != len(columns) or not (np.all(rows > 0) and np.all(columns > 0)):
+    rows, each = first.likeness.row_ratios, second.likeness.column_ratios
+    # Heads of queries share a head of values: [heads of values, heads of queries, head size].
+    size = _head_size(inventory) if len(each) > len(rows) else len(rows)
+    if len(each) % len(rows) or len(rows) % size:
         return {}
-    if _correlation(np.log(rows), -np.log(columns)) < UNDOES:
+    heads = each.reshape(len(rows) // size, -1, size)
+    columns = np.median(heads, axis=1).reshape(-1)
+    known = (rows > 0) & (columns > 0)
+    if known.sum() < len(rows) / 2:
         return {}
-    factors = np.sqrt(rows / columns)
+    if _correlation(np.log(rows[known]), -np.log(columns[known])) < UNDOES:
+        return {}
+    # A row has scales of its own, so its factor is known better than a column's.
+    factors = np.where(known, rows, 1.0)
+    found = _with_factors(inventory, (first, second), factors, heads.shape)
+    left = [c.likeness.factor for c in found.values()]
+    if found and abs(left[1] / left[0] - 1) > RATIO and left[1] / left[0] > 0:
+        # Only their product is known: what is left of it may be either's.
+        factors = factors * np.sqrt(left[0] / left[1])
+        found = _with_factors(inventory, (first, second), factors, heads.shape)
+    return found
+
+
+def _with_factors(
+    inventory: Inventory, pair: tuple[Compared, Compared], factors: Doubles, heads: tuple[int, ...]
+) -> dict[str, Compared]:
+    """Compare a linear whose rows have these factors, and the one whose columns undo them."""
+    first, second = pair
     one, two = _pair(inventory, first.name), _pair(inventory, second.name)
     if one is None or two is None:
         return {}
-    before = _with_norm(inventory, one, first, factors)
-    after = two.measure(columns=1 / factors)
+    columns = np.broadcast_to(factors.reshape(heads[0], 1, heads[2]), heads).reshape(-1)
+    after = two.measure(columns=1 / columns)
     return {
-        first.name: before,
+        first.name: _with_norm(inventory, one, first, factors),
         second.name: Compared(second.name, after, second.group, second.norm, False, "columns"),
     }
+
+
+def _head_size(inventory: Inventory) -> int:
+    heads, hidden = inventory.size("num_attention_heads"), inventory.size("hidden_size")
+    return inventory.size("head_dim") or (hidden // heads if hidden and heads else 0) or 1
 
 
 def _stands_out(compared: Compared) -> bool:
@@ -248,7 +295,8 @@ def _correlation(one: Doubles, other: Doubles) -> float:
     return float(((one - one.mean()) * (other - other.mean())).mean()) / spreads if spreads else 0.0
 
 
-def _partner(name: str) -> str:
+def partner_of(name: str) -> str:
+    """Return the linear whose columns may undo the scales of a linear's rows."""
     parent, dot, own = name.rpartition(".")
     return f"{parent}{dot}{PARTNER.get(own, '')}"
 
@@ -275,7 +323,7 @@ def differs(inventory: Inventory, name: str) -> bool:
     """Whether a small tensor differs from the base's by more than rounding to another dtype."""
     own = inventory.tensors[name]
     base = inventory.base.tensors.get(name) if inventory.base else None
-    if base is None or base.shape != own.shape or not own.count:
+    if inventory.is_rotated or base is None or base.shape != own.shape or not own.count:
         return False
     if own.dtype == base.dtype:
         return not same_bytes(own, base)

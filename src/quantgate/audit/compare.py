@@ -41,12 +41,19 @@ class Likeness:
     """The row with that error."""
     coherence: float
     """The share of the error that a factor per row would explain: wrong scales."""
+    coherence_of_groups: float
+    """Likewise a factor per group of a row, less what it explains of random errors."""
     row_ratios: Doubles
     """The factor by which each row is larger than rounding's."""
     column_ratios: Doubles
     finite: bool
     ceiling: float
     """Signal to noise, in dB, above which weights count as equal."""
+
+    @property
+    def factor(self) -> float:
+        """How much larger than rounding's the weight is."""
+        return self.ratio / self.nearest_ratio
 
     @property
     def excess(self) -> float:
@@ -73,6 +80,8 @@ class Sums:
     group_error: Doubles
     """[rows, groups], like the next."""
     nearest_group_error: Doubles
+    by_groups: Doubles
+    """The error that a factor per group explains."""
 
 
 def likeness(  # noqa: PLR0913  how two weights are compared: all but three are keyword-only
@@ -101,16 +110,35 @@ def likeness(  # noqa: PLR0913  how two weights are compared: all but three are 
         by_row.append(_sums(d, w, n, group_size))
         of_columns += [_dot(a, b, 0) for a, b in ((d, w), (n, w), (w, w))]
     total = Sums(*(np.concatenate([getattr(s, f) for s in by_row]) for f in Sums.__annotations__))
-    return _likeness(total, of_columns, ceiling)
+    return _likeness(total, of_columns, ceiling, group_size)
 
 
 def _sums(d: Floats, w: Floats, n: Floats, group_size: int) -> Sums:
     error, nearest_error = d - w, n - w
-    pairs = (d, w), (n, w), (w, w), (d, d), (error, error), (nearest_error, nearest_error)
-    by_row = [_dot(a, b) for a, b in pairs]
-    starts = np.arange(0, w.shape[1], group_size)
-    groups = [np.add.reduceat(e * e, starts, axis=1).astype(float) for e in (error, nearest_error)]
-    return Sums(*by_row, *groups)
+    pairs = (d, w), (n, w), (w, w), (error, error), (nearest_error, nearest_error)
+    dw, nw, ww, ee, nn = (_by_group(a, b, group_size) for a, b in pairs)
+    explained = np.divide(np.square(dw - nw), ww, out=np.zeros_like(ww), where=ww > 0)
+    return Sums(
+        dw.sum(axis=1),
+        nw.sum(axis=1),
+        ww.sum(axis=1),
+        _dot(d, d),
+        ee.sum(axis=1),
+        nn.sum(axis=1),
+        ee,
+        nn,
+        explained.sum(axis=1),
+    )
+
+
+def _by_group(a: Floats, b: Floats, size: int) -> Doubles:
+    """Return sums of products [rows, groups]; the last group of columns may be smaller."""
+    whole = a.shape[1] // size * size
+    pieces = [x[:, :whole].reshape(len(x), -1, size) for x in (a, b)]
+    sums: Doubles = np.einsum("ijk,ijk->ij", *pieces).astype(np.float64)
+    if whole < a.shape[1]:
+        sums = np.hstack([sums, _dot(a[:, whole:], b[:, whole:])[:, None]])
+    return sums
 
 
 def _dot(a: Floats, b: Floats, axis: int = 1) -> Doubles:
@@ -119,8 +147,9 @@ def _dot(a: Floats, b: Floats, axis: int = 1) -> Doubles:
     return sums
 
 
-def _likeness(sums: Sums, of_columns: Doubles, ceiling: float) -> Likeness:
+def _likeness(sums: Sums, of_columns: Doubles, ceiling: float, group_size: int) -> Likeness:
     ww, dd = float(sums.ww.sum()), float(sums.dd.sum())
+    error, nearest_error = float(sums.error.sum()), float(sums.nearest_error.sum())
     # Add rounding's average to its error in the group: a group may round to itself by chance.
     average = (
         float(sums.nearest_group_error.mean()) + 10 ** (-ceiling / 10) * ww / sums.group_error.size
@@ -131,14 +160,18 @@ def _likeness(sums: Sums, of_columns: Doubles, ceiling: float) -> Likeness:
     coherent = float((np.square(row_ratios - 1) * sums.ww).sum())
     finite = bool(np.isfinite(sums.dd).all())
     return Likeness(
-        _decibel(ww, float(sums.error.sum())),
-        _decibel(ww, float(sums.nearest_error.sum())),
+        _decibel(ww, error),
+        _decibel(ww, nearest_error),
         _quotient(float(sums.dw.sum()), ww),
         _quotient(float(sums.nw.sum()), ww),
         _quotient(float(sums.dw.sum()), math.sqrt(ww * dd) if finite else 0.0),
         10 * math.log10(float(above.reshape(-1)[worst])) if finite else math.inf,
         worst // above.shape[1],
-        coherent / float(sums.error.sum()) if sums.error.any() and finite else 0.0,
+        coherent / error if error and finite else 0.0,
+        # One factor explains one part in `group_size` of random errors, those of both weights.
+        (float(sums.by_groups.sum()) - (error + nearest_error) / group_size) / error
+        if error and finite
+        else 0.0,
         row_ratios,
         _ratios(of_columns[0], of_columns[1]),
         finite,

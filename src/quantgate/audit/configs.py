@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantgate.audit.decode import same_bytes
+from quantgate.audit.effective import NO_DIFFERENCE, NOTHING, differences
 from quantgate.audit.finding import Place, Rule
 from quantgate.audit.inventory import Inventory
 from quantgate.audit.layout import format_of, groups_of_columns, layout_of, layouts
@@ -17,61 +18,26 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 DEGREES = (1, 2, 4, 8)
 # Linears that tensor parallelism splits along their inputs.
 ROW_PARALLEL = re.compile(r"\.(?:o_proj|down_proj|out_proj|dense|w2)$")
-# Describes how the model was written, not what it computes.
-NO_DIFFERENCE = frozenset(
-    (
-        *("quantization_config", "transformers_version", "_name_or_path", "_commit_hash"),
-        *("use_cache", "dtype", "torch_dtype", "model_name", "_attn_implementation"),
-        *("pretraining_tp", "initializer_range", "_from_model_config", "return_dict"),
-        *("unsloth_fixed", "unsloth_version", "output_attentions", "output_hidden_states"),
-        *("tie_word_embeddings", "vocab_size", "pad_token_id"),  # have their own rules, or none
-    )
-)
-# transformers' defaults for keys missing from a config.
-DEFAULTS: Mapping[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "hidden_act": "silu",
-}
-
-
-def effective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with nested ones flattened and both spellings of rope unified."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("rope_parameters", "rope_scaling", "rope_theta", *NO_DIFFERENCE):
-            continue
-        if isinstance(value, dict) and key.endswith("_config"):
-            flat |= {f"{key}.{inner}": v for inner, v in effective(value).items()}
-        else:
-            flat[key] = value
-    return flat | {f"rope.{key}": value for key, value in _rope(config).items()}
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary embedding parameters, as transformers 4 or 5 writes them."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        said = config.get(key)
-        if isinstance(said, dict):
-            rope |= said
-    if "rope_theta" in config:
-        rope.setdefault("rope_theta", config["rope_theta"])
-    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-    return rope if len(rope) > 1 else {}
 
 
 def _differs(inventory: Inventory) -> Iterator[Place]:
     if inventory.base is None or not inventory.base.config or not inventory.config:
         return
-    own, base = effective(inventory.config), effective(inventory.base.config)
-    for key in sorted(own.keys() | base.keys()):
-        default = DEFAULTS.get(key.rpartition(".")[2])
-        if _unlike(own.get(key, default), base.get(key, default)):
-            yield Place(key, _said(own, key), f"{_said(base, key)}, the base's", CONFIG)
+    for key, own, base in differences(inventory.config, inventory.base.config):
+        yield Place(key, _shown(own), f"{_shown(base)}, the base's", CONFIG)
+    own_flag, flag = _tied(inventory), _tied(inventory.base)
+    unties = own_flag is False and "lm_head.weight" in inventory.tensors
+    if flag is not None and own_flag is not flag and not unties:
+        said = "nothing" if own_flag is None else own_flag
+        yield Place("tie_word_embeddings", str(said), f"{flag}, the base's", CONFIG)
+
+
+def _tied(inventory: Inventory) -> bool | None:
+    """Return the tie flag of a config, None if it says nothing."""
+    for config in (inventory.config, inventory.text_config):
+        if isinstance(said := config.get("tie_word_embeddings"), bool):
+            return said
+    return None
 
 
 def _dtype(inventory: Inventory) -> Iterator[Place]:
@@ -91,6 +57,10 @@ def _unlike(own: Any, base: Any) -> bool:
     if type(own) is not type(base) and {type(own), type(base)} != {int, float}:
         return True
     return bool(own != base)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is NOTHING else repr(value)
 
 
 def _said(config: Mapping[str, Any], key: str) -> str:
@@ -197,7 +167,7 @@ def _tie(inventory: Inventory) -> Iterator[Place]:
     if isinstance(outer, bool) and isinstance(inner, bool) and outer != inner:
         value = f"{outer}, and {inner} in text_config"
         yield Place("tie_word_embeddings", value, "one of the two", CONFIG)
-    tied = outer if isinstance(outer, bool) else inner
+    tied = _tied(inventory)
     head = inventory.modules.get("lm_head", {})
     embedding = next((n for n in inventory.tensors if n.endswith("embed_tokens.weight")), None)
     generates = any("CausalLM" in str(a) for a in _list(inventory.config.get("architectures")))

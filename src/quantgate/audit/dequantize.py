@@ -153,6 +153,8 @@ class Nearest:
     columns: int
     amax: float
     """The largest weight of the whole tensor, for formats with a tensor-wide scale."""
+    scales_as_stored: bool = False
+    """Whether scales are rounded to their stored dtype before codes are computed."""
 
     def __call__(self, weight: Floats) -> Floats:
         """Round some rows [rows, columns], which must be whole blocks of rows."""
@@ -190,8 +192,9 @@ class Nearest:
         largest = np.maximum(
             np.abs(weight).max(axis=1, keepdims=True) if amax is None else np.float32(amax), TINY
         )
+        stored = rounding_to(self.parts["weight_scale"].dtype if self.scales_as_stored else "F32")
         if args.kind == "int":
-            return _round_integers(weight, args, None if amax is None else float(amax))
+            return _round_integers(weight, args, None if amax is None else float(amax), stored)
         most = FP4_MAX if args.bits == 4 else FP8_MAX
         scale = largest / np.float32(most)
         form = format_of(self.group)
@@ -202,7 +205,7 @@ class Nearest:
             # A largest weight above 1.75 times its power of two takes the next power.
             exponent = np.floor(np.log2(largest / np.float32(MX_ROUNDS_UP))) + 1
             scale = np.exp2(exponent - np.floor(np.log2(most))).astype(np.float32)
-        scale = np.maximum(scale, TINY)
+        scale = np.maximum(stored(scale), TINY)
         mantissa, least = (
             (FP4_MANTISSA, FP4_EXPONENT) if args.bits == 4 else (FP8_MANTISSA, FP8_EXPONENT)
         )
@@ -210,16 +213,18 @@ class Nearest:
         return rounded
 
 
-def _round_integers(weight: Floats, args: Args, amax: float | None) -> Floats:
+def _round_integers(
+    weight: Floats, args: Args, amax: float | None, stored: Callable[[Floats], Floats]
+) -> Floats:
     low, high = -(2 ** (args.bits - 1)), 2 ** (args.bits - 1) - 1
     if args.symmetric:
         largest = np.abs(weight).max(axis=1, keepdims=True) if amax is None else np.float32(amax)
-        scale = np.maximum(largest / np.float32((high - low) / 2), TINY)
+        scale = np.maximum(stored(np.asarray(largest / np.float32((high - low) / 2))), TINY)
         codes = np.clip(np.rint(weight / scale), low, high)
         return np.asarray(codes * scale, np.float32)
     least = np.minimum(weight.min(axis=1, keepdims=True), 0)
     most = np.maximum(weight.max(axis=1, keepdims=True), 0)
-    scale = np.maximum((most - least) / np.float32(high - low), TINY)
+    scale = np.maximum(stored((most - least) / np.float32(high - low)), TINY)
     zero = np.clip(np.rint(low - least / scale), low, high)
     rounded = np.clip(np.rint(weight / scale) + zero, low, high) - zero
     return np.asarray(rounded * scale, np.float32)

@@ -102,6 +102,11 @@ class Inventory:
         return None if said is None else read_quantization(said)
 
     @functools.cached_property
+    def is_rotated(self) -> bool:
+        """Whether weights were rotated (SpinQuant, QuIP), so that none is the base's."""
+        return self.quantization is not None and self.quantization.has_transforms
+
+    @functools.cached_property
     def resolver(self) -> Resolver | None:
         """Maps modules to groups; None if the method is not compressed-tensors."""
         quantization = self.quantization

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from quantgate.audit import (
     configs,
     coverage,
@@ -55,5 +57,6 @@ def audit_weights(directory: Path, base: Path | None) -> tuple[Finding, ...]:
 
 
 def _found(inventory: Inventory, needs: set[str]) -> tuple[Finding, ...]:
-    found = [f for rule in RULES if rule.needs in needs for f in findings_of(rule, inventory)]
+    with np.errstate(all="ignore"):  # a damaged file's values may be infinite or NaN
+        found = [f for rule in RULES if rule.needs in needs for f in findings_of(rule, inventory)]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))

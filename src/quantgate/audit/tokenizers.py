@@ -24,6 +24,15 @@ SETTINGS = (
     "fix_mistral_regex",
     "split_special_tokens",
 )
+# Likewise, but not every version of transformers writes them.
+WHERE_BOTH_SAY = (
+    "clean_up_tokenization_spaces",
+    "do_lower_case",
+    "strip_accents",
+    "tokenize_chinese_chars",
+)
+# Classes that take tokenizer.json as it is; others build a part of it themselves.
+GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
 LONGEST_TEMPLATE = 4_000_000
 
 
@@ -61,6 +70,12 @@ def _beyond(inventory: Inventory) -> Iterator[Place]:
         last, token = max(beyond)
         value = f"{token} has the id {last}, and {len(beyond)} tokens are beyond"
         yield Place("vocab_size", value, f"ids below {size}", TOKENIZER)
+    for file in ("config.json", "generation_config.json"):
+        config = inventory.text_config if file == "config.json" else inventory.document(file)
+        for key in config if size is not None else ():
+            ids_of_key = _list_of_ids(config[key]) if key.endswith("_token_id") else []
+            if size is not None and any(i >= size for i in ids_of_key):
+                yield Place(key, str(max(ids_of_key)), f"an id below {size}", file)
 
 
 def _vocabulary_differs(inventory: Inventory) -> Iterator[Place]:
@@ -93,6 +108,12 @@ def _special_differs(inventory: Inventory) -> Iterator[Place]:
                 value = f"{key} is {own[name].get(key)!r}"
                 yield Place(f"added_tokens: {name}", value, f"{base[name][key]!r}", TOKENIZER)
     mine, bases = _special_names(inventory), _special_names(inventory.base)
+    for name in sorted(own.keys() ^ base.keys()) if own else ():
+        if name not in own:
+            yield Place(f"added_tokens: {name}", "is missing", "the base's", TOKENIZER)
+        elif name in _vocabulary(inventory.base) and name not in bases.values():
+            value = "is an added token"
+            yield Place(f"added_tokens: {name}", value, "an ordinary one, as the base's", TOKENIZER)
     for token in NAMES:
         if token in bases and token != "pad_token" and mine.get(token) != bases[token]:
             value = repr(mine.get(token, "nothing"))
@@ -123,9 +144,14 @@ def _steps_differ(inventory: Inventory) -> Iterator[Place]:
         inventory.document(TOKENIZER_CONFIG),
         inventory.base.document(TOKENIZER_CONFIG),
     )
-    for key in SETTINGS if settings and bases else ():
-        if settings.get(key) != bases.get(key):
+    stated = [key for key in WHERE_BOTH_SAY if key in settings.keys() & bases.keys()]
+    for key in (*SETTINGS, *stated) if settings and bases else ():
+        if (settings.get(key) or False) != (bases.get(key) or False):
             yield Place(key, repr(settings.get(key)), repr(bases.get(key)), TOKENIZER_CONFIG)
+    own_class, base_class = (_class(said) for said in (settings, bases))
+    if own_class and base_class and own_class not in (base_class, *GENERIC):
+        value = f"{own_class}, which may build a part of it by itself"
+        yield Place("tokenizer_class", value, f"{base_class}, the base's", TOKENIZER_CONFIG)
 
 
 def _template_differs(inventory: Inventory) -> Iterator[Place]:
@@ -201,6 +227,12 @@ def _special_names(inventory: Inventory) -> dict[str, str]:
 
 def _list_of_ids(value: Any) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def _class(settings: Mapping[str, Any]) -> str:
+    """Return the name of a tokenizer's class, whichever of its two spellings is used."""
+    said = settings.get("tokenizer_class")
+    return said.removesuffix("Fast") if isinstance(said, str) else ""
 
 
 def _kind(step: Any) -> str:

@@ -8,34 +8,40 @@ its rescaling is undone. GPTQ's error is 2.2 to 4.5 dB above, 5.9 in the worst g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 
 from quantgate.audit.beside_base import (
     NORM,
+    RATIO,
     SMALL,
     Compared,
+    base_weight,
     comparisons,
     differs,
     looks_like,
+    partner_of,
 )
-from quantgate.audit.decode import Floats, is_float, read_floats
+from quantgate.audit.decode import Floats, is_float, read_floats, same_bytes
 from quantgate.audit.finding import Place, Rule
 from quantgate.audit.headers import Entry
-from quantgate.audit.inventory import QUANTIZED_PARTS, Inventory
+from quantgate.audit.inventory import QUANTIZED_PARTS, SCALE_PARTS, Inventory
 from quantgate.audit.safety import recipe_of
 
 # dB above the error of rounding to nearest: for a whole weight; for its worst group; and for a
 # group when the rest of the weight matches rounding.
 WORST, WORST_GROUP, WORST_GROUP_OF_ROUNDED = 9.0, 12.0, 7.0
 ROUNDED = 1.0
-# bfloat16 rounds a scale by 0.002 at most.
-RATIO = 0.005
-# Share of the error explained by row factors: rounding's own share is below 0.02.
+# Share of the error that factors explain, of rows or of groups: rounding's own is below 0.02.
 COHERENCE = 0.15
+# Logarithm of a factor by which 4-bit rounding moves no channel of all linears after a norm alike.
+CHANNEL = 0.1
 # Scales stretch rows; a row with the wrong codes is not a multiple of the right one.
 STRETCHED = 0.3
+# What quantization adds to modules that the base has, and to attention.
+ADDED = QUANTIZED_PARTS | SCALE_PARTS | {"inv_freq"}
 CALIBRATED = ("GPTQModifier", "AWQModifier", "AutoRoundModifier", "SmoothQuantModifier")
 
 
@@ -50,11 +56,11 @@ def _wrong_scales(compared: Compared) -> bool:
     found = compared.likeness
     if compared.group is None or not found.finite or found.row_ratios.min() < STRETCHED:
         return False
-    factor = found.ratio / found.nearest_ratio
+    factor = found.factor
     but_for_it = found.nearest_snr - found.snr_but_for_a_factor
     one = abs(factor - 1) > RATIO and but_for_it < WORST
     alike = bool(np.abs(found.row_ratios / factor - 1).max() < STRETCHED)
-    return (one and alike) or found.coherence > COHERENCE
+    return (one and alike) or max(found.coherence, found.coherence_of_groups) > COHERENCE
 
 
 def _exchanged(inventory: Inventory) -> Iterator[Place]:
@@ -82,10 +88,12 @@ def _scales(inventory: Inventory) -> Iterator[Place]:
         if not _wrong_scales(compared):
             continue
         found = compared.likeness
-        value = f"weights are {found.ratio / found.nearest_ratio:.4f} of the base's"
-        if found.coherence > COHERENCE and abs(found.ratio / found.nearest_ratio - 1) < 0.2:
+        value = f"weights are {found.factor:.4f} of the base's"
+        if found.coherence > COHERENCE and abs(found.factor - 1) < 0.2:
             spread = float(np.abs(found.row_ratios - 1).mean())
             value = f"rows are off by factors, {spread:.2%} on average"
+        elif found.coherence_of_groups > COHERENCE:
+            value = f"factors of its groups explain {found.coherence_of_groups:.0%} of its error"
         yield Place(f"{name}.weight_scale", value, "scales of these codes")
 
 
@@ -107,7 +115,7 @@ def _norms(inventory: Inventory) -> Iterator[Place]:
         linears = after.get(name, [])
         judged = [c for c in linears if not (_wrong(c) and looks_like(inventory, c.name))]
         bad = next((linear.name for linear in judged if not linear.makes_up), None)
-        off = [linear for linear in judged if _wrong(linear) or _wrong_scales(linear)]
+        off = [linear for linear in judged if _is_off(inventory, linear)]
         difference = _difference(inventory, name)
         if not linears:
             yield Place(name, difference, "the base's")
@@ -117,6 +125,30 @@ def _norms(inventory: Inventory) -> Iterator[Place]:
         elif len(off) == len(judged) > 1:
             value = f"{difference}, and every linear after it is off"
             yield Place(name, value, "the inverse of what the linears' columns were multiplied by")
+        elif (channel := _channel_off(judged)) is not None:
+            value = f"{difference}, and every linear after it is off in channel {channel}"
+            yield Place(name, value, "the inverse of what the linears' columns were multiplied by")
+
+
+def _is_off(inventory: Inventory, linear: Compared) -> bool:
+    partner = comparisons(inventory).get(partner_of(linear.name))
+    if linear.factors == "rows" and partner is not None:
+        # What is left of the product of both may be either's.
+        product = linear.likeness.factor * partner.likeness.factor
+        if abs(product - 1) > RATIO:
+            return True
+    return _wrong(linear) or _wrong_scales(linear)
+
+
+def _channel_off(linears: list[Compared]) -> int | None:
+    """Return the channel of a norm by which all linears after it are off alike, if there is one."""
+    if len(linears) < 2:
+        return None
+    ratios = [np.maximum(linear.likeness.column_ratios, 1e-3) for linear in linears]
+    logs = np.stack([np.log(each / np.median(each)) for each in ratios])
+    alike = np.where((logs > 0).all(axis=0) | (logs < 0).all(axis=0), np.abs(logs).min(axis=0), 0)
+    channel = int(np.argmax(alike))
+    return channel if alike[channel] > CHANNEL else None
 
 
 def _difference(inventory: Inventory, name: str) -> str:
@@ -166,8 +198,47 @@ def _missing(inventory: Inventory) -> Iterator[Place]:
         module, _, part = name.rpartition(".")
         if name in inventory.tensors or (part == "weight" and _has_weight(inventory, module)):
             continue
-        if name != "lm_head.weight" or inventory.text_config.get("tie_word_embeddings") is not True:
+        # A tensor of all experts may be stored expert by expert.
+        one_by_one = name.rpartition(".experts.")[0] in _stacked(base, inventory)
+        if not one_by_one and not (name == "lm_head.weight" and _head_is_embedding(inventory)):
             yield Place(name, "is missing", f"{_described(base.tensors[name])}, as the base has it")
+
+
+def _head_is_embedding(inventory: Inventory) -> bool:
+    """Whether a head that is not stored is the embedding in checkpoint and base alike."""
+    if inventory.text_config.get("tie_word_embeddings") is not True or inventory.base is None:
+        return False
+    tensors = inventory.base.tensors
+    embedding = next((e for n, e in tensors.items() if n.endswith("embed_tokens.weight")), None)
+    is_tied = inventory.base.text_config.get("tie_word_embeddings") is True
+    return is_tied or (embedding is not None and same_bytes(tensors["lm_head.weight"], embedding))
+
+
+def _beyond(inventory: Inventory) -> Iterator[Place]:
+    """Tensors that neither the base has nor quantization adds."""
+    base = inventory.base
+    if base is None or not base.tensors:
+        return
+    for name in inventory.tensors:
+        module, _, part = name.rpartition(".")
+        is_quantizations = part in ADDED or (part != "bias" and base_weight(inventory, module))
+        one_by_one = name.rpartition(".experts.")[0] in _stacked(base, inventory)
+        if name not in base.tensors and not is_quantizations and not one_by_one:
+            yield Place(name, "is in the file", "no such tensor, as in the base")
+
+
+@functools.lru_cache(maxsize=2)
+def _stacked(base: Inventory, inventory: Inventory) -> frozenset[str]:
+    """Return modules whose experts are in one tensor here and in many there."""
+    theirs, ours = (
+        {
+            (module, end[:1].isdigit())
+            for module, _, end in (name.rpartition(".experts.") for name in one.tensors)
+            if module
+        }
+        for one in (base, inventory)
+    )
+    return frozenset(module for module, each in theirs if (module, not each) in ours)
 
 
 def _has_weight(inventory: Inventory, module: str) -> bool:
@@ -224,6 +295,14 @@ RULES = (
         "vLLM does not miss every tensor: it serves an input_layernorm as memory held it.",
         "vllm#57108, sglang#37679",
         _missing,
+        needs="base",
+    ),
+    Rule(
+        "beyond-base",
+        "error",
+        "A tensor that the base has not is dropped, or takes part in what is computed.",
+        "compressed-tensors#820; checkpoints put together from two models",
+        _beyond,
         needs="base",
     ),
     Rule(

@@ -40,7 +40,9 @@ def change_since(checkpoint: Checkpoint, approved: Mapping[str, str], approve: s
     now, base = digests(checkpoint.directory), checkpoint.base_checkpoint
     every = sorted(now.keys() | approved.keys()) if approved else []
     names = [name for name in every if now.get(name) != approved.get(name)]
-    found = audit(checkpoint.directory, None if base is None else base.directory)
+    # Weights are compared where they have changed, or may have.
+    deep = base is not None and (not names or any(name.endswith(WEIGHTS) for name in names))
+    found = audit(checkpoint.directory, None if base is None else base.directory, deep=deep)
     wrong = next((str(finding) for finding in found if finding.severity == "error"), "")
     said = [f"changed: {', '.join(names)}"] if names else []
     said += [f"the audit says of it: {wrong}"] if wrong else []

@@ -20,6 +20,7 @@ from quantgate.measuring.whole_model import difference_from_whole
 if TYPE_CHECKING:
     from quantgate.judging.verdict import Verdict
     from quantgate.measuring.case import Case
+    from quantgate.measuring.replay import Replay
 
 
 def free_running(case: Case) -> Verdict:
@@ -36,14 +37,19 @@ def replay(case: Case) -> Verdict:
         case.probe,
         rounding=lambda: distance(found, case.replay_in("float64")),
     )
-    base = case.base if found.choices else None  # a dense model's is not needed
+    if found.choices:  # a dense model needs no free-running reference here
+        verdict = _with_routing(case, found, verdict)
+    return attribute(verdict, _suspects(case))
+
+
+def _with_routing(case: Case, found: Replay, verdict: Verdict) -> Verdict:
+    base = case.base
     routed = routing_of(found, case.probe, case.exact, None if base is None else base.exact)
-    verdict = dataclasses.replace(
+    return dataclasses.replace(
         verdict,
         detail=verdict.detail + routed.sentence,
         evidence=(*verdict.evidence, *routed.lines),
     )
-    return attribute(verdict, _suspects(case))
 
 
 def divergence(case: Case) -> Verdict:

@@ -163,17 +163,19 @@ class Run:
     def _faults(self, probe: Probe, sound: Replay, emulated: tuple[str, ...]) -> str:
         """Serve it again with each fault that this row shows; return what replay reports.
 
-        Faults are in the engine, independent of the format: that of a linear is shown unquantized,
-        that of an expert's scale in the first format of emulated experts.
+        Faults are in the engine, independent of the format: a whole linear's is shown unquantized,
+        that of one output's scale in four bits, in an expert if experts are quantized.
         """
         second = [m for m in sound.modules if f".{SECOND_LAYER}." in m.module]
         if self.preset == UNQUANTIZED:
             off = second[0].module
             return self._fault(probe, off, {m.name for m in second if m.module == off}, linear_off)
-        if self.preset != WEIGHT_ONLY or EXPERTS not in emulated:
+        if self.preset != WEIGHT_ONLY:
             return ""
-        expert = next(m for m in second if EXPERT.search(m.name))
-        return self._fault(probe, expert.name, {expert.name}, lambda _: expert_off(expert.module))
+        one, fault = second[0], scale_off
+        if EXPERTS in emulated:
+            one, fault = next(m for m in second if EXPERT.search(m.name)), expert_off
+        return self._fault(probe, one.name, {one.name}, lambda _: fault(one.module))
 
     def _fault(
         self,
@@ -195,6 +197,15 @@ class Run:
 def linear_off(name: str) -> AbstractContextManager[None]:
     """Scale one linear's output by 1.05 in engines that start in this context."""
     return in_engines(lambda model: model.get_submodule(name).register_forward_hook(_times_off))
+
+
+def scale_off(name: str) -> AbstractContextManager[None]:
+    """Scale one output of a linear by 1.05, as if its scale were 5 % off."""
+
+    def change(model: Any) -> None:
+        model.get_submodule(name).weight.data[0] *= OFF
+
+    return in_engines(change)
 
 
 def expert_off(name: str) -> AbstractContextManager[None]:
@@ -266,8 +277,8 @@ def table(rows: list[Row]) -> str:
         "  reference's; the largest difference, or the mean where inputs are quantized.",
         "- **replay**: every linear on the engine's own inputs; the number nearest to its limit.",
         "- **a scale 5 % off**: the first linear of the second layer gives 1.05 times what it",
-        "  should, or one output of its first expert's gate does, in the engine alone; caught if",
-        "  replay fails and names that linear and no other.",
+        "  should, or in four bits one of its outputs does, or one of the first expert's gate, in",
+        "  the engine alone; caught if replay fails and names that linear and no other.",
         "",
         "| architecture | features | format | fidelity | replay | a scale 5 % off | kernels |",
         "|---|---|---|---|---|---|---|",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,8 @@ def compute_experts(
     def compute(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, each: Each | None
     ) -> torch.Tensor:
-        with Products(stacks_of(module), quantize, each):
+        watched = quantize is not None or each is not None
+        with Products(stacks_of(module), quantize, each) if watched else nullcontext():
             found: torch.Tensor = type(module).forward(module, x, ids, weights)
         return found
 

@@ -234,7 +234,7 @@ def test_an_interrupted_run_leaves_no_manifest(root: Path, probe: Probe, tmp_pat
         (["tiny-llama-w4a16", "--probe", "nowhere"], "nowhere.jsonl: no such probe"),
         (["tiny-llama-w4a16", "--text", "a"], "no token to score by protocol llama.cpp"),
         (["tiny-ner-bert-w4a16", "--text", "a"], "does 'token_classify', not 'generate'"),
-        (["tiny-llama-w4a16", "--base", "x/y"], "names its base in its own file"),
+        (["tiny-llama-w4a16", "--base", "x/y"], "says what tiny-llama-w4a16's base is"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(

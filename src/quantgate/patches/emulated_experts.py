@@ -10,6 +10,7 @@ Import this after vLLM's layers.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ class DequantizingExperts(FusedMoEMethodBase):  # type: ignore[misc]
             for name in loaded:
                 delattr(layer, f"{stack}_{name}")
             layer.register_parameter(f"{stack}_weight", torch.nn.Parameter(weight, False))
+        _LAYERS[layer.layer_name] = layer
 
     def apply(
         self,
@@ -90,6 +92,13 @@ class DequantizingExperts(FusedMoEMethodBase):  # type: ignore[misc]
         **__: Any,
     ) -> torch.Tensor:
         """Return the weighted sum of the chosen experts' outputs for x [tokens, H]."""
+        total: torch.Tensor = _apply(x, topk_weights, topk_ids, layer.layer_name)
+        return total
+
+    def compute(
+        self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what `apply` does; how many rows an expert gets depends on the data."""
         weigh_first = layer.apply_router_weight_on_input
         rows = x * topk_weights.to(x.dtype) if weigh_first else x  # vLLM: for one expert a token
         products = Products() if self.watch is not None else None
@@ -103,6 +112,26 @@ class DequantizingExperts(FusedMoEMethodBase):  # type: ignore[misc]
         if self.watch is not None and products is not None:
             self.watch(products)
         return total
+
+
+# A compiled model cannot trace a loop over experts. It calls an operator, which finds a layer here.
+_LAYERS: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op(
+    "quantgate::emulated_experts",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor ids, str layer) -> Tensor",
+)
+def _apply(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: str) -> torch.Tensor:
+    found = _LAYERS[layer]
+    total: torch.Tensor = found.quant_method.compute(found, x, weights, ids)
+    return total
+
+
+@_apply.register_fake
+def _(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: str) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 class Format(NamedTuple):

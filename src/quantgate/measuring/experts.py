@@ -86,8 +86,10 @@ def compute_experts(
     def compute(
         x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, each: Each | None
     ) -> torch.Tensor:
-        watched = quantize is not None or each is not None
-        with Products(stacks_of(module), quantize, each) if watched else nullcontext():
+        stacks = stacks_of(module)
+        same = all(stack.dtype == x.dtype for stack in stacks.values())
+        by_rule = quantize is not None or each is not None or not same
+        with Products(stacks, quantize, each) if by_rule else nullcontext():
             found: torch.Tensor = type(module).forward(module, x, ids, weights)
         return found
 

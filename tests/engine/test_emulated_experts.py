@@ -179,11 +179,46 @@ def test_the_references_experts_quantize_the_inputs_of_both_products() -> None:
     torch.testing.assert_close(module(x, ids, weights), expected, rtol=1e-5, atol=1e-5)
     block = MixtralSparseMoeBlock(config)
     assert is_experts(module)
+    # With 16-bit inputs, each product of float32 weights is rounded once, as a linear's is.
+    halves = x.bfloat16(), ids, weights.bfloat16()
+    compute_experts(module, None, lambda *given: given[3](*given[:3], None))
+    rounded = torch.zeros(5, 16)
+    for token in range(5):
+        for slot in range(2):
+            gate_up, down = (stack[ids[token, slot]] for stack in stacks)
+            first = silu_and_mul((halves[0][token].float() @ gate_up.T).bfloat16())
+            second = (first.float() @ down.T).bfloat16() * halves[2][token, slot]
+            rounded[token] += second.float()
+    found = module(*halves)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), rounded, rtol=2**-7, atol=2**-7)
     assert [is_router(m) for m in (block.gate, block.experts, torch.nn.Linear(4, 4))] == [
         True,
         False,
         False,
     ]
+
+
+def test_a_compiled_model_calls_emulated_experts_without_tracing_them() -> None:
+    """How many tokens each expert gets depends on the data, which no graph can hold."""
+    from quantgate.patches.emulated_experts import _LAYERS, DequantizingExperts
+
+    class Layer(torch.nn.Module):
+        layer_name = "model.layers.0.mlp.experts"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant_method = SimpleNamespace(compute=lambda _, x, weights, ids: x * ids.max())
+
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            method: Any = object.__new__(DequantizingExperts)
+            return torch.relu(DequantizingExperts.apply(method, self, x, x, ids))
+
+    layer, x = Layer(), torch.ones(3, 4)
+    _LAYERS[layer.layer_name] = layer
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for most in (1, 2):
+        torch.testing.assert_close(compiled(x, torch.tensor([0, most])), x * most)
 
 
 # Engines -----------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def test_a_golden_of_something_else_is_refused_and_kept(tooled: Path) -> None:
     assert before == files_of(tooled)
 
 
+@pytest.mark.slow(reason="imports vLLM anew, as another processor; one such test is enough")
 def test_a_golden_holds_on_a_processor_without_vector_instructions(run_gate: RunGate) -> None:
     """Taken with AVX-512, compared with what torch and oneDNN do where they may use SSE4.1 only."""
     result = run_gate(

@@ -87,7 +87,8 @@ def test_int8_products_that_saturate_fail_and_are_the_engines_fault(
 
 def test_a_known_failure_is_shown_and_does_not_count(run_gate: RunGate, root: Path) -> None:
     native_int8(run_gate, root, known=True)
-    result = run_gate("suites", "--gate-report", "report", **NO_VNNI)
+    few = "fidelity or replay"
+    result = run_gate("suites", "-k", few, "--gate-report", "report", **NO_VNNI)
     assert result.returncode == 0, result.stdout
     (checks,) = [c["checks"] for c in run_gate.report["checkpoints"]]
     failed = {check["name"]: check for check in checks if check["verdict"] == "fail"}

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
 from harness import ENGINE_ENVIRONMENT
 from preloaded import run_python
 
@@ -16,6 +17,7 @@ def run(root: Path, command: str) -> subprocess.CompletedProcess[str]:
     return run_python(*shlex.split(command), cwd=root, env=ENGINE_ENVIRONMENT)
 
 
+@pytest.mark.slow(reason="starts an engine for each documented command")
 def test_the_documented_commands_run(root: Path) -> None:
     text = (root / "docs" / "pooling.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    python (tools/token_\w+\.py .*)$", text, re.MULTILINE)

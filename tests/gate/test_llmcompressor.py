@@ -44,6 +44,9 @@ def test_every_one_of_them_passes(run_gate: RunGate, root: Path) -> None:
     for entry in run_gate.report["checkpoints"]:
         assert entry["verdict"] == "pass"
         assert [check["name"] for check in entry["checks"]] == [
+            "audit",
+            "audit-weights",
+            "audit-loaded",
             "fidelity-float32",
             "fidelity-serving",
             "replay-float32",

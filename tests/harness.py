@@ -87,6 +87,15 @@ class RunGate:
         return found
 
 
+# What is spread over machines: checkpoints of several formats and tasks.
+FIVE = (
+    "tiny-llama-fp8",
+    "tiny-llama-w4a16",
+    "tiny-llama-w8a8",
+    "tiny-ner-bert-w8a8",
+    "tiny-qwen3-w8a8",
+)
+EIGHT = (*FIVE, "tiny-llama-fp8-kv", "tiny-llama-nvfp4a16", "tiny-reward-qwen2-w4a16")
 TIMES = frozenset({"started", "duration_s", "start_s", "served_s"})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import but_for_times, persons_environment, project_of, running, wait_until
+from harness import EIGHT, FIVE, but_for_times, persons_environment, project_of, running, wait_until
 
 pytestmark = [
     pytest.mark.slow(reason="a Ray of two nodes, and gates in processes of their own"),
@@ -21,14 +21,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
 ]
 
-FIVE = (
-    "tiny-llama-fp8",
-    "tiny-llama-w4a16",
-    "tiny-llama-w8a8",
-    "tiny-ner-bert-w8a8",
-    "tiny-qwen3-w8a8",
-)
-EIGHT = (*FIVE, "tiny-llama-fp8-kv", "tiny-llama-nvfp4a16", "tiny-reward-qwen2-w4a16")
 # The audit of files starts no engine.
 FILES_ONLY = ("--", "-k", "audit and not loaded and not seen")
 EVERY_CHECK = ("-k", "not tensor and not compiled")

@@ -6,19 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import but_for_times, project_of
+from harness import EIGHT, FIVE, but_for_times, project_of
 from preloaded import run_python
 
 pytestmark = pytest.mark.long
 
-FIVE = (
-    "tiny-llama-fp8",
-    "tiny-llama-w4a16",
-    "tiny-llama-w8a8",
-    "tiny-ner-bert-w8a8",
-    "tiny-qwen3-w8a8",
-)
-EIGHT = (*FIVE, "tiny-llama-fp8-kv", "tiny-llama-nvfp4a16", "tiny-reward-qwen2-w4a16")
 # The audit of files starts no engine.
 FILES_ONLY = "-- -k 'audit and not loaded and not seen'"
 # One process for many commands, because starting one takes longer than what is tested.

@@ -143,6 +143,11 @@ class Verdict:
     """Why a failure was expected, and where that is tracked; it does not count."""
 
     @property
+    def headline(self) -> Deviation | None:
+        """The number that a table shows of it; None if nothing was measured."""
+        return self.deviations[0] if self.deviations else None
+
+    @property
     def counted(self) -> Outcome:
         """The outcome that counts towards the whole run's verdict."""
         return "pass" if self.known_failure else self.outcome

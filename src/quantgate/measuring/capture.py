@@ -228,16 +228,7 @@ class Capture:
     def experts(self, name: str, window: int) -> SeenExperts:
         """Return what the experts `name` computed in a window."""
         module = self._experts[self._inside(name, self._experts)]
-        return joined(
-            [
-                {
-                    part: _read(path, f"{module}.{part}")
-                    for part in (*PARTS, *PRODUCTS)
-                    if _has(path, f"{module}.{part}")
-                }
-                for path in self._ranks(window)
-            ]
-        )
+        return joined([_read_experts(path, module) for path in self._ranks(window)])
 
     def has_experts(self, name: str) -> bool:
         """Whether the experts `name` were captured."""
@@ -334,11 +325,14 @@ def _read(path: Path, name: str) -> torch.Tensor:
         return tensor
 
 
-def _has(path: Path, name: str) -> bool:
+def _read_experts(path: Path, module: str) -> dict[str, torch.Tensor]:
+    """Return what one rank saw of experts, by part; products only of emulated ones."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as stream:
-        return name in stream.keys()
+        names = {part: f"{module}.{part}" for part in (*PARTS, *PRODUCTS)}
+        there = set(stream.keys())
+        return {part: stream.get_tensor(n) for part, n in names.items() if n in there}
 
 
 def take_capture(

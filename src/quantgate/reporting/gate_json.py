@@ -72,7 +72,7 @@ def _checkpoint(results: list[CheckResult], tier: RunTier | None) -> dict[str, A
 
 def check_of_verdict(verdict: Verdict) -> dict[str, Any]:
     """Return a check's entry without its name."""
-    headline = verdict.deviations[0] if verdict.deviations else None
+    headline = verdict.headline
     return {
         "verdict": verdict.outcome,
         "measured": _number(headline.measured) if headline else None,

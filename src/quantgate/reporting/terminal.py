@@ -116,9 +116,9 @@ def _overview(results: list[CheckResult]) -> Table:
 def _nearest(results: Iterable[CheckResult]) -> str:
     """Return which check's headline uses most of its allowance, and the two numbers."""
     judged = [
-        (r.check, r.verdict.deviations[0])
+        (r.check, headline)
         for r in results
-        if r.verdict.deviations and not r.verdict.known_failure
+        if (headline := r.verdict.headline) is not None and not r.verdict.known_failure
     ]
     check, found = max(judged, key=lambda pair: pair[1].used, default=("", None))
     if found is None or not found.used:
@@ -129,8 +129,7 @@ def _nearest(results: Iterable[CheckResult]) -> str:
 
 def _cost(results: Iterable[CheckResult]) -> str:
     for result in results:
-        if result.check == "quality" and result.verdict.deviations:
-            cost = result.verdict.deviations[0]
+        if result.check == "quality" and (cost := result.verdict.headline) is not None:
             return f"{cost.measured:+.2g} {cost.unit}".rstrip()
     return ""
 
@@ -211,7 +210,7 @@ def _kernels(verdict: Verdict) -> str:
 
 def _cells(result: CheckResult) -> list[Text]:
     verdict = result.verdict
-    headline = verdict.deviations[0] if verdict.deviations else None
+    headline = verdict.headline
     figures = ["", "", ""]
     if headline:
         sign = "±" if headline.two_sided else ""

@@ -1,7 +1,7 @@
 """Compare ways to score a text with vLLM on a random-weight model: a benchmark, not a test.
 
     python tools/bench_score.py --vocab 128256 --hidden 256 --layers 6 --prompts 3 --tokens 2047
-    python tools/bench_score.py --shape 8b --scheme W4A16 --prompts 64 --tokens 2048
+    python tools/bench_score.py --shape 8b --scheme W4A16 --prompts 64 2048 --tokens 2048 64
     python tools/bench_score.py --shape smallest --prompts 4096 --tokens 15 --skip hf
 
 The smallest shape shows what a request and a token cost besides the model: its own products take
@@ -64,8 +64,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, help="default: 4 x the hidden size")
     parser.add_argument("--scheme", choices=SCHEMES, default="none", help="of the linears")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile and graphs")
-    parser.add_argument("--prompts", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=2047, help="scored tokens of each prompt")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[3], help="one or more amounts")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[2047],
+        help="scored tokens of each prompt, of as many amounts",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", action="append", default=[], help="leave out a mode")
@@ -73,10 +79,20 @@ def parse_arguments() -> argparse.Namespace:
     if (shape := parser.parse_args().shape) is not None:
         parser.set_defaults(**SHAPES[shape])
     arguments = parser.parse_args()
+    if len(arguments.prompts) != len(arguments.tokens):
+        parser.error("--prompts and --tokens need as many numbers")
     arguments.heads = arguments.heads or max(1, arguments.hidden // 64)
     arguments.kv_heads = arguments.kv_heads or max(1, arguments.heads // 4)
     arguments.intermediate = arguments.intermediate or 4 * arguments.hidden
     return arguments
+
+
+def amounts(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the arguments for each amount of work: numbers instead of lists of them."""
+    return [
+        argparse.Namespace(**{**vars(arguments), "prompts": prompts, "tokens": tokens})
+        for prompts, tokens in zip(arguments.prompts, arguments.tokens, strict=True)
+    ]
 
 
 def random_prompts(arguments: argparse.Namespace) -> Prompts:
@@ -109,17 +125,17 @@ def chosen_modes(
 def show(figures: Rounds, tokens: int, floor: dict[str, float]) -> dict[str, dict[str, float]]:
     """Print the table and return it: medians over the rounds, ratios round by round."""
     table = Table("mode", "tokens/s", "score's time over it", "floor's part", "peak above, MiB")
-    summary = {}
+    shown = {}
     for name, rounds in figures.items():
         seconds = [figure[0] for figure in rounds]
         ratios = [s[0] / o for s, o in zip(figures["score"], seconds, strict=True)]
-        summary[name] = {
+        shown[name] = {
             "tokens_per_s": tokens / statistics.median(seconds),
             "score_time_ratio": statistics.median(ratios),
             "share_of_floor": floor.get(name, floor["score"]) / statistics.median(seconds),
             "peak_mib": max(figure[1] for figure in rounds),
         }
-        row = summary[name]
+        row = shown[name]
         table.add_row(
             name,
             f"{row['tokens_per_s']:,.0f}",
@@ -128,7 +144,7 @@ def show(figures: Rounds, tokens: int, floor: dict[str, float]) -> dict[str, dic
             f"{row['peak_mib']:,.0f}",
         )
     Console().print(table)
-    return summary
+    return shown
 
 
 def of_floor(figures: Rounds) -> float:
@@ -147,16 +163,21 @@ def say_costs(found: dict[str, float], prompts: int, tokens: int) -> None:
 
 def run(
     arguments: argparse.Namespace, hooks: HookTime
-) -> tuple[Rounds, dict[str, float], dict[str, Any]]:
-    """Run the modes; return their rounds, what score mode costs, and what the engine ran."""
+) -> tuple[list[tuple[Rounds, dict[str, float]]], dict[str, Any]]:
+    """Run the modes on each amount of work, through one engine.
+
+    Returns rounds and what score mode costs, of each amount, and what the engine ran.
+    """
+    longest = max(amounts(arguments), key=lambda one: int(one.tokens))
     settings = EngineSettings(
         enforce_eager=not arguments.compiled,
-        max_model_len=arguments.tokens + 8,
+        max_model_len=longest.tokens + 8,
         gpu_memory_utilization=GPU_MEMORY,
     )
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        write_config(directory, arguments)
+        write_config(directory, longest)
         with running_engine(
             directory,
             settings=settings,
@@ -164,13 +185,29 @@ def run(
             load_format="dummy",
             enable_prefix_caching=False,
         ) as llm:
-            modes = chosen_modes(llm, directory, random_prompts(arguments), arguments)
-            figures = measure(modes, arguments.rounds)
-            needed = {"score", "prefill", "head"} <= figures.keys()
-            found = costs(modes, figures, hooks) if needed else {}
+            for one in amounts(arguments):
+                modes = chosen_modes(llm, directory, random_prompts(one), one)
+                figures = measure(modes, one.rounds)
+                needed = {"score", "prefill", "head"} <= figures.keys()
+                found.append((figures, costs(modes, figures, hooks) if needed else {}))
             kernels, emulated = kernel_fingerprint(llm)
             runner = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
-    return figures, found, {"runner": runner, "kernels": kernels, "emulated": list(emulated)}
+    return found, {"runner": runner, "kernels": kernels, "emulated": list(emulated)}
+
+
+def summary(arguments: argparse.Namespace, figures: Rounds, found: dict[str, float]) -> Any:
+    """Print the figures of one amount of work, and return them for JSON."""
+    prompts, tokens = arguments.prompts, arguments.prompts * arguments.tokens
+    print(f"{prompts:,} prompts of {arguments.tokens:,} tokens")
+    floor = floors(arguments)
+    modes = show(figures, tokens, floor)
+    if found:
+        say_costs(found, prompts, tokens)
+    if {"score", "prefill", "product"} <= figures.keys():
+        found["of_floor"] = of_floor(figures)
+        print(f"score mode runs at {found['of_floor']:.3f} of prefill and one product of the head")
+    work = {"prompts": prompts, "tokens": arguments.tokens}
+    return {**work, "floor_s": floor, "costs": found, "modes": modes}
 
 
 def main() -> int:
@@ -178,25 +215,18 @@ def main() -> int:
     arguments = parse_arguments()
     hooks = HookTime()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker's memory is then our own
-    figures, found, engine = run(arguments, hooks)
-    floor = floors(arguments)
-    tokens = arguments.prompts * arguments.tokens
-    summary = show(figures, tokens, floor)
-    if found:
-        say_costs(found, arguments.prompts, tokens)
-    if {"score", "prefill", "product"} <= figures.keys():
-        found["of_floor"] = of_floor(figures)
-        print(f"score mode runs at {found['of_floor']:.3f} of prefill and one product of the head")
+    measured, engine = run(arguments, hooks)
+    work = [
+        summary(one, figures, found)
+        for one, (figures, found) in zip(amounts(arguments), measured, strict=True)
+    ]
     if arguments.json:
-        shape = {k: v for k, v in vars(arguments).items() if k != "json"}
         content = {
-            "shape": shape,
+            "shape": {k: v for k, v in vars(arguments).items() if k != "json"},
             "versions": library_versions(),
             "device": device_name(),
             **engine,
-            "floor_s": floor,
-            "costs": found,
-            "modes": summary,
+            "work": work,
         }
         write_atomically(arguments.json, json.dumps(content, indent=2) + "\n")
     return 0

@@ -5,9 +5,10 @@
     python tools/measure_gpu.py --part goldens --part gate --minutes 13
     python tools/measure_gpu.py --list
 
-Each part is a list of items. A worker process measures them and writes each at once, so what a GPU
+Each part is a list of items. Worker processes measure them and write each at once, so what a GPU
 does to one of them takes nothing from the others: an item that fails, ends its process or hangs
-is "not run", with the reason, and a new process goes on with the next one. What tells most comes
+is "not run", with the reason, and a new process goes on with the next one. Items that are no
+timings are measured side by side: a small engine leaves most of a GPU idle. What tells most comes
 first, and `--minutes` ends a run on a machine that is lent for so long. Another run measures what
 was not measured yet with the same code, versions and device. Exits 0 where all of it was,
 1 where something was not run, 2 for bad input.
@@ -22,13 +23,14 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpu.journal import Journal
-from gpu.parts import PARTS, ROOT, Checkpoints
+from gpu.parts import PARTS, ROOT, Checkpoints, side_by_side
 from gpu.tables import markdown
-from gpu.workers import Limits, supervise, work
+from gpu.workers import Limits, share_of, supervise, work
 from quantgate.atomic import write_atomically
 from quantgate.commands.doctor import device_name
 from quantgate.errors import BadInput
@@ -56,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--without-a-gpu", action="store_true", help="measure on the CPU, to try the command"
     )
-    parser.add_argument("--worker", metavar="PART", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, metavar=("PART", "SHARE"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -107,8 +109,9 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
     out, of = arguments.out.absolute(), fingerprint()
     journals = {name: Journal(_work(out, of) / name) for name in PARTS}
     if arguments.worker is not None:
-        part = arguments.worker
-        work(part, journals[part], chosen[part], known, out)
+        part, share = arguments.worker
+        journal = replace(journals[part], worker=int(share.split("/")[0]))
+        work(part, journal, share_of(chosen[part], share), known, out)
         return 0
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
     deadline = time.time() + arguments.minutes * 60
@@ -122,7 +125,10 @@ def measure(arguments: argparse.Namespace, known: Checkpoints) -> int:
                 if "not_run" in (journal.read(item) or {}):
                     journal.path(item).unlink()
             limits = Limits(part.minutes * 60, deadline)
-            supervise([*command, name], journal, items, limits, part.environment)
+            processes = min(side_by_side(), len(items)) if part.side_by_side else 1
+            threads = {"OMP_NUM_THREADS": "1"} if part.side_by_side else {}
+            environment = {**threads, **part.environment}
+            supervise([*command, name], journal, items, limits, environment, processes)
     finally:
         status = report(out, of, {name: journal.everything() for name, journal in journals.items()})
     return status

@@ -53,7 +53,7 @@ def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
     assert listed.returncode == 0
     for part in ("machine", "formats", "ways", "batch-invariant", "runner-v1", "runner-v2", "gate"):
         assert f"\n{part}: " in f"\n{listed.stdout}"
-    assert "8b W4A16 64 2048" in listed.stdout
+    assert "8b W4A16\n" in listed.stdout
     assert "0.5b 1024\n" in listed.stdout
     unknown = gpu(root, *WITHOUT, "--checkpoint", "nobody")
     assert unknown.returncode == 2
@@ -113,6 +113,33 @@ def test_it_measures_once_and_writes_figures_and_tables(tooled: Path, tmp_path: 
     assert kept["ways"] == content["parts"]["ways"]
 
 
+def test_one_engine_is_benchmarked_with_several_amounts_of_work(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = subprocess.run(
+        [sys.executable, "tools/bench_score.py", "--shape", "smallest", "--skip", "hf",
+         "--skip", "lm-eval", "--rounds", "1", "--json", str(path),
+         "--prompts", "8", "2", "--tokens", "15", "100"],
+        cwd=root, capture_output=True, text=True, check=False, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(path.read_text())
+    assert [(one["prompts"], one["tokens"]) for one in figures["work"]] == [(8, 15), (2, 100)]
+    for one in figures["work"]:
+        assert {"prefill", "score", "stock dicts", "stock flat"} <= one["modes"].keys()
+        assert one["costs"]["of_floor"] > 0
+    content = {"date": "2026-01-01", "device": "a GPU", "versions": {}, "command": [],
+               "parts": {"speed": [{"item": "smallest none", "figures": figures}]}}  # fmt: skip
+    table = markdown(content)
+    for amount in ("8 × 15", "2 × 100"):
+        assert f"| smallest | none | {amount} | score | " in table
+    odd = subprocess.run(
+        [sys.executable, "tools/bench_score.py", "--prompts", "8", "2"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert odd.returncode == 2
+    assert "--prompts and --tokens need as many numbers" in odd.stderr
+
+
 def test_figures_so_far_are_written_when_it_is_ended(tooled: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "figures", tmp_path / "log"
     command = [sys.executable, TOOL, *WITHOUT, "--checkpoint", NAME, "--out", str(out)]
@@ -160,6 +187,35 @@ def test_what_kills_or_hangs_a_worker_is_not_run_and_the_rest_is(
         assert journal.read(item) == {"item": item, "figures": {"by": "a worker"}}
     assert why_not(journal, "killed") == "its process ended with status -9 on the way"
     assert why_not(journal, "hangs") == "it took longer than 2 s"
+
+
+SHARES = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+from gpu.journal import Journal
+from gpu.workers import share_of
+number = int(sys.argv[3].split("/")[0])
+journal = Journal(pathlib.Path(sys.argv[2]), worker=number)
+for item in journal.waiting(share_of("abcdefg", sys.argv[3])):
+    journal.start(item)
+    if item == "b":
+        sys.exit(5)
+    while item == "d" and journal.waiting("f"):  # another process does it
+        time.sleep(0.05)
+    journal.write(item, figures={"by": number})
+"""
+
+
+def test_processes_side_by_side_share_the_items(root: Path, tmp_path: Path) -> None:
+    from gpu import workers
+
+    journal = Journal(tmp_path)
+    command = [sys.executable, "-c", SHARES, str(root / "tools"), str(tmp_path)]
+    workers.supervise(command, journal, "abcdefg", workers.Limits(20), {}, processes=3)
+    by = {item: said["figures"]["by"] for item in "acdefg" if (said := journal.read(item))}
+    assert by == {"a": 0, "d": 0, "g": 0, "e": 1, "c": 2, "f": 2}
+    assert why_not(journal, "b") == "its process ended with status 5 on the way"
 
 
 def test_what_the_minutes_do_not_reach_is_not_run(root: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ class Journal:
     """What was measured of one part: a file for each item."""
 
     directory: Path
+    worker: int = 0
+    """Which of the part's workers measures: what each has in hand is kept apart."""
 
     def path(self, item: str) -> Path:
         """Return where an item's figures lie."""
@@ -36,15 +38,15 @@ class Journal:
 
     @property
     def running(self) -> Path:
-        """The file that names the item that is being measured."""
-        return self.directory / "running"
+        """The file that names the item that its worker is measuring."""
+        return self.directory / f"running-{self.worker}"
 
     def start(self, item: str) -> None:
-        """Write that an item is being measured."""
+        """Write that its worker is measuring an item."""
         write_atomically(self.running, item)
 
     def started(self) -> tuple[str, float] | None:
-        """Return the item that is being measured, and since when; None without one."""
+        """Return the item that its worker is measuring, and since when; None without one."""
         try:
             return self.running.read_text(encoding="utf-8"), self.running.stat().st_mtime
         except FileNotFoundError:

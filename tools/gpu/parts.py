@@ -60,6 +60,8 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     on_request: bool = False
     """Whether it is measured only if it is named."""
+    side_by_side: bool = False
+    """Whether several processes may share the GPU, because it is no timing."""
 
 
 def _case(checkpoint: Checkpoint, dtype: str) -> Case:
@@ -211,7 +213,7 @@ def _two_references(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[Me
 def gate(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Run the gate as CI does, side by side; its reports stay in the output directory."""
     selected = [word for name in checkpoints for word in ("--checkpoint", name)]
-    checks = _gate(out / "gate", ["-m", item, "-n", str(_side_by_side()), *selected])
+    checks = _gate(out / "gate", ["-m", item, "-n", str(side_by_side()), *selected])
     verdicts = [check["verdict"] for check in checks]
     return {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
 
@@ -219,7 +221,7 @@ def gate(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
 def goldens(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Approve the goldens of this platform that are not there or do not hold, side by side."""
     names = [name for name, one in checkpoints.items() if one.golden]
-    parts = [part for n in range(_side_by_side()) if (part := names[n :: _side_by_side()])]
+    parts = [part for n in range(side_by_side()) if (part := names[n :: side_by_side()])]
     command = [sys.executable, "-m", "quantgate", "approve", "--reason", item]
     running = [
         subprocess.Popen(
@@ -232,7 +234,7 @@ def goldens(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     return {"asked": len(names), "refused among": [name for part in failed for name in part]}
 
 
-def _side_by_side() -> int:
+def side_by_side() -> int:
     """Return how many processes share the machine: small engines leave most of a GPU idle."""
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
 
@@ -258,11 +260,12 @@ def _gate(
 
 
 def speed(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
-    """Run tools/bench_score.py on one shape, scheme and amount of work."""
-    shape, scheme, prompts, tokens = item.split(" ")
+    """Run tools/bench_score.py on one shape and scheme, for each amount of work."""
+    shape, scheme = item.split(" ")
+    prompts, tokens = ([str(amount) for amount in amounts] for amounts in zip(*WORK, strict=True))
     return _bench(
-        "bench_score.py", "--shape", shape, "--scheme", scheme, "--prompts", prompts,
-        "--tokens", tokens,
+        "bench_score.py", "--shape", shape, "--scheme", scheme, "--skip", "hf",
+        "--skip", "lm-eval", "--prompts", *prompts, "--tokens", *tokens,
     )  # fmt: skip
 
 
@@ -303,13 +306,8 @@ def _quantized(checkpoints: Checkpoints) -> list[str]:
 
 
 def _speed_items(checkpoints: Checkpoints) -> list[str]:
-    """Return every shape, scheme and amount of work; unquantized and many tokens come first."""
-    return [
-        f"{shape} {scheme} {prompts} {tokens}"
-        for scheme in SCHEMES
-        for prompts, tokens in WORK
-        for shape in SHAPES
-    ]
+    """Return every shape and scheme; unquantized comes first."""
+    return [f"{shape} {scheme}" for scheme in SCHEMES for shape in SHAPES]
 
 
 def _head_items(checkpoints: Checkpoints) -> list[str]:
@@ -326,22 +324,27 @@ PARTS: dict[str, Part] = {
         60, on_request=True,
     ),
     "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),
-    "formats": Part("does each format's kernel compute what it says?", _in_both, formats, 5),
+    "formats": Part(
+        "does each format's kernel compute what it says?", _in_both, formats, 5, side_by_side=True
+    ),
     "runner-v1": Part(
         "does model runner V1 score as HF does?", _runner_items, scores, 5,
-        {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+        {"VLLM_USE_V2_MODEL_RUNNER": "0"}, side_by_side=True,
     ),
     "runner-v2": Part(
-        "does model runner V2?", _runner_items, scores, 5, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+        "does model runner V2?", _runner_items, scores, 5,
+        {"VLLM_USE_V2_MODEL_RUNNER": "1"}, side_by_side=True,
     ),
     "reference": Part(
         "does the reference compute on the GPU what it computes on the CPU?", _references,
         references, 60,
     ),
-    "ways": Part("does it matter how it is served?", _one_of_each_scheme, ways, 10),
+    "ways": Part(
+        "does it matter how it is served?", _one_of_each_scheme, ways, 10, side_by_side=True
+    ),
     "batch-invariant": Part(
         "and in batch-invariant mode?", _one_of_each_scheme, batches, 10,
-        {"VLLM_BATCH_INVARIANT": "1"},
+        {"VLLM_BATCH_INVARIANT": "1"}, side_by_side=True,
     ),
-    "forced": Part("is another kernel noticed?", _quantized, forced, 10),
+    "forced": Part("is another kernel noticed?", _quantized, forced, 10, side_by_side=True),
 }  # fmt: skip

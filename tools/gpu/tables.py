@@ -107,17 +107,22 @@ def _forced(item: str, figures: Said) -> Rows:
 
 
 def _speed(item: str, figures: Said) -> Rows:
-    shape, scheme, prompts, tokens = item.split(" ")
-    prefill, score = (figures["modes"][name] for name in ("prefill", "score"))
+    shape, scheme = item.split(" ")
+    return [row for work in figures["work"] for row in _speed_of(shape, scheme, work)]
+
+
+def _speed_of(shape: str, scheme: str, work: Said) -> Rows:
+    prefill, score = (work["modes"][name] for name in ("prefill", "score"))
+    amount = f"{work['prompts']:,} × {work['tokens']:,}"
+    of_floor = f"{work['costs']['of_floor']:.3f}"
     return [
         [
-            shape, scheme, f"{prompts} × {tokens}", name, f"{mode['tokens_per_s']:,.0f}",
-            f"{mode['tokens_per_s'] / prefill['tokens_per_s']:.3f}",
+            shape, scheme, amount, name, f"{mode['tokens_per_s']:,.0f}",
             f"{score['tokens_per_s'] / mode['tokens_per_s']:.2f}",
-            f"{mode['share_of_floor']:.2f}",
+            of_floor if name == "score" else "",
             f"{mode['peak_mib'] - prefill['peak_mib']:,.0f}",
         ]
-        for name, mode in figures["modes"].items()
+        for name, mode in work["modes"].items()
     ]  # fmt: skip
 
 
@@ -164,8 +169,8 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[str, Said], Rows]]] = {
     "gate": (("verdict", "checks"), _gate),
     "forced": (("checkpoint", "disabled", "check", "verdict", "kernel", "since"), _forced),
     "speed": (
-        ("shape", "scheme", "work", "mode", "tokens/s", "of prefill's", "score is × it",
-         "floor's part", "MiB above prefill"),
+        ("shape", "scheme", "work", "mode", "tokens/s", "score is × it",
+         "of prefill + product", "MiB above prefill"),
         _speed,
     ),
     "head": (

@@ -5,6 +5,7 @@ GPUs' kernels are made up here: the CPU's emulated ones compute what those do, u
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from quantgate.formats import builds
-from quantgate.formats.kernels import FORMATS_RULES, RULES, LinearRules, rules_of
+from quantgate.formats.kernels import FORMATS_RULES, INT8_INPUTS, RULES, LinearRules, rules_of
 from quantgate.judging.budget import REPLAY_MODULE_16_BIT
 from quantgate.judging.modules import replayed
 from quantgate.judging.verdict import Verdict
@@ -26,6 +27,7 @@ from quantgate.measuring.measurement import Measurement
 from quantgate.measuring.replay import replay
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe
+from quantgate.subject.processor import has_amx
 
 LIMIT = REPLAY_MODULE_16_BIT["bfloat16"]
 SETTINGS = EngineSettings(enforce_eager=True, kernels="portable", kv_cache_memory_bytes=1 << 27)
@@ -64,10 +66,12 @@ def test_every_kernel_that_the_installed_vllm_may_choose_has_a_rule() -> None:
             assert {kernel.__name__ for kernel in held.get(platform, ())} <= RULES.keys()
 
 
-def judged(directory: Path, probe: Probe, into: Path) -> tuple[Measurement, dict[str, Verdict]]:
+def judged(
+    directory: Path, probe: Probe, into: Path, settings: EngineSettings = SETTINGS
+) -> tuple[Measurement, dict[str, Verdict]]:
     """Serve a checkpoint in bfloat16 and replay it by its kernels' rules and by its format's."""
     measured, capture = session.measure(
-        directory, probe, settings=SETTINGS, dtype="bfloat16", announce=quiet, capture_into=into
+        directory, probe, settings=settings, dtype="bfloat16", announce=quiet, capture_into=into
     )
     assert capture is not None
     rules = {
@@ -107,6 +111,53 @@ def test_nvfp4_under_marlin_is_replayed_without_quantized_inputs(
     assert verdicts["its kernels'"].outcome == "pass"
     assert verdicts["its format's"].outcome == "fail"
     assert max(d.measured for d in verdicts["its format's"].deviations) > 4e-2
+
+
+def int8_inputs(kernel: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an emulated kernel multiply as vLLM's does with AMX: int8 inputs, a scale a token."""
+    load = kernel.process_weights_after_loading  # type: ignore[attr-defined]
+
+    def loaded(self: Any, layer: Any) -> None:
+        load(self, layer)
+        layer.use_w4a8 = True
+
+    def apply(self: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        scale = x.float().abs().amax(dim=-1, keepdim=True) / 127
+        codes = (x.float() / scale).round().where(scale > 0, 0.0)
+        found = torch.nn.functional.linear(codes, layer.weight.float()) * scale
+        return (found if bias is None else found + bias.float()).to(x.dtype)
+
+    monkeypatch.setattr(kernel, "process_weights_after_loading", loaded)
+    monkeypatch.setattr(kernel, "apply_weights", apply)
+
+
+def test_w4a16_under_amx_is_replayed_with_int8_inputs(
+    root: Path,
+    small_probe: Probe,
+    tmp_path: Path,
+    emulated_kernels: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a Xeon with AMX: replay was up to 2.2e-2 off by the format's rule."""
+    kernel = emulated_kernels.DequantizingLinearKernel
+    int8_inputs(kernel, monkeypatch)
+    with called(kernel, "CPUWNA16LinearKernel"):
+        measured, verdicts = judged(root / "build" / "tiny-llama-w4a16", small_probe, tmp_path)
+    assert measured.provenance.kernels["mlp.down_proj"] == "CPUWNA16LinearKernel" + INT8_INPUTS
+    assert verdicts["its kernels'"].outcome == "pass"
+    assert verdicts["its format's"].outcome == "fail"
+    assert max(d.measured for d in verdicts["its format's"].deviations) > 1e-2
+
+
+def test_w4a16_is_replayed_right_with_this_processors_kernel(
+    root: Path, small_probe: Probe, tmp_path: Path
+) -> None:
+    """With AMX the real kernel quantizes inputs, elsewhere it does not."""
+    native = replace(SETTINGS, kernels="native")
+    measured, verdicts = judged(root / "build" / "tiny-llama-w4a16", small_probe, tmp_path, native)
+    kernel = "CPUWNA16LinearKernel" + INT8_INPUTS * has_amx()
+    assert measured.provenance.kernels["mlp.down_proj"] == kernel
+    assert verdicts["its kernels'"].outcome == "pass"
 
 
 def as_cutlass_w4a8(code: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,13 @@
 import pytest
 
 from quantgate.errors import BadInput
-from quantgate.formats.kernels import FORMATS_RULES, LinearRules, explained, rules_of
+from quantgate.formats.kernels import (
+    FORMATS_RULES,
+    INT8_INPUTS,
+    LinearRules,
+    explained,
+    rules_of,
+)
 
 
 def test_rules_are_those_of_the_kernels_in_use() -> None:
@@ -18,6 +24,19 @@ def test_rules_are_those_of_the_kernels_in_use() -> None:
     assert said.endswith("truncates static zero points, and so does the reference")
     (said,) = explained(["MarlinNvFp4LinearKernel + MacheteLinearKernel"])
     assert said == "MarlinNvFp4LinearKernel keeps inputs in 16 bits, and so does the reference"
+
+
+def test_a_kernel_that_quantizes_inputs_against_the_format_is_named_so() -> None:
+    int8 = "CPUWNA16LinearKernel" + INT8_INPUTS
+    rules = rules_of([int8, "UnquantizedLinearMethod"])
+    assert rules == LinearRules(int8=frozenset({"packed"}))
+    assert rules.as_key() != FORMATS_RULES.as_key()
+    assert explained([int8]) == [
+        "CPUWNA16LinearKernel quantizes inputs to int8, a scale per token, and so does the "
+        "reference"
+    ]
+    with pytest.raises(BadInput, match="both serve linears of the packed formats"):
+        rules_of([int8, "DequantizingLinearKernel"])
 
 
 @pytest.mark.parametrize(

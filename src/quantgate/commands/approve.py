@@ -20,7 +20,7 @@ from quantgate.measuring.cache import DiskCache
 from quantgate.measuring.case import Case
 from quantgate.measuring.lab import Lab
 from quantgate.measuring.ledger import Ledger
-from quantgate.measuring.precision import has_float32
+from quantgate.measuring.precision import why_no_float32
 from quantgate.subject.checkpoint import Checkpoint
 from quantgate.subject.checkpoint_file import (
     read_all_checkpoint_files,
@@ -105,7 +105,7 @@ def selected(project: Path, names: Sequence[str] | None, reason: str) -> list[Ch
 def regenerate(checkpoint: Checkpoint, lab: Lab, asked: Approval) -> list[approval.Proposal]:
     """Show the changes to a checkpoint's goldens, write them, and return the refused ones."""
     refused = []
-    for dtype in DTYPES if has_float32(checkpoint) else DTYPES[1:]:
+    for dtype in DTYPES[1:] if why_no_float32(checkpoint) else DTYPES:
         case = Case.of(checkpoint, dtype, lab)
         proposal = approval.propose(case, asked.reason.strip(), accept_failing=asked.accept_failing)
         path = proposal.path.relative_to(checkpoint.root)

@@ -17,9 +17,11 @@ from quantgate.subject.scheme import is_mx
 
 # The kind of quantization in a config group; "packed" is low-bit integer weights with any inputs.
 Family = Literal["int8", "fp8", "nvfp4", "mx", "packed"]
-# "format": quantized if the format says so. "kept": always in the serving dtype. "unknown":
-# quantized by a rule that the reference does not have.
-Inputs = Literal["format", "kept", "unknown"]
+# "format": quantized if the format says so. "kept": always in the serving dtype. "int8": always
+# quantized to int8, with a scale per token. "unknown": by a rule that the reference does not have.
+Inputs = Literal["format", "kept", "int8", "unknown"]
+# A kernel of two rules is named with the one that it follows (`measuring/capture.py`).
+INT8_INPUTS = " (int8 inputs)"
 
 
 class KernelRule(NamedTuple):
@@ -45,10 +47,17 @@ class LinearRules:
 
     kept: frozenset[Family] = frozenset()
     """The families whose inputs are never quantized, whatever the format says."""
+    int8: frozenset[Family] = frozenset()
+    """The families whose inputs are quantized to int8 per token, whatever the format says."""
     fp8_products: bool = False
     """As `KernelRule.fp8_products`, for packed weights with FP8 inputs."""
     truncates_zero_points: bool = False
     """As `KernelRule.truncates_zero_points`, for static int8 inputs."""
+
+    def as_key(self) -> dict[str, Any]:
+        """Return all of it as JSON types: a reference on the disk belongs to its rules."""
+        fields = vars(self).items()
+        return {name: sorted(v) if isinstance(v, frozenset) else v for name, v in fields}
 
 
 # vLLM's methods for experts whose inputs are quantized; each may choose among many kernels.
@@ -84,7 +93,7 @@ def rules_of(kernels: Iterable[str]) -> LinearRules:
             "quantize inputs, so it cannot judge them; gate the checkpoint on a CPU, where experts "
             "are emulated."
         )
-    used = [name for name in _names(kernels) if name.endswith("Kernel")]
+    used = [name for name in _names(kernels) if name.removesuffix(INT8_INPUTS).endswith("Kernel")]
     for name in used:
         if name not in RULES:
             raise BadInput(
@@ -98,14 +107,17 @@ def rules_of(kernels: Iterable[str]) -> LinearRules:
                 f"({rule.source}), which the reference does not have, so it cannot judge it; set "
                 f"VLLM_DISABLED_KERNELS={name} to use another kernel."
             )
+    ways = _inputs_of(used)
     return LinearRules(
-        _kept(used),
+        frozenset(family for family, way in ways if way == "kept"),
+        frozenset(family for family, way in ways if way == "int8"),
         any(RULES[name].fp8_products for name in used),
         any(RULES[name].truncates_zero_points for name in used),
     )
 
 
-def _kept(used: Collection[str]) -> frozenset[Family]:
+def _inputs_of(used: Collection[str]) -> set[tuple[Family, Inputs]]:
+    """Return what the kernels do to each family's inputs; `BadInput` if two differ."""
     ways: dict[Family, dict[Inputs, str]] = {}
     for name in used:
         ways.setdefault(RULES[name].family, {})[RULES[name].inputs] = name
@@ -116,7 +128,7 @@ def _kept(used: Collection[str]) -> frozenset[Family]:
                 "only one of them quantizes inputs, and the reference has one rule for all; "
                 "disable one of them with VLLM_DISABLED_KERNELS."
             )
-    return frozenset(family for family, by_way in ways.items() if "kept" in by_way)
+    return {(family, way) for family, by_way in ways.items() for way in by_way}
 
 
 def truncates_sums(kernels: str, platform: str) -> bool:
@@ -141,6 +153,11 @@ def explained(kernels: Iterable[str]) -> list[str]:
             continue
         if rule.inputs == "kept":
             said.append(f"{name} keeps inputs in 16 bits, and so does the reference")
+        if rule.inputs == "int8":
+            said.append(
+                f"{name.removesuffix(INT8_INPUTS)} quantizes inputs to int8, a scale per token, "
+                "and so does the reference"
+            )
         if rule.fp8_products:
             said.append(f"{name} rounds scales and weights to FP8, and so does the reference")
         if rule.truncates_zero_points:
@@ -174,6 +191,9 @@ RULES: dict[str, KernelRule] = {
     "CutlassW4A8LinearKernel": KernelRule(
         "packed", "format", "mixed_precision/cutlass.py", fp8_products=True
     ),
+    # `layer.use_w4a8`: with AMX, bfloat16 and VLLM_CPU_INT4_W4A8, which is on unless it is unset,
+    # `int4_scaled_mm_cpu` quantizes inputs that the format keeps.
+    "CPUWNA16LinearKernel" + INT8_INPUTS: KernelRule("packed", "int8", "mixed_precision/cpu.py"),
     # On an ARM processor with int4 inputs quantized inside of the product.
     **_rules(
         "packed",
@@ -190,6 +210,8 @@ RULES: dict[str, KernelRule] = {
         CPUInt8ScaledMMLinearKernel="scaled_mm/cpu.py",
         DequantizingInt8LinearKernel="quantgate/patches/emulated_kernels.py",
     ),
+    # `_apply_weights_sgl`: with AMX and symmetric inputs, it does not read a static input's scale.
+    "CPUInt8ScaledMMLinearKernel" + INT8_INPUTS: KernelRule("int8", "int8", "scaled_mm/cpu.py"),
     # Its `process_weights_after_loading` computes a static input's scale and zero point from their
     # range and converts the zero point to an integer without rounding: a positive one becomes one
     # less than the file's. `audit-loaded` reports it; vLLM's CPU kernel rounds here.

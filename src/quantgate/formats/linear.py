@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantgate.errors import BadInput
@@ -51,11 +52,10 @@ def read_linear(
 
     `rules` are those of the kernels that serve it.
     """
-    kept = family_of(group) in rules.kept
     try:
         return QuantizedLinear(
             _weight(stored, name, group, dequantize, rules),
-            None if kept else _input_quantizer(stored, name, group, rules),
+            _input_quantizer(stored, name, group, rules),
         )
     except ValueError as error:
         raise BadInput(f"{stored.directory}: {name}: {error}") from None
@@ -117,8 +117,11 @@ def _largest(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
 def _input_quantizer(
     stored: TensorsByName, name: str, group: Group, rules: LinearRules
 ) -> Quantizer | None:
+    if family_of(group) in rules.int8:
+        symmetric_rule()
+        return partial(activations.int8_per_token, symmetric=True)
     inputs = group.get("input_activations")
-    if not inputs:
+    if not inputs or family_of(group) in rules.kept:
         return None
     if inputs.get("type") == "int":
         return _int8_quantizer(stored, name, inputs, rules)

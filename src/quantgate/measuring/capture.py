@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantgate.formats.kernels import INT8_INPUTS
 from quantgate.measuring.captured_experts import (
     PARTS,
     PRODUCTS,
@@ -86,7 +87,23 @@ def _kernels_of(module: Any) -> list[str]:
     scheme = getattr(module, "scheme", None) or method
     kernels = [held for held in vars(scheme).values() if _is_kernel(held)] or [scheme]
     emulated = hasattr(module, EMULATED_LINEAR)
-    return [type(k).__name__ + "*" * (emulated or is_emulated(k)) for k in kernels]
+    return [
+        type(k).__name__ + INT8_INPUTS * _quantizes_to_int8(k, module)
+        + "*" * (emulated or is_emulated(k))
+        for k in kernels
+    ]  # fmt: skip
+
+
+def _quantizes_to_int8(kernel: Any, module: Any) -> bool:
+    """Whether vLLM's CPU kernel quantizes inputs to int8 against the format: with AMX it may.
+
+    Of integer weights 16-bit inputs (`use_w4a8`), and static int8 inputs by a token's own scale.
+    """
+    if getattr(module, "use_w4a8", False):
+        return True
+    applied = getattr(getattr(kernel, "linear_method", None), "__name__", "")
+    config = getattr(kernel, "config", None)
+    return applied == "_apply_weights_sgl" and getattr(config, "is_static_input_scheme", False)
 
 
 def _is_kernel(held: object) -> bool:

@@ -275,7 +275,7 @@ class Case:
         device = self.lab.device
         rules = self._rules()  # first: its engine must have ended before the reference starts
         return self.within(dtype)._once(
-            reference.name_of(dequantizer, narrowing, device),
+            reference.name_of(dequantizer, narrowing, device, rules),
             lambda announce: reference.measure(
                 self.checkpoint.directory,
                 self.probe,
@@ -293,7 +293,7 @@ class Case:
                 device=device,
                 dequantizer=dequantizer,
                 narrowing=narrowing,
-                rules={"kept": sorted(rules.kept), "fp8_products": rules.fp8_products},
+                rules=rules.as_key(),
             ),
         )
 
@@ -337,18 +337,12 @@ class Case:
         )
 
     def _rules(self) -> LinearRules:
-        """Return the rules of the kernels that vLLM chose for the checkpoint, in any dtype."""
+        """Return the rules of the kernels that vLLM chose for the checkpoint in this dtype."""
         checkpoint = self.checkpoint
         if checkpoint.is_base or actual_scheme(checkpoint.directory) == UNQUANTIZED:
             return FORMATS_RULES
-        served = (
-            key.dtype
-            for key in self.lab.ledger.taken
-            if key.source == ENGINE and key.directory == checkpoint.directory
-        )
-        own = Case.of(checkpoint, next(served, SERVING), self.lab)
-        kernels = own.engine.provenance.kernels
-        return rules_of(kernels.values())
+        own = Case.of(checkpoint, self.dtype, self.lab)  # an engine that the gate starts anyway
+        return rules_of(own.engine.provenance.kernels.values())
 
     # Derived from measurements -------------------------------------------------------------------
 

@@ -56,10 +56,13 @@ def measure(  # noqa: PLR0913  five independent choices of how to compute
         return score()
 
 
-def name_of(dequantizer: DequantizerName, narrowing: Narrowing, device: str) -> str:
+def name_of(
+    dequantizer: DequantizerName, narrowing: Narrowing, device: str, rules: LinearRules
+) -> str:
     """Return the name of a reference computed this way, for progress and for its key in memory."""
     name = "HF reference" if dequantizer == "own" else f"HF reference ({dequantizer})"
     name += ", which truncates" if narrowing == "truncates" else ""
+    name += ", with int8 inputs" if rules.int8 else ""
     return name if device == CPU else f"{name} on {device}"
 
 

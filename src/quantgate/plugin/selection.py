@@ -15,7 +15,7 @@ from quantgate.judging.golden import unclaimed
 from quantgate.judging.invariance import other_parallel_size
 from quantgate.judging.results import CheckResult
 from quantgate.measuring import environment
-from quantgate.measuring.precision import has_float32
+from quantgate.measuring.precision import why_no_float32
 from quantgate.measuring.reference_device import choose_device
 from quantgate.plugin import devices
 from quantgate.plugin.gate_run import PENDING, RUN, GateRun, is_check, params_of, subject_of
@@ -237,8 +237,8 @@ def _why_left_out(item: pytest.Item, available: dict[str, str]) -> str | None:
             if params["device"] == "cuda"
             else "the installed vLLM runs on CUDA, not on the CPU"
         )
-    if params.get("dtype") == "float32" and not has_float32(checkpoint):
-        return "vLLM's CUDA kernels of quantized linears compute in 16 bits, not in float32"
+    if params.get("dtype") == "float32" and (why := why_no_float32(checkpoint)):
+        return why
     check = checks.named(check_of(item.nodeid) or "")
     needs = () if check is None else check.needs
     return next(filter(None, (_why_lacking(need, item) for need in needs)), None)

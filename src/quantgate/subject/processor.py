@@ -38,15 +38,20 @@ def _cpuinfo(field: str) -> str:
     return found.partition(":")[2].strip()
 
 
+def has_amx() -> bool:
+    """Whether vLLM multiplies 16-bit and int8 numbers in AMX tiles, with kernels of their own."""
+    import torch
+
+    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
+
+
 def has_vnni() -> bool:
     """Whether vLLM's int8 products are exact: with AMX tiles, or with VNNI that oneDNN may use.
 
     With AMX, vLLM does not use oneDNN for them. ONEDNN_MAX_CPU_ISA limits the instructions that
     oneDNN uses, so a known failure that depends on VNNI must respect it.
     """
-    import torch
-
-    if torch.cpu.get_capabilities().get("amx_tile", False):
+    if has_amx():
         return True
     # oneDNN reads both names, in this order.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""

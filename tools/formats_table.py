@@ -59,11 +59,11 @@ NOT_LOADABLE = ("tiny-llama-w4a16-actorder",)
 
 
 def native_kernel(checkpoint: Checkpoint) -> str:
-    """Return the kernel that vLLM itself has for a checkpoint on a machine with AVX-512, or "none".
+    """Return the kernel that vLLM itself has for a checkpoint with AVX-512 alone, or "none".
 
-    On another it is what the README says.
+    On another machine it is what the README says: with AMX, vLLM has kernels of other rules.
     """
-    if not AVX512 <= processor.flags():
+    if not AVX512 <= processor.flags() or processor.has_amx():
         return written_kernel(checkpoint.id)
     settings = replace(checkpoint.engine, kernels="native")
     names, emulated = linear_kernels(checkpoint.directory, settings)

@@ -12,7 +12,9 @@ from tiny import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "fixtures/tiny/llama"
-PROBES = {name: ROOT / f"fixtures/probes/{name}.jsonl" for name in ("tiny", "tiny-quality")}
+PROBES = {
+    name: ROOT / f"fixtures/probes/{name}.jsonl" for name in ("tiny", "tiny-quality", "tiny-short")
+}
 
 Window = dict[str, Any]
 

@@ -38,7 +38,8 @@ DTYPES = ("bfloat16", "float16")
 SHAPES = ("8b", "0.5b")
 SCHEMES = ("none", "W4A16", "FP8_DYNAMIC")
 WORK = ((64, 2048), (2048, 64))
-HEAD_ROWS = (64, 1024, 8192)
+SIZED = ("8b W4A16 standard", "8b W4A16 quick")
+HEAD_ROWS = (64, 1024, 8192, 16384)  # the last is a step of an engine
 MOST_PROCESSES = 12
 MIB = 2**20
 
@@ -218,6 +219,20 @@ def gate(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     return {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
 
 
+def sized(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
+    """Gate a checkpoint of random weights with the shapes of a real model, in one tier."""
+    shape, scheme, tier = item.split(" ")
+    directory = ROOT / "build" / "shapes" / f"{shape}-{scheme.lower()}"
+    if not directory.exists():
+        tool = str(ROOT / "tools" / "make_shape.py")
+        subprocess.run([sys.executable, tool, shape, scheme, str(directory)], check=True)
+    started = time.monotonic()
+    arguments = ["--checkpoint", str(directory), "--tier", tier]
+    checks = _gate(out / f"sized-{shape}-{scheme}-{tier}", arguments)
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "checks": {check["name"]: check["verdict"] for check in checks}}
+
+
 def goldens(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     """Approve the goldens of this platform that are not there or do not hold, side by side."""
     names = [name for name, one in checkpoints.items() if one.golden]
@@ -265,7 +280,7 @@ def speed(item: str, checkpoints: Checkpoints, out: Path) -> Figures:
     prompts, tokens = ([str(amount) for amount in amounts] for amounts in zip(*WORK, strict=True))
     return _bench(
         "bench_score.py", "--shape", shape, "--scheme", scheme, "--skip", "hf",
-        "--skip", "lm-eval", "--prompts", *prompts, "--tokens", *tokens,
+        "--skip", "lm-eval", "--rounds", "2", "--prompts", *prompts, "--tokens", *tokens,
     )  # fmt: skip
 
 
@@ -317,8 +332,6 @@ def _head_items(checkpoints: Checkpoints) -> list[str]:
 # In the order in which they are measured: what tells most comes first.
 PARTS: dict[str, Part] = {
     "machine": Part("which kernel does vLLM choose?", lambda _: ["here"], machine, 20),
-    "speed": Part("how fast is score mode?", _speed_items, speed, 30),
-    "head": Part("how fast and exact is its head, and what else could be?", _head_items, head, 10),
     "goldens": Part(
         "which goldens are missing here?", lambda _: ["First goldens of this platform"], goldens,
         60, on_request=True,
@@ -326,6 +339,11 @@ PARTS: dict[str, Part] = {
     "gate": Part("is the gate green?", lambda _: ["gpu"], gate, 60),
     "formats": Part(
         "does each format's kernel compute what it says?", _in_both, formats, 5, side_by_side=True
+    ),
+    "speed": Part("how fast is score mode?", _speed_items, speed, 30),
+    "head": Part("how fast and exact is its head, and what else could be?", _head_items, head, 10),
+    "sized": Part(
+        "how long does the gate of a model of real size take?", lambda _: list(SIZED), sized, 30
     ),
     "runner-v1": Part(
         "does model runner V1 score as HF does?", _runner_items, scores, 5,

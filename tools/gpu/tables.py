@@ -98,6 +98,12 @@ def _gate(item: str, figures: Said) -> Rows:
     return [[verdict, str(count)] for verdict, count in figures.items()]
 
 
+def _sized(item: str, figures: Said) -> Rows:
+    shape, scheme, tier = item.split(" ")
+    verdicts = [f"{name}: {verdict}" for name, verdict in figures["checks"].items()]
+    return [[shape, scheme, tier, f"{figures['seconds']:.0f}", ", ".join(verdicts)]]
+
+
 def _forced(item: str, figures: Said) -> Rows:
     return [
         [item, figures["disabled"], check["name"], check["verdict"],
@@ -167,6 +173,7 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[str, Said], Rows]]] = {
         _references,
     ),
     "gate": (("verdict", "checks"), _gate),
+    "sized": (("shape", "scheme", "tier", "s", "checks"), _sized),
     "forced": (("checkpoint", "disabled", "check", "verdict", "kernel", "since"), _forced),
     "speed": (
         ("shape", "scheme", "work", "mode", "tokens/s", "score is × it",

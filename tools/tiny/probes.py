@@ -20,6 +20,8 @@ HELDOUT_DOCUMENTS = {stratum: 8 if stratum == "long" else 11 for stratum in corp
 QUALITY_DOCUMENTS = {stratum: 2 if stratum == "long" else 8 for stratum in corpus.STRATA}
 PROBE_DOCUMENTS = {stratum: 2 if stratum == "long" else 6 for stratum in corpus.STRATA}
 CUT, LONG_CUT = 96, 512
+# For a kernel that takes 0.1 s a token: as many documents, with few tokens of each.
+SHORTEST_CUT = 13
 # Tokens of a held-out window, with BOS.
 WINDOW, LONG_WINDOW = (100, 400), (800, 1000)
 
@@ -46,9 +48,9 @@ def heldout_windows(tokenizer: Tokenizer, counts: dict[str, int], seed: int) -> 
     ]
 
 
-def cut(tokenizer: Tokenizer, window: Window) -> Window:
-    """Return the first tokens of a window, as many as are allowed and its text gives again."""
-    for length in range(LONG_CUT if window.stratum == "long" else CUT, 0, -1):
+def cut(tokenizer: Tokenizer, window: Window, longest: int) -> Window:
+    """Return the first tokens of a window, `longest` or as many as its text gives again."""
+    for length in range(longest, 0, -1):
         ids = window.ids[:length]
         text = tokenizer.decode(list(ids[1:]), skip_special_tokens=False)
         if tuple(tokenizer.encode(text).ids) == ids:
@@ -57,11 +59,13 @@ def cut(tokenizer: Tokenizer, window: Window) -> Window:
 
 
 def make_probes(tokenizer: Tokenizer, seed: int) -> dict[str, list[Window]]:
-    """Return the windows of both probes, by name."""
+    """Return the windows of all probes, by name."""
     short = heldout_windows(tokenizer, PROBE_DOCUMENTS, seed)
+    whole = heldout_windows(tokenizer, QUALITY_DOCUMENTS, seed)
     return {
-        "tiny": [cut(tokenizer, window) for window in short],
-        "tiny-quality": heldout_windows(tokenizer, QUALITY_DOCUMENTS, seed),
+        "tiny": [cut(tokenizer, w, LONG_CUT if w.stratum == "long" else CUT) for w in short],
+        "tiny-quality": whole,
+        "tiny-short": [cut(tokenizer, window, SHORTEST_CUT) for window in whole],
     }
 
 

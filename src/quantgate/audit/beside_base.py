@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,14 +150,25 @@ def comparisons(inventory: Inventory) -> dict[str, Compared]:
     """Compare every linear that the base has in the same shape; reads all of both checkpoints."""
     compared: dict[str, Compared] = {}
     names = list(_pairs(inventory))
-    for place, name in enumerate(names):
-        inventory.progress(name, place, len(names))
-        compared[name] = _compare(inventory, name)
+    with ThreadPoolExecutor(_threads()) as threads:
+        found = threads.map(functools.partial(_compare, inventory), names)
+        for place, (name, one) in enumerate(zip(names, found, strict=True)):
+            inventory.progress(name, place, len(names))
+            compared[name] = one
     for name in names:
         partner = partner_of(name)
         if partner in compared and any(_stands_out(compared[n]) for n in (name, partner)):
             compared |= _together(inventory, compared[name], compared[partner])
     return compared
+
+
+def _threads() -> int:
+    """Return how many linears to compare at once: numpy lets other threads run as it computes.
+
+    OMP_NUM_THREADS is this process's share of the machine, where workers run side by side.
+    """
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    return int(share) if share.isdecimal() and int(share) else len(os.sched_getaffinity(0))
 
 
 def _pairs(inventory: Inventory) -> Iterator[str]:

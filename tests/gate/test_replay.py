@@ -8,6 +8,9 @@ import torch
 from harness import RunGate
 from safetensors.torch import load_file, save_file
 
+from as_machine import environment_of
+from quantgate.subject.processor import flags
+
 pytestmark = pytest.mark.long
 
 
@@ -55,8 +58,8 @@ def native_int8(run_gate: RunGate, root: Path, *, known: bool) -> None:
     run_gate.remove_its_checkpoint()
 
 
-# What oneDNN takes for the processor's instructions: none of VNNI's.
-NO_VNNI = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+# As a processor without VNNI, and without AMX, whose kernels are not oneDNN's.
+NO_VNNI = environment_of("avx2", None, flags())
 
 
 def test_int8_products_that_saturate_fail_and_are_the_engines_fault(

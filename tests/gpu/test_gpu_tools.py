@@ -146,7 +146,7 @@ def test_figures_so_far_are_written_when_it_is_ended(tooled: Path, tmp_path: Pat
     command += ["--part", "machine", "--part", "ways"]
     measured = out / "measured"
     with running(command, log, cwd=tooled) as process:
-        wait_until(lambda: list(measured.glob("*/ways/running")), process, log, 300)
+        wait_until(lambda: list(measured.glob("*/ways/running-*")), process, log, 300)
     assert process.returncode == 128 + 15
     parts = json.loads((out / "gpu.json").read_text())["parts"]
     assert "figures" in parts["machine"][0]

@@ -116,6 +116,7 @@ def test_the_probes_are_large_enough_and_cover_every_stratum(
     documents, tokens, shortest, shortest_long = {
         "tiny": (30, 3500, 90, 500),
         "tiny-quality": (40, 8000, 100, 800),
+        "tiny-short": (40, 500, 13, 13),
     }[probe]
     assert len({window["document"] for window in windows}) == len(windows) >= documents
     assert sum(len(window["ids"]) - window["score_from"] for window in windows) >= tokens

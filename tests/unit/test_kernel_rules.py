@@ -31,9 +31,10 @@ def test_a_kernel_that_quantizes_inputs_against_the_format_is_named_so() -> None
     rules = rules_of([int8, "UnquantizedLinearMethod"])
     assert rules == LinearRules(int8=frozenset({"packed"}))
     assert rules.as_key() != FORMATS_RULES.as_key()
-    assert explained([int8]) == [
-        "CPUWNA16LinearKernel quantizes inputs to int8, a scale per token, and so does the "
-        "reference"
+    assert explained([int8, "CPUInt8ScaledMMLinearKernel" + INT8_INPUTS]) == [
+        "CPUInt8ScaledMMLinearKernel gives static inputs a scale per token, and so does the "
+        "reference",
+        "CPUWNA16LinearKernel quantizes inputs to int8, and so does the reference",
     ]
     with pytest.raises(BadInput, match="both serve linears of the packed formats"):
         rules_of([int8, "DequantizingLinearKernel"])

@@ -217,6 +217,7 @@ def _fits(layout: Layout, parts: dict[str, Entry]) -> bool:
     )
 
 
+@np.errstate(all="ignore")  # of this thread: a damaged file's values may be infinite or NaN
 def _compare(inventory: Inventory, name: str) -> Compared:
     pair = _pair(inventory, name)
     if pair is None:

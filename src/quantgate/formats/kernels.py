@@ -154,10 +154,9 @@ def explained(kernels: Iterable[str]) -> list[str]:
         if rule.inputs == "kept":
             said.append(f"{name} keeps inputs in 16 bits, and so does the reference")
         if rule.inputs == "int8":
-            said.append(
-                f"{name.removesuffix(INT8_INPUTS)} quantizes inputs to int8, a scale per token, "
-                "and so does the reference"
-            )
+            kernel, static = name.removesuffix(INT8_INPUTS), rule.family == "int8"
+            does = "gives static inputs a scale per token" if static else "quantizes inputs to int8"
+            said.append(f"{kernel} {does}, and so does the reference")
         if rule.fp8_products:
             said.append(f"{name} rounds scales and weights to FP8, and so does the reference")
         if rule.truncates_zero_points:

@@ -341,7 +341,8 @@ class Case:
         checkpoint = self.checkpoint
         if checkpoint.is_base or actual_scheme(checkpoint.directory) == UNQUANTIZED:
             return FORMATS_RULES
-        own = Case.of(checkpoint, self.dtype, self.lab)  # an engine that the gate starts anyway
+        dtype = FLOAT32 if self.dtype == "float64" else self.dtype  # which vLLM does not serve
+        own = Case.of(checkpoint, dtype, self.lab)  # an engine that the gate starts anyway
         return rules_of(own.engine.provenance.kernels.values())
 
     # Derived from measurements -------------------------------------------------------------------

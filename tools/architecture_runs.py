@@ -19,7 +19,7 @@ from quantgate.judging.verdict import Verdict
 from quantgate.measuring import reference, session
 from quantgate.measuring.capture import Capture
 from quantgate.measuring.engine_failure import EngineFailure
-from quantgate.measuring.measurement import Measurement, largest_difference
+from quantgate.measuring.measurement import Measurement
 from quantgate.measuring.replay import Replay, distance, replay
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe, Window
@@ -114,8 +114,7 @@ class Run:
         if self.preset in QUANTIZES_INPUTS:
             fidelity = compare.fidelity_chaotic(served, own, exact, probe)
         else:
-            moved = largest_difference(exact, own)
-            fidelity = compare.fidelity_fp32(served, own, probe, rounding=lambda: moved)
+            fidelity = compare.fidelity_fp32(served, own, probe, exact=lambda: exact)
         found = self._replayed(probe, served, capture)
         replayed = self._replay_verdict(probe, served, capture, found)
         emulated = ", ".join(served.provenance.emulated)

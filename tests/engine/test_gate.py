@@ -13,7 +13,7 @@ from quantgate.judging import compare
 from quantgate.judging.golden import golden_path
 from quantgate.judging.verdict import Verdict
 from quantgate.measuring import reference, session
-from quantgate.measuring.measurement import Measurement, largest_difference
+from quantgate.measuring.measurement import Measurement
 from quantgate.patches.scoremode import logprob
 from quantgate.subject.checkpoint import EngineSettings
 from quantgate.subject.probe import Probe, passage, probe_for
@@ -35,12 +35,7 @@ def measure_reference(directory: Path, probe: Probe, dtype: str = "float32") -> 
 def fidelity_fp32(
     engine_side: Measurement, reference_side: Measurement, exact: Measurement, probe: Probe
 ) -> Verdict:
-    return compare.fidelity_fp32(
-        engine_side,
-        reference_side,
-        probe,
-        rounding=lambda: largest_difference(exact, reference_side),
-    )
+    return compare.fidelity_fp32(engine_side, reference_side, probe, exact=lambda: exact)
 
 
 def test_a_fault_on_the_engines_side_alone_fails_fidelity(

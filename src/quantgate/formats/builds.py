@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from quantgate.formats.numbers import to_e4m3
+from quantgate.subject.processor import has_amx
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def arithmetic(device: str | None = None) -> dict[str, str]:
     """Return everything that determines how a computation on `device` rounds.
 
     The default device is the one that vLLM serves on here. On a CPU: the instruction set, vLLM's
-    native library, the number of threads, the rules for bfloat16 and int8, and the environment
+    native library, the number of threads, the rules for bfloat16 and int8, AMX, and the environment
     variables that select among them. Two machines that agree in all of these agree bit for bit,
     except where a result depends on the order of threads.
     """
@@ -56,6 +57,8 @@ def arithmetic(device: str | None = None) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "bfloat16": narrowing(),
         "int8": int8_rule_name(),
+        # With AMX, vLLM's attention in bfloat16 is another kernel.
+        **({"tiles": "AMX"} if has_amx() else {}),
         **{name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # float32 sums of a few thousand terms carry relative errors of 1e-7 to 1e-6 (Higham, "Accuracy and
 # Stability of Numerical Algorithms", 2002, chapter 4), and logits lie below 30. A model that
 # amplifies rounding more than that is allowed ROUNDING_FACTOR times the error that float32 causes
-# in its reference, measured against float64.
+# in its reference, measured against float64, and the engine's error is then measured against
+# float64 too.
 FP32_MAX = 1e-5
 
 # The same for raw logits, rewards and embeddings, which no log-softmax keeps small: values of up to

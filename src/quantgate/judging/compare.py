@@ -28,34 +28,32 @@ if TYPE_CHECKING:
 
 
 def fidelity_fp32(
-    engine: Measurement, reference: Measurement, probe: Probe, *, rounding: Callable[[], float]
+    engine: Measurement, reference: Measurement, probe: Probe, *, exact: Callable[[], Measurement]
 ) -> Verdict:
     """Judge float32 log-probabilities token by token: both sides computed the same function.
 
-    `rounding`, the reference's float32 error (`largest_difference` from float64), is computed only
-    if `FP32_MAX` is exceeded, to tell a fault from a model that amplifies rounding.
+    `exact`, the reference in float64, is asked only if `FP32_MAX` is exceeded, to tell a fault from
+    a model that amplifies rounding. The engine's distance from it is judged then, since the
+    distance from a reference in float32 is the sum of both sides' errors where their signs differ.
     """
-    return _token_by_token(engine, reference, "reference", probe, rounding)
-
-
-def _token_by_token(
-    engine: Measurement,
-    other: Measurement,
-    name: str,
-    probe: Probe,
-    rounding: Callable[[], float],
-) -> Verdict:
-    pair = Pair(engine, other, probe)
-    limit = fp32_max(probe.task)
-    largest = deviation_of("max", float(pair.size.max()), limit, probe)  # NaN wins
-    detail = pair.agreement(name)
+    pair = Pair(engine, reference, probe)
+    largest = deviation_of("max", float(pair.size.max()), fp32_max(probe.task), probe)  # NaN wins
+    detail = pair.agreement("reference")
     if largest.exceeded and not engine.nonfinite:
-        moved = rounding()
-        allowed = max(limit, moved * ROUNDING_FACTOR)
-        largest = dataclasses.replace(largest, allowed=allowed)
-        detail += f"; the reference itself moves by {moved:.3g} at most in float64"
-    outcome: Outcome = "fail" if largest.exceeded else "pass"
-    return pair.verdict(outcome, detail, [largest])
+        true = exact()
+        moved = largest_difference(true, reference)
+        off = float(Pair(engine, true, probe).size.max())
+        largest = deviation_of("max", off, _amplified(moved, probe), probe)
+        detail += (
+            f"; from the reference in float64 the engine is off by {off:.3g} at most, the "
+            f"reference by {moved:.3g}"
+        )
+    return pair.verdict("fail" if largest.exceeded else "pass", detail, [largest])
+
+
+def _amplified(moved: float, probe: Probe) -> float:
+    """Return what a model whose float32 reference is off by `moved` may be off by."""
+    return max(fp32_max(probe.task), moved * ROUNDING_FACTOR)
 
 
 def fidelity_chaotic(
@@ -137,10 +135,18 @@ def drift_exact(
 ) -> Verdict:
     """Judge float32 scores against the approved ones, token by token.
 
-    For formats that do not quantize activations; `drift_mean` judges the others. `rounding` is as
-    in `fidelity_fp32`: the golden may come from a processor that sums in a different order.
+    For formats that do not quantize activations; `drift_mean` judges the others. `rounding`, the
+    reference's float32 error, is computed only if `FP32_MAX` is exceeded: the golden may come from
+    a processor that sums in a different order.
     """
-    return _token_by_token(engine, golden, "golden", probe, rounding)
+    pair = Pair(engine, golden, probe)
+    largest = deviation_of("max", float(pair.size.max()), fp32_max(probe.task), probe)  # NaN wins
+    detail = pair.agreement("golden")
+    if largest.exceeded and not engine.nonfinite:
+        moved = rounding()
+        largest = dataclasses.replace(largest, allowed=_amplified(moved, probe))
+        detail += f"; the reference itself moves by {moved:.3g} at most in float64"
+    return pair.verdict("fail" if largest.exceeded else "pass", detail, [largest])
 
 
 def drift_mean(

@@ -74,7 +74,7 @@ def compared(case: Case) -> Verdict:
         return _in_16_bits(case)
     if case.by_value:
         return compare.fidelity_fp32(
-            case.engine, case.exact, case.probe, rounding=lambda: case.rounding
+            case.engine, case.exact, case.probe, exact=lambda: case.reference("float64")
         )
     return compare.fidelity_chaotic(case.engine, case.exact, case.rounded(), case.probe)
 

@@ -23,7 +23,8 @@ def why_no_float32(checkpoint: Checkpoint) -> str | None:
         return "vLLM's CUDA kernels of quantized linears compute in 16 bits, not in float32"
     if checkpoint.engine.kernels == "native" and has_amx():
         config = read_config(checkpoint.directory).get("quantization_config") or {}
-        if any(_on_tiles(group) for group in (config.get("config_groups") or {}).values()):
+        groups = (config.get("config_groups") or {}).values()
+        if any(_on_tiles(group) for group in groups if group.get("weights")):
             return "vLLM's kernels for AMX take this format's inputs in 16 bits, not in float32"
     return None
 

@@ -72,7 +72,7 @@ def test_an_nan_fails_every_comparison(
         fidelity_fp32(broken, honest, honest, probe),
         compare.fidelity_serving(broken, honest, honest, probe, base_noise=None),
         compare.quality(broken, honest, probe, margin=1.0),
-        compare.drift_exact(broken, honest, probe, rounding=lambda: 0.0),
+        compare.drift_exact(broken, honest, probe, exact=lambda: honest, reference=lambda: honest),
         compare.drift_mean(broken, honest, probe, margin=1.0, moved=lambda: 0.0),
     ):
         assert verdict.outcome == "fail"
@@ -92,7 +92,9 @@ def test_engines_that_differ_by_a_ten_thousandth_of_a_nat_are_told_apart(
     golden = golden_of_part(path, probe, small_probe).measurement
 
     def judge(measured: Measurement) -> Verdict:
-        return compare.drift_exact(measured, golden, small_probe, rounding=lambda: 0.0)
+        return compare.drift_exact(
+            measured, golden, small_probe, exact=lambda: golden, reference=lambda: golden
+        )
 
     assert judge(measure_engine(quantized, small_probe)).outcome == "pass"
     honest = logprob.score_rows

@@ -242,7 +242,9 @@ def test_a_scale_that_is_a_twentieth_too_large_is_found(
     golden = from_json(path.read_text(), probe, path).measurement
     measured = ours.engine
     if format_name == "w4a16":
-        verdict = compare.drift_exact(measured, golden, probe, rounding=lambda: 0.0)
+        verdict = compare.drift_exact(
+            measured, golden, probe, exact=lambda: golden, reference=lambda: golden
+        )
     else:
         verdict = drift.against(ours, measured, golden)
     assert_fails(verdict, "|Δ logit|", "by label")

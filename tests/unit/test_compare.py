@@ -126,6 +126,32 @@ def test_errors_of_opposite_signs_are_not_added_up(
 
 
 @pytest.mark.parametrize(
+    ("engine", "golden", "outcome"),
+    [
+        (6e-6, -5.5e-6, "pass"),  # two machines that round, apart by more than 1e-5
+        (0.0, 9e-6, "pass"),
+        (1.3e-5, 0.0, "fail"),  # what is served now is off
+        (0.0, 1.3e-5, "fail"),  # what was approved was
+    ],
+)
+def test_a_golden_of_another_order_of_sums_may_differ_as_rounding_does(
+    engine: float, golden: float, outcome: str
+) -> None:
+    ours, theirs, rounded = (SCORES.astype(np.float64) for _ in range(3))
+    ours[5] += engine
+    theirs[5] += golden
+    rounded[9] += 5.5e-6
+    verdict = compare.drift_exact(
+        measured(ours),
+        measured(theirs, "golden"),
+        PROBE,
+        exact=lambda: measured(SCORES, "reference"),
+        reference=lambda: measured(rounded, "reference"),
+    )
+    assert verdict.outcome == outcome
+
+
+@pytest.mark.parametrize(
     ("cost", "outcome"), [(0.0, "pass"), (0.2, "fail"), (0.099, "inconclusive")]
 )
 def test_quality_is_decided_by_the_confidence_bound(cost: float, outcome: str) -> None:

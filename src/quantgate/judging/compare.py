@@ -131,21 +131,32 @@ def _decided(delta: NDArray[np.float64], probe: Probe, margin: float) -> dict[st
 
 
 def drift_exact(
-    engine: Measurement, golden: Measurement, probe: Probe, *, rounding: Callable[[], float]
+    engine: Measurement,
+    golden: Measurement,
+    probe: Probe,
+    *,
+    exact: Callable[[], Measurement],
+    reference: Callable[[], Measurement],
 ) -> Verdict:
     """Judge float32 scores against the approved ones, token by token.
 
-    For formats that do not quantize activations; `drift_mean` judges the others. `rounding`, the
-    reference's float32 error, is computed only if `FP32_MAX` is exceeded: the golden may come from
-    a processor that sums in a different order.
+    For formats that do not quantize activations; `drift_mean` judges the others. Beyond `FP32_MAX`
+    the golden may come from a processor that sums in a different order: engine and golden must
+    then each be as near to the `exact` reference, in float64, as `fidelity_fp32` asks, where
+    `reference` is the same in float32.
     """
     pair = Pair(engine, golden, probe)
     largest = deviation_of("max", float(pair.size.max()), fp32_max(probe.task), probe)  # NaN wins
     detail = pair.agreement("golden")
     if largest.exceeded and not engine.nonfinite:
-        moved = rounding()
-        largest = dataclasses.replace(largest, allowed=_amplified(moved, probe))
-        detail += f"; the reference itself moves by {moved:.3g} at most in float64"
+        true = exact()
+        moved = largest_difference(true, reference())
+        off, was = (float(Pair(one, true, probe).size.max()) for one in (engine, golden))
+        largest = deviation_of("max", max(off, was), _amplified(moved, probe), probe)
+        detail += (
+            f"; from the reference in float64 the engine is off by {off:.3g} at most, the golden "
+            f"by {was:.3g}, the reference in float32 by {moved:.3g}"
+        )
     return pair.verdict("fail" if largest.exceeded else "pass", detail, [largest])
 
 

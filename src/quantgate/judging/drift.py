@@ -44,7 +44,13 @@ def against(case: Case, engine: Measurement, golden: Measurement) -> Verdict:
     """Judge the part of an engine's measurement that a golden stores against the stored values."""
     probe = case.probe
     if case.by_value:
-        return compare.drift_exact(engine, golden, probe, rounding=lambda: case.rounding)
+        return compare.drift_exact(
+            engine,
+            golden,
+            probe,
+            exact=lambda: as_stored(case.reference("float64")),
+            reference=lambda: as_stored(case.exact),
+        )
     if probe.task == GENERATE:
         return compare.drift_mean(
             engine,

@@ -18,7 +18,7 @@ from quantgate.measuring.divergence import Divergence, Side, divergence
 from quantgate.measuring.lab import Lab
 from quantgate.measuring.ledger import Key
 from quantgate.measuring.loaded import LoadAudit, audits_of
-from quantgate.measuring.measurement import Announce, Measurement, largest_difference
+from quantgate.measuring.measurement import Announce, Measurement
 from quantgate.measuring.parameters import DequantizerName
 from quantgate.measuring.pooling import Steps
 from quantgate.measuring.precision import FLOAT32, SERVING, resolve_dtype, sharpest_dtype
@@ -308,11 +308,6 @@ class Case:
         It is in this case's dtype, or in float64 if that is float32.
         """
         return self.reference("float64" if self.dtype == FLOAT32 else self.dtype, "own", narrowing)
-
-    @property
-    def rounding(self) -> float:
-        """The largest distance between the reference's values in float32 and in float64."""
-        return largest_difference(self.reference("float64"), self.exact)
 
     @property
     def replay(self) -> Replay:

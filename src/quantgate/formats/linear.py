@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantgate.errors import BadInput
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
 Dequantizer = Callable[[Tensors, Group], "torch.Tensor"]
 Quantizer = Callable[["torch.Tensor"], "torch.Tensor"]
+# Inputs as kernels of `LinearRules.int8` take them, whatever the format says.
+INT8_PER_TOKEN = {"type": "int", "dynamic": True, "symmetric": True}
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,9 @@ def _largest(stored: TensorsByName, name: str, part: str) -> torch.Tensor:
 def _input_quantizer(
     stored: TensorsByName, name: str, group: Group, rules: LinearRules
 ) -> Quantizer | None:
-    if family_of(group) in rules.int8:
-        symmetric_rule()
-        return partial(activations.int8_per_token, symmetric=True)
-    inputs = group.get("input_activations")
-    if not inputs or family_of(group) in rules.kept:
+    family = family_of(group)
+    inputs = INT8_PER_TOKEN if family in rules.int8 else group.get("input_activations")
+    if not inputs or family in rules.kept:
         return None
     if inputs.get("type") == "int":
         return _int8_quantizer(stored, name, inputs, rules)

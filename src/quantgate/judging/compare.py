@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,18 +36,40 @@ def fidelity_fp32(
     a model that amplifies rounding. The engine's distance from it is judged then, since the
     distance from a reference in float32 is the sum of both sides' errors where their signs differ.
     """
-    pair = Pair(engine, reference, probe)
-    largest = deviation_of("max", float(pair.size.max()), fp32_max(probe.task), probe)  # NaN wins
-    detail = pair.agreement("reference")
-    if largest.exceeded and not engine.nonfinite:
+
+    def beyond() -> Beyond:
         true = exact()
-        moved = largest_difference(true, reference)
-        off = float(Pair(engine, true, probe).size.max())
+        off, moved = (largest_difference(one, true) for one in (engine, reference))
+        said = f"the engine is off by {off:.3g} at most, the reference by {moved:.3g}"
+        return Beyond(off, moved, said)
+
+    return _token_by_token(engine, reference, "reference", probe, beyond)
+
+
+class Beyond(NamedTuple):
+    """How far measurements are from the reference in float64, where `FP32_MAX` is exceeded."""
+
+    off: float
+    """What is judged."""
+    moved: float
+    """The reference in float32."""
+    said: str
+
+
+def _token_by_token(
+    engine: Measurement,
+    other: Measurement,
+    name: str,
+    probe: Probe,
+    beyond: Callable[[], Beyond],
+) -> Verdict:
+    pair = Pair(engine, other, probe)
+    largest = deviation_of("max", float(pair.size.max()), fp32_max(probe.task), probe)  # NaN wins
+    detail = pair.agreement(name)
+    if largest.exceeded and not engine.nonfinite:
+        off, moved, said = beyond()
         largest = deviation_of("max", off, _amplified(moved, probe), probe)
-        detail += (
-            f"; from the reference in float64 the engine is off by {off:.3g} at most, the "
-            f"reference by {moved:.3g}"
-        )
+        detail += f"; from the reference in float64 {said}"
     return pair.verdict("fail" if largest.exceeded else "pass", detail, [largest])
 
 
@@ -145,19 +167,17 @@ def drift_exact(
     then each be as near to the `exact` reference, in float64, as `fidelity_fp32` asks, where
     `reference` is the same in float32.
     """
-    pair = Pair(engine, golden, probe)
-    largest = deviation_of("max", float(pair.size.max()), fp32_max(probe.task), probe)  # NaN wins
-    detail = pair.agreement("golden")
-    if largest.exceeded and not engine.nonfinite:
+
+    def beyond() -> Beyond:
         true = exact()
-        moved = largest_difference(true, reference())
-        off, was = (float(Pair(one, true, probe).size.max()) for one in (engine, golden))
-        largest = deviation_of("max", max(off, was), _amplified(moved, probe), probe)
-        detail += (
-            f"; from the reference in float64 the engine is off by {off:.3g} at most, the golden "
-            f"by {was:.3g}, the reference in float32 by {moved:.3g}"
+        off, was, moved = (largest_difference(one, true) for one in (engine, golden, reference()))
+        said = (
+            f"the engine is off by {off:.3g} at most, the golden by {was:.3g}, the reference in "
+            f"float32 by {moved:.3g}"
         )
-    return pair.verdict("fail" if largest.exceeded else "pass", detail, [largest])
+        return Beyond(max(off, was), moved, said)
+
+    return _token_by_token(engine, golden, "golden", probe, beyond)
 
 
 def drift_mean(
